@@ -1,0 +1,324 @@
+"""Image data sets as square uint8 tensors: load() finds and decodes one, batches() serves it.
+
+Accepted: a name in SETS; a folder (searched recursively) or .zip of images of any mode; a .npy or
+.npz of images (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or float in [0, 1] or [-1, 1].
+"""
+import io
+import os
+import sys
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
+    'glyphs':        (16, 1, False, '', ''),
+    'mnist':         (28, 1, False, 'MNIST', '{}/MNIST/raw/train-* and t10k-*-ubyte.gz'),
+    'fashion_mnist': (28, 1, False, 'FashionMNIST', '{}/FashionMNIST/raw/*-ubyte.gz'),
+    'bloodmnist':    (28, 3, True, '', '{}/bloodmnist.npz (medmnist.com, zenodo record 10519652)'),
+    'cifar10':       (32, 3, True, 'CIFAR10', '{}/cifar-10-python.tar.gz (cs.toronto.edu/~kriz)'),
+    'celeba64':      (64, 3, True, 'CelebA', '{}/celeba/*.txt and, unzipped, img_align_celeba/'),
+    'lsun_bedroom':  (256, 3, True, '', '{}/lsun_bedroom/ (as github.com/fyu/lsun exports)'),
+}
+IMAGE_EXTENSIONS = tuple('.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
+ACCEPTED = (f"{', '.join(SETS)}, a folder or .zip of images, a .npy or .npz of arrays (n, H, W), "
+            '(n, H, W, C) or (n, C, H, W) with C of 1, 3 or 4, uint8 or float in [0, 1] or '
+            '[-1, 1], with one integer label an image or none')
+MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access instead
+ENTRY_LIMIT = 256 << 20  # bytes that one zip entry may claim to unpack to
+ZIP_LOCK, ZIPS = Lock(), {}  # archives by (path, process): forked ones share one file position
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message is the one line that he is shown."""
+
+
+def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train'):
+    """The Images of `dataset`: a name in SETS (it wins over a file of that name) or a path.
+
+    image_size None: the known default, or the shorter side of a path's first image. channels None:
+    the known default, or 1 if up to 64 evenly spaced images are all grey, else 3. A path without
+    a split of its own serves all its images as either split. Raises BadInput.
+    """
+    if split not in ('train', 'test'):
+        raise BadInput(f'--split {split}: accepted: train, test')
+    if channels not in (None, 1, 3):
+        raise BadInput(f'--channels {channels}: accepted: 1, 3')
+    if image_size is not None and image_size < 1:
+        raise BadInput(f'--image_size {image_size}: accepted: 1 and up')
+    # Not catch_warnings, which is not safe with threads: the filter stays for the whole process.
+    warnings.simplefilter('error', Image.DecompressionBombWarning)
+    dataset = str(dataset)
+    try:
+        root, source, labels, classes = find(dataset, str(data_dir), image_size, split)
+        size, depth, flip = (SETS.get(dataset) or (*probe(root, source), None))[:3]
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        mend = f'accepted: {ACCEPTED}' if dataset not in SETS else (
+            f'fetch by hand {SETS[dataset][4].format(data_dir)}')
+        raise BadInput(' '.join(f'--dataset {dataset}: {error}; {mend}'.split())) from error
+    data = Images(dataset, root, source, labels, classes,
+                  image_size or size, channels or depth, flip)
+    if len(source) * data.channels * data.image_size ** 2 <= MEMORY_LIMIT:
+        data.decode_all()
+    return data
+
+
+def find(dataset, data_dir, image_size, split):
+    """-> (root, source, labels (n,), classes), the last two None where there are none. Either root
+    is a folder or .zip and source names in it, or None and uint8 arrays (n, H, W) or (n, H, W, C).
+    """
+    path = {'bloodmnist': f'{data_dir}/bloodmnist.npz',
+            'lsun_bedroom': f'{data_dir}/lsun_bedroom'}.get(dataset, dataset)
+    if dataset == 'glyphs':
+        return None, *glyphs(image_size=image_size or 16, split=split), list('0123456789')
+    if dataset in SETS and path == dataset:
+        from torchvision import datasets  # here, because it takes a second that --help has not
+        which = {'split': split} if dataset == 'celeba64' else {'train': split == 'train'}
+        found = getattr(datasets, SETS[dataset][3])(data_dir, download=True, **which)
+        if dataset == 'celeba64':  # its targets are 40 attributes, not classes
+            return f'{data_dir}/celeba/img_align_celeba', found.filename, None, None
+        return None, np.asarray(found.data), np.asarray(found.targets), found.classes
+    if os.path.isdir(path) or path.lower().endswith('.zip') and os.path.isfile(path):
+        found = list_images(path, split)
+        return found if path == dataset else (*found[:2], None, None)  # LSUN's folders: no classes
+    if path.lower().endswith(('.npy', '.npz')) and os.path.isfile(path):
+        return read_arrays(path, split)
+    missing = f'there is no {path}' if dataset in SETS else 'no such data set, file or folder'
+    raise ValueError(missing)
+
+
+def list_images(root, split):
+    """find()'s answer for a folder or .zip; its first-level folders, sorted, are the classes.
+    Other extensions, __MACOSX and paths with a part that begins with a dot ('..' too) are ignored.
+    """
+    def refuse(error):  # by default os.walk passes over a folder that it may not read
+        raise error
+    if os.path.isdir(root):
+        names = [os.path.normpath(os.path.join(os.path.relpath(folder, root), file))
+                 for folder, _, files in os.walk(root, onerror=refuse) for file in files]
+    else:
+        with zipfile.ZipFile(root) as archive:
+            names = archive.namelist()
+    names = sorted({name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)
+                    and not any(part[:1] == '.' or part == '__MACOSX' for part in name.split('/'))})
+    skip = 0
+    if {'train', 'test'} <= {name.split('/')[0] for name in names}:
+        names, skip = [name for name in names if name.startswith(f'{split}/')], len(split) + 1
+    if not names:
+        raise ValueError(f"no images in it, which end in {' '.join(IMAGE_EXTENSIONS)}")
+    folders = [name[skip:].rpartition('/')[0].split('/')[0] for name in names]
+    classes = {folder: k for k, folder in enumerate(sorted(set(folders)))}
+    if len(classes) == 1 or '' in classes:
+        return root, names, None, None
+    return root, names, np.array([classes[folder] for folder in folders]), list(classes)
+
+
+def read_arrays(path, split):
+    """find()'s answer for a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
+    array, labels = np.load(path, mmap_mode='r', allow_pickle=False), None
+    if isinstance(array, np.lib.npyio.NpzFile):
+        keys = ['test_images'] * (split == 'test') + ['x', 'images', 'train_images', 'arr_0']
+        key = next((key for key in keys if key in array), None)
+        if key is None:
+            raise ValueError(f"holds {array.files}, none of {', '.join(keys)}")
+        own = [key.replace('images', 'labels')] if '_images' in key else ['y', 'labels']
+        labels = next((array[name] for name in own if name in array), None)
+        array = array[key]
+    shape = array.shape
+    if array.ndim == 4 and shape[3] not in (1, 3, 4) and shape[1] in (1, 3, 4):
+        array = np.moveaxis(array, 1, 3)
+    if array.size == 0 or array.ndim != 3 and (array.ndim != 4 or array.shape[3] not in (1, 3, 4)):
+        raise ValueError(f'images of shape {shape}')
+    if array.dtype.kind == 'f':
+        low, high = array.min(), array.max()  # NaN, if there is one
+        if not (low >= -1 and high <= 1):
+            raise ValueError(f'holds the value {high if low >= -1 else low}')
+        low = np.float32(-1 if low < 0 else 0)
+        array = np.rint((array - low) * (255 / (1 - low))).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f'holds {array.dtype}')
+    if labels is not None and (labels.size != len(array) or labels.dtype.kind not in 'iu'):
+        raise ValueError(f'{labels.dtype} labels of shape {labels.shape} for {len(array)} images')
+    array = array[..., 0] if array.shape[3:] == (1,) else array
+    return None, array, None if labels is None else labels.reshape(-1), None
+
+
+def probe(root, source):
+    """-> (shorter side of the first readable image, 1 if all are grey else 3), of <= 64 spaced."""
+    found = [read(root, source[k]) for k in sorted({k * len(source) // 64 for k in range(64)})]
+    images = [image for image, _ in found if image]
+    if not images:
+        raise ValueError(f'none of {len(found)} images can be read (first: {source[0]}: '
+                         f'{found[0][1]})')
+    grey = all(image.mode == 'L' or not np.ptp(np.asarray(image), axis=2).any() for image in images)
+    return min(images[0].size), 1 if grey else 3
+
+
+def read(root, entry):
+    """-> (PIL image of mode L or RGB, None) or (None, why it cannot be read): the first frame,
+    turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
+    try:
+        if root is None:
+            image = Image.fromarray(entry)
+        elif os.path.isdir(root):
+            image = Image.open(os.path.join(root, entry))
+        else:
+            with ZIP_LOCK:
+                key = root, os.getpid()
+                archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
+                if archive.getinfo(entry).file_size > ENTRY_LIMIT:
+                    raise ValueError(f'claims to unpack to over {ENTRY_LIMIT} bytes')
+                image = Image.open(io.BytesIO(archive.read(entry)))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in 'IF':  # convert() would clip these at 255
+            values = np.asarray(image)
+            if image.mode == 'F' or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f'mode {image.mode}; accepted: 8 or 16 bits a channel')
+            image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert('L' if image.mode in '1L' else 'RGB'), None
+    except Exception as error:  # Pillow's plugins raise almost anything on a broken file
+        return None, repr(error)
+
+
+class Images(torch.utils.data.Dataset):
+    """pixels uint8 (n, C, S, S), or None for a large set, which is decoded at each access; labels
+    int64 (n,) or None; classes, a list of names, or None; name, image_size, channels, flip."""
+
+    def __init__(self, name, root, source, labels, classes, image_size, channels, flip=None):
+        self.name, self.root, self.source, self.classes = name, root, source, classes
+        self.image_size, self.channels, self.pixels, self.skipped = image_size, channels, None, 0
+        self.flip = channels == 3 if flip is None else flip
+        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+    def __len__(self):
+        return len(self.source if self.pixels is None else self.pixels)
+
+    def __getitem__(self, index):
+        """uint8 (C, S, S), or (b, C, S, S) for a list. A large set serves the next readable image
+        (beside the label of the one asked for) for one that is not, saying so once a process."""
+        if self.pixels is not None:
+            return self.pixels[index]
+        if isinstance(index, list):
+            return torch.stack([self[k] for k in index])
+        first = range(len(self))[index]  # IndexError beyond the end
+        for k in range(first, first + len(self)):
+            pixels, problem = self.decode(k % len(self))
+            if problem is None:
+                return torch.from_numpy(pixels)
+            if not self.skipped:
+                print(f'--dataset {self.name}: the next image replaces each that cannot be read '
+                      f'(first: {problem})', file=sys.stderr)
+            self.skipped += 1
+        raise BadInput(f'--dataset {self.name}: no image can be read (last: {problem})')
+
+    def decode(self, k):
+        """-> (uint8 array (C, S, S), None): image k's centred square, resized; or (None, why not).
+        Raises BadInput for a file of the user's that is smaller: enlarging it would blur the set.
+        """
+        image, problem = read(self.root, self.source[k])
+        if image is None:
+            return None, f'{self.source[k]!r}: {problem}'
+        size, side = self.image_size, min(image.size)
+        if side < size and self.root is not None and self.name not in SETS:
+            raise BadInput(f'--dataset {self.name}: {self.source[k]!r} is {image.width}x'
+                           f'{image.height}; give an --image_size of at most {side}, not {size}')
+        side = min(side, 140) if self.name == 'celeba64' else side  # the crop that papers use
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.convert('L' if self.channels == 1 else 'RGB')
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        return np.array(image).reshape(size, size, -1).transpose(2, 0, 1), None
+
+    def decode_all(self):
+        """Fills pixels, leaving out (and saying so in one line) what cannot be read."""
+        n, bad = len(self), {}
+        pixels = np.empty((n, self.channels, self.image_size, self.image_size), np.uint8)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            # Pillow decodes without the GIL; on tiny images threads lose more by waiting for it.
+            decoded = (pool.map if self.image_size >= 64 else map)(self.decode, range(n))
+            for k, (image, problem) in enumerate(decoded):
+                if problem is None:
+                    pixels[k] = image
+                else:
+                    bad[k] = problem
+        if len(bad) == n:
+            raise BadInput(f'--dataset {self.name}: no image can be read (first: {bad[0]})')
+        if bad:
+            print(f'--dataset {self.name}: skipped {len(bad)} of {n} images that cannot be read '
+                  f'(first: {next(iter(bad.values()))})', file=sys.stderr)
+            keep = [k for k in range(n) if k not in bad]
+            pixels, self.labels = pixels[keep], None if self.labels is None else self.labels[keep]
+        self.pixels, self.source = torch.from_numpy(pixels), None
+
+
+def batches(data, indices, device='cpu', workers=0):
+    """Yields uint8 (b, C, S, S) on `device` for each 1-D int64 CPU tensor of `indices`, in order.
+
+    A small set moves to the device once and stays there; `workers` processes decode a large one.
+    """
+    if data.pixels is not None:
+        data.pixels = data.pixels.to(device)
+        for index in indices:
+            yield data.pixels[index.to(device)]
+        return
+    pin = torch.device(device).type == 'cuda'
+    loader = torch.utils.data.DataLoader(
+        data, sampler=(index.tolist() for index in indices), batch_size=None, num_workers=workers,
+        pin_memory=pin, generator=torch.Generator())  # else its seed moves the global stream
+    try:
+        for batch in loader:
+            yield batch.to(device, non_blocking=pin)
+    except BadInput as error:  # from a worker it comes with a traceback in its message
+        raise BadInput(str(error).rpartition('BadInput: ')[2].strip()) from None
+
+
+def to_float(pixels):
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float in [-1, 1] -> uint8, rounded; beyond the range is cut to [0, 255], all a file holds."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def mean_norm(data, n=10_000):
+    """Mean Euclidean norm, a float, of up to n evenly spaced images scaled to [-1, 1]."""
+    n = min(n, len(data))
+    parts = (torch.arange(n) * len(data) // n).split(256)
+    norms = [to_float(data[part.tolist()]).flatten(1).norm(dim=1).double().sum() for part in parts]
+    return float(sum(norms)) / n
+
+
+def glyphs(n=20_000, image_size=16, split='train'):
+    """-> (uint8 array (n, S, S), labels (n,)): the digits in turn, white on black, each under an
+    affine map and stroke width of its own; the same bytes for the same arguments."""
+    font, strokes, inks = ImageFont.load_default(size=96), 4, []
+    for k in range(10 * strokes):
+        sheet = Image.new('L', (128, 128))
+        ImageDraw.Draw(sheet).text((64, 64), str(k // strokes), 255, font, 'mm',
+                                   stroke_width=k % strokes)
+        inks.append(np.asarray(sheet))
+    inks = torch.from_numpy(np.stack(inks)).float()[:, None]
+    rng, labels = np.random.default_rng(('train', 'test').index(split)), np.arange(n) % 10
+    which = torch.from_numpy(labels * strokes + rng.integers(strokes, size=n))
+    angle, shear, width, height, right, down = rng.uniform(
+        (-.25, -.2, .7, .8, -.08, -.08), (.25, .2, 1, .96, .08, .08), (n, 6)).T
+    cos, sin = np.cos(angle), np.sin(angle)  # the maps lead from the image to the sheet
+    maps = np.stack([width * (cos + shear * sin), width * (shear * cos - sin), right,
+                     height * sin, height * cos, down], 1).reshape(n, 2, 3)
+    maps, parts = torch.from_numpy(maps).float(), []
+    fine = max(1, 64 // image_size)  # drawn this much larger and averaged, against jagged edges
+    for k, m in zip(which.split(500), maps.split(500)):
+        grid = F.affine_grid(m, (len(m), 1, *[image_size * fine] * 2), align_corners=False)
+        parts.append(F.avg_pool2d(F.grid_sample(inks[k], grid, align_corners=False), fine))
+    return torch.cat(parts)[:, 0].round().to(torch.uint8).numpy(), labels

@@ -1,0 +1,353 @@
+"""Poisson Flow Generative Models: the method, as pure functions of tensors and floats.
+
+Data points y_k are charges on the plane z = 0 of a space with one more dimension. Their Poisson
+field carries them upward to a uniform hemisphere; the same lines followed down turn noise to data.
+
+    perturb        points off the plane, where the field is learned       PFGM Algorithm 2
+    poisson_field  the regression target at those points                  PFGM Eq. 5, Algorithm 1
+    sample_prior   the hemisphere, projected onto the plane z = z_max     PFGM Section 3.2
+    drift          dx/dlog z along a field line                           PFGM Eq. 6 and 7
+    sample_ode     follow the lines down (generate) or up (encode)        PFGM Section 3.3
+    log_likelihood change of variables along the lines                    PFGM Section 3.3
+
+Papers: PFGM arXiv 2209.11178, PFGM++ arXiv 2302.04265. Letters: x (B, ...) data in [-1, 1] with
+N numbers each, z (B,) > 0 the augmented coordinate (the norm of all D of them in PFGM++, where
+D = inf is diffusion and z then means its noise level sigma), K charges, D = 1 in PFGM.
+A network is anything called as net(x, z) that returns (v_x like x, v_z (B,)), toward the data.
+"""
+import math
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+CHUNK = 4096  # charges taken to float64 at a time: 100 MB on CIFAR-10
+
+
+class Hyperparameters(NamedTuple):
+    M: int             # largest exponent of the perturbation
+    z_max: float       # where sampling starts
+    upper_norm: float  # the largest |x| there
+
+
+def hyperparameters(data_norm, N, sigma=0.01, tau=0.03):
+    """M, z_max, upper_norm for data of mean norm `data_norm` in N dimensions. PFGM Appendix B.
+
+    M = int(3/4 ln(norm^2 / (2 sqrt(N) sigma^2)) / ln(1 + tau)) + 1; z_max and upper_norm are the
+    mean |z| and the typical |x| that perturb() reaches at m = M. All in units of x.
+    Raises ValueError where no M >= 1 comes out (data without spread, or sigma too large)."""
+    ratio = data_norm ** 2 / (2 * math.sqrt(N) * sigma ** 2)
+    if not ratio > 1:
+        raise ValueError(f'data_norm {data_norm} is within the first noise level: norm^2 must '
+                         f'exceed 2 sqrt(N) sigma^2 = {data_norm ** 2 / max(ratio, 1e-300):.3g}')
+    M = int(0.75 * math.log(ratio) / math.log(1 + tau)) + 1
+    growth = sigma * (1 + tau) ** M
+    return Hyperparameters(M, math.sqrt(2 / math.pi) * growth, math.sqrt(N) * growth)
+
+
+# ---------------------------------------------------------------- where the field is learned
+
+def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
+    """Move each data point off the plane by a random amount. PFGM Algorithm 2, Appendix B.1.1.
+
+    x (B, ...) -> (moved like x, z (B,) > 0): z ~ sigma (1+tau)^m and |moved - x| ~ sqrt(N) times
+    that, with m ~ U[0, M]; with `limit_norm`, m ~ U[0, int(0.7 M)] where |eps_z| < sigma / 2.
+    `generator` must live on the device of x."""
+    draw = dict(generator=generator, device=x.device)
+    B, column = len(x), (-1,) + (1,) * (x.dim() - 1)
+    m = M * torch.rand(B, **draw)
+    eps_z = sigma * torch.randn(B, **draw).abs().clamp_min(1e-7)  # float32 randn can be exactly 0
+    m_low = int(0.7 * M) * torch.rand(B, **draw)
+    if limit_norm:  # a tiny z far from the data would start a line that is all but horizontal
+        m = torch.where(eps_z < sigma / 2, m_low, m)
+    growth = (1 + tau) ** m
+    # |eps_x| u, a Gaussian's norm times an independent uniform direction, is again that Gaussian.
+    eps_x = sigma * torch.randn(x.shape, **draw, dtype=x.dtype)
+    return x + growth.view(column).to(x.dtype) * eps_x, (growth * eps_z).to(x.dtype)
+
+
+def posterior_mean(x, z, charges, D=1):
+    """xhat, the mean of the data that a line through (x, z) can end at. PFGM++ Eq. 5.
+
+    x (B, ...), z (B,), charges (K, ...) -> (B, N) in float64:
+    w_k = softmax_k(-(N+D)/2 log d_k^2), d_k^2 = |x - y_k|^2 + z^2;  xhat = sum_k w_k y_k.
+    Memory: (B, K) and CHUNK charges in float64, never (B, K, N)."""
+    # d^2 by one matrix product: |x|^2 + |y|^2 - 2 x.y cancels where x is near a charge, and a 1e-3
+    # error in d changes a weight 22-fold at N = 3072, so all of it in float64. MPS has none.
+    home = 'cpu' if x.device.type == 'mps' else x.device
+    x, z2 = x.flatten(1).to(home, torch.float64), z.to(home, torch.float64).square()
+    N, x2 = x.shape[1], x.square().sum(1, keepdim=True)
+    chunks = charges.flatten(1).split(CHUNK)
+
+    def distance2(y):
+        y = y.to(home, torch.float64)
+        return torch.addmm(x2 + y.square().sum(1), x, y.T, alpha=-2)
+    d2 = torch.cat([distance2(y) for y in chunks], dim=1)  # (B, K), without z^2
+    if D == math.inf:
+        logits = -d2 / (2 * z2[:, None])
+    else:  # on a charge rounding can leave d^2 < 0; any tiny number in its place wins the softmax
+        logits = -(N + D) / 2 * (d2 + z2[:, None]).clamp_min(1e-300).log()
+    weights = logits.softmax(dim=1).split(CHUNK, dim=1)
+    return sum(w @ y.to(home, torch.float64) for w, y in zip(weights, chunks))
+
+
+def poisson_field(x, z, charges, gamma=5.0, D=1):
+    """The normalised field of `charges`, pointing toward them. PFGM Eq. 5 and Algorithm 1.
+
+    x (B, ...), z (B,), charges (K, ...) -> (v_x like x, v_z (B,)):
+    v = -sqrt(N) E / (|E| + gamma), E = (x - xhat, z), computed in float64, returned in x.dtype."""
+    xhat = posterior_mean(x, z, charges, D)
+    E_x = x.flatten(1).to(xhat) - xhat
+    E_z = z.to(xhat)
+    scale = -math.sqrt(E_x.shape[1]) / (torch.hypot(E_x.norm(dim=1), E_z) + gamma)
+    return (E_x * scale[:, None]).view_as(x).to(x), (E_z * scale).to(x)
+
+
+class ExactField:
+    """The field of given charges (K, ...), called like a network: no training, no error.
+
+    Its samples are the charges themselves: for tests, figures, and solver studies."""
+
+    def __init__(self, charges, gamma=5.0, D=1):
+        self.charges, self.gamma, self.D = charges, gamma, D
+
+    def __call__(self, x, z):
+        return poisson_field(x, z, self.charges, self.gamma, self.D)
+
+
+# ---------------------------------------------------------------- the prior on z = z_max
+
+def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu',
+                 dtype=torch.float32):
+    """Draw x on the plane z = z_max, where the flow starts. PFGM Section 3.2, Appendix B.2.1.
+
+    shape (B, ...) -> x of that shape; x = z_max eps / sqrt(chi2_D), a Student-t with D degrees of
+    freedom; D = 1 is the hemisphere seen from the data; D = inf is z_max eps. Drawn in float64 on
+    the CPU, so that a seed means the same noise on every machine.
+    `upper_norm` clips |x| to [1, upper_norm], as published (54 % of CIFAR-10 draws are clipped)."""
+    draw = dict(generator=generator, dtype=torch.float64)
+    x = torch.randn(shape, **draw) * z_max
+    column = (-1,) + (1,) * (x.dim() - 1)
+    if D != math.inf:
+        half = torch.full((len(x),), D / 2, dtype=torch.float64)
+        chi2 = 2 * torch._standard_gamma(half, generator=generator)
+        # Below 1e-60 (a draw of probability 1e-30) the quotient would leave float32's range.
+        x = x / chi2.clamp_min(1e-60).sqrt().view(column)
+    if upper_norm is not None:
+        radius = x.flatten(1).norm(dim=1)
+        x = x * (radius.clamp(1.0, upper_norm) / radius).view(column)
+    return x.to(device, dtype)
+
+
+def prior_logp(x, z_max, D=1):
+    """log density (B,), in nats, of the unclipped prior at x (B, ...). PFGM Section 3.2.
+
+    D = 1: 2 z_max / (S_N(1) (|x|^2 + z_max^2)^((N+1)/2)), S_N(1) = 2 pi^((N+1)/2) / Gamma((N+1)/2)
+    the area of the unit sphere in R^(N+1) (the published code took that of R^N)."""
+    N, r2 = x[0].numel(), x.flatten(1).double().square().sum(1)
+    if D == math.inf:
+        return -r2 / (2 * z_max ** 2) - N / 2 * math.log(2 * math.pi * z_max ** 2)
+    constant = math.lgamma((N + D) / 2) - math.lgamma(D / 2) - N / 2 * math.log(math.pi)
+    return constant + D * math.log(z_max) - (N + D) / 2 * (r2 + z_max ** 2).log()
+
+
+# ---------------------------------------------------------------- the flow
+
+def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact'):
+    """dx/dlog z = z v_x / v_z along the field line through (x, z). PFGM Eq. 7, Appendix B.2.3.
+
+    x (B, ...), z (B,) -> like x. Where z < z_exp the network's v_z, by then nearly 0, is replaced
+    by the one that |v_x| implies. small_z='exact' solves for it; 'official' is the published
+    approximation (3.9 % off at z = 5, N = 48), with its 1e-5 added to v_z. z_exp=0: never."""
+    v_x, v_z = net(x, z)
+    if z_exp > 0:
+        N = x[0].numel()
+        n, z64 = (v_x.flatten(1).norm(dim=1) / math.sqrt(N)).to(z), z
+        # n = |E_x| / (s + gamma), s = |E|, s^2 = |E_x|^2 + z^2
+        if small_z == 'official':
+            s, known = torch.hypot(gamma * n / (1 - n), z64), z < z_exp
+        else:  # (1 - n^2) s^2 - 2 n^2 gamma s - (n^2 gamma^2 + z^2) = 0 has a root only if n < 1
+            root = torch.sqrt((gamma * n) ** 2 + (1 - n * n) * z64 * z64)
+            s, known = (gamma * n * n + root) / (1 - n * n), (z < z_exp) & (n < 1)
+        v_z = torch.where(known, -math.sqrt(N) * z / (s + gamma), v_z)
+    if small_z == 'official':
+        v_z = v_z + 1e-5
+    return v_x * (z / v_z).view((-1,) + (1,) * (x.dim() - 1))
+
+
+def euler(f, x, grid, nfe, callback=None):
+    """Euler in z on the grid, one call a step: dx/dz = f / z."""
+    for z, z_next in zip(grid[:-1], grid[1:]):
+        x = x + (z_next / z - 1) * f(x, x.new_full((len(x),), z))
+        if callback:
+            callback(z_next, x)
+    return x
+
+
+def heun(f, x, grid, nfe, callback=None):
+    """Heun in z, two calls a step; where nfe is odd the last step is Euler's. EDM Algorithm 1."""
+    for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
+        slope = f(x, x.new_full((len(x),), z)) / z
+        x_next = x + (z_next - z) * slope
+        if 2 * i + 1 < nfe:
+            slope_next = f(x_next, x.new_full((len(x),), z_next)) / z_next
+            x_next = x + (z_next - z) * 0.5 * (slope + slope_next)
+        x = x_next
+        if callback:
+            callback(z_next, x)
+    return x
+
+
+def _solve_ivp(f, y, z_from, z_to, rtol, atol, keep_steps=False):
+    """scipy's RK45 in log z on one flat float64 array. Raises RuntimeError where it cannot step."""
+    from scipy.integrate import solve_ivp
+    span = (math.log(z_from), math.log(z_to))
+    solution = solve_ivp(f, span, y, method='RK45', rtol=rtol, atol=atol,
+                         t_eval=None if keep_steps else span[1:])
+    if not solution.success:
+        raise RuntimeError(f'RK45 stopped at z = {math.exp(f.log_z):.4g}: {solution.message}')
+    return solution
+
+
+def rk45(f, x, z_from, z_to, rtol, atol, callback=None):
+    """RK45 in log z with one step size for the whole batch, as published -> (x, calls)."""
+    def flat(log_z, y):
+        nonlocal nfe
+        nfe, flat.log_z = nfe + 1, log_z
+        y = torch.from_numpy(y).view(x.shape).to(x)
+        return f(y, y.new_full((len(y),), math.exp(log_z))).double().cpu().numpy().ravel()
+    nfe = 0
+    y = x.double().cpu().numpy().ravel()
+    solution = _solve_ivp(flat, y, z_from, z_to, rtol, atol, keep_steps=callback is not None)
+    states = [torch.from_numpy(y.copy()).view(x.shape).to(x) for y in solution.y.T]
+    if callback:
+        for log_z, state in zip(solution.t[1:], states[1:]):
+            callback(math.exp(log_z), state)
+    return states[-1], nfe
+
+
+def rk45_each(f, x, z_from, z_to, rtol, atol):
+    """RK45 in log z, each sample with step sizes of its own, so that it does not depend on the
+    others of its batch -> (x, calls of the slowest sample). One scipy solver a sample, each in a
+    thread that waits while all their questions go through the network as one batch."""
+    questions = queue.SimpleQueue()
+    answers = [queue.SimpleQueue() for _ in x]
+
+    def solve(i, y):
+        def ask(log_z, y):
+            ask.log_z = log_z
+            questions.put((i, log_z, y))
+            answer = answers[i].get()
+            if answer is None:
+                raise InterruptedError('another sample of the batch failed')
+            return answer
+        try:
+            return _solve_ivp(ask, y, z_from, z_to, rtol, atol).y[:, -1]
+        finally:
+            questions.put((i, None, None))
+
+    running, nfe = set(range(len(x))), 0
+    starts = x.flatten(1).double().cpu().numpy()
+    with ThreadPoolExecutor(len(x)) as pool:
+        futures = [pool.submit(solve, i, y) for i, y in enumerate(starts)]
+        try:
+            while running:
+                asked = sorted((questions.get() for _ in range(len(running))), key=lambda q: q[0])
+                running -= {i for i, log_z, _ in asked if log_z is None}
+                asked = [q for q in asked if q[1] is not None]
+                if asked:
+                    batch = torch.from_numpy(np.stack([y for _, _, y in asked]))
+                    z = torch.tensor([math.exp(log_z) for _, log_z, _ in asked]).to(x)
+                    slopes = f(batch.view(-1, *x.shape[1:]).to(x), z).flatten(1).double().cpu()
+                    nfe += 1
+                    for (i, _, _), slope in zip(asked, slopes.numpy()):
+                        answers[i].put(slope)
+        finally:
+            for i in running:  # only after an error: wake the threads that wait for an answer
+                answers[i].put(None)
+        ends = np.stack([future.result() for future in futures])
+    return torch.from_numpy(ends).view(x.shape).to(x), nfe
+
+
+def _adaptive(f, x, z_from, z_to, rtol, atol, official, each, callback):
+    """The RK45 half of sample_ode. The published state has z, of slope z, as one more channel of
+    x: its small error loosens the norm by which the steps are chosen."""
+    if each:
+        if callback:
+            raise ValueError('callback with each=True: the samples do not share their steps')
+        return rk45_each(f, x, z_from, z_to, rtol, atol)
+    if not official:
+        return rk45(f, x, z_from, z_to, rtol, atol, callback)
+
+    def f_and_z(y, z):
+        slope_z = z.view((-1,) + (1,) * (x.dim() - 1)).expand_as(y[:, -1:])
+        return torch.cat([f(y[:, :-1], z), slope_z], dim=1)
+    y = torch.cat([x, torch.full_like(x[:, :1], z_from)], dim=1)
+    report = callback and (lambda z, y: callback(z, y[:, :-1]))
+    y, nfe = rk45(f_and_z, y, z_from, z_to, rtol, atol, report)
+    return y[:, :-1], nfe
+
+
+def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, gamma=5.0, z_exp=5.0,
+               small_z='exact', rtol=1e-4, atol=1e-4, each=False, callback=None):
+    """Follow the field lines of `net` from the plane z_from to z_to: generate with z_to < z_from,
+    encode with z_to > z_from. PFGM Section 3.3, Appendix B.2.
+
+    x (B, ...) on z_from -> (x on z_to, network calls spent per image).
+    solver 'rk45' meets rtol, atol with a float64 state, step sizes shared by the batch or, with
+    `each`, per sample; 'euler' and 'heun' make exactly `nfe` calls on a grid even in log z.
+    callback(z, x) after each step. The network works in x.dtype, on x.device.
+    Raises ValueError for an unknown solver or nfe < 1, RuntimeError where RK45 cannot go on."""
+    def f(x, z):
+        return drift(net, x, z, gamma, z_exp, small_z)
+    if solver == 'rk45':
+        return _adaptive(f, x, z_from, z_to, rtol, atol, small_z == 'official', each, callback)
+    if solver not in ('euler', 'heun') or nfe < 1:
+        raise ValueError(f'solver {solver!r}, nfe {nfe}: rk45, euler or heun, and nfe of 1 or more')
+    steps = nfe if solver == 'euler' else (nfe + 1) // 2
+    grid = np.geomspace(z_from, z_to, steps + 1).tolist()
+    return (euler if solver == 'euler' else heun)(f, x, grid, nfe, callback), nfe
+
+
+# ---------------------------------------------------------------- likelihood
+
+class Likelihood(NamedTuple):
+    logp: torch.Tensor    # (B,) nats
+    bpd: torch.Tensor     # (B,) bits/dim of 8-bit data scaled to [-1, 1]
+    latent: torch.Tensor  # like x, on z = z_max
+    nfe: int
+
+
+def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=5.0, z_exp=5.0,
+                   small_z='exact', rtol=1e-5, atol=1e-5, generator=None):
+    """log p(x) = log p_prior(x(z_max)) + integral of div f dlog z, f = dx/dlog z. PFGM Section 3.3.
+
+    x (B, ...) on z = z_min -> Likelihood. divergence 'hutchinson' (one Rademacher probe, kept for
+    the whole path) or 'exact' (N backward passes a call). bits/dim = -log2 p / N + 7: one grey
+    level is 2/256 wide. Uniform dequantisation, (pixel + U[0, 1)) / 256 * 2 - 1, is the caller's.
+    Raises ValueError for an unknown divergence, RuntimeError where RK45 cannot go on."""
+    if divergence not in ('hutchinson', 'exact'):
+        raise ValueError(f"divergence {divergence!r}: 'hutchinson' or 'exact'")
+    B, N = len(x), x[0].numel()
+    probe = torch.randint(0, 2, (B, N), generator=generator).to(x) * 2 - 1
+
+    def f(state, z):  # state (B, N + 1): x and the integral so far; z (B,)
+        with torch.enable_grad():
+            at = state[:, :N].reshape(x.shape).detach().requires_grad_()
+            slope = drift(net, at, z, gamma, z_exp, small_z).flatten(1)
+            if divergence == 'hutchinson':  # div f = E[probe . d(probe . f)/dx]
+                grad, = torch.autograd.grad(slope, at, probe)
+                div = (grad.flatten(1) * probe).sum(1)
+            else:
+                rows = [torch.autograd.grad(slope[:, i].sum(), at, retain_graph=i < N - 1)[0]
+                        for i in range(N)]
+                div = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
+        return torch.cat([slope.detach(), div[:, None]], dim=1)
+
+    start = torch.cat([x.flatten(1), torch.zeros_like(x.flatten(1)[:, :1])], dim=1)
+    end, nfe = rk45(f, start, z_min, z_max, rtol, atol)
+    latent = end[:, :N].view(x.shape)
+    logp = prior_logp(latent, z_max, D) + end[:, N].double()
+    return Likelihood(logp, -logp / math.log(2) / N + 7, latent, nfe)

@@ -1,0 +1,266 @@
+"""Sample from a trained Poisson flow, or from the exact field of a data set.
+
+    python sample.py --nfe 100                     # out/ckpt.pt -> samples.png
+    python sample.py --exact --dataset glyphs      # no network: the field of the data itself
+    torchrun --nproc_per_node=8 sample.py --n 50000 --out samples.npz      # all GPUs, for FID
+
+--out ends in .png (one grid), .gif (the flow from noise to images), .npz (arr_0, uint8 NHWC), or
+is a folder. Image i depends on --seed and i alone, however the work is split.
+"""
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data as datasets
+import pfgm
+from data import BadInput
+from train import PRESETS, Parser, above, flow_constants, run, save_grid, setup, step_seed
+from unet import load_checkpoint
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__)
+    p.add_argument('--ckpt', default='out/ckpt.pt', help='ours or an official one')
+    p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
+    p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
+    p.add_argument('--dataset', default=None, help='of --exact; or which of the authors\' data '
+                   'sets an official checkpoint was trained on (default: by its image size)')
+    p.add_argument('--data_dir', default='data')
+    p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
+    p.add_argument('--n', type=above(0, int), default=64, help='images')
+    p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
+    p.add_argument('--solver', choices=('rk45', 'euler', 'heun'), default=None,
+                   help='default: rk45, or heun where --nfe is given')
+    p.add_argument('--nfe', type=above(0, int), default=None, help='network calls an image')
+    p.add_argument('--tol', type=above(0, float), default=1e-4, help='rtol and atol of rk45')
+    p.add_argument('--small_z', choices=('exact', 'official'), default=None,
+                   help='v_z below z_exp (default: exact; official for official checkpoints)')
+    p.add_argument('--seed', type=above(-1, int), default=0)
+    p.add_argument('--device', default='auto')
+    p.add_argument('--out', default='samples.png', help='.png, .gif, .npz or a folder')
+    kind = p.add_mutually_exclusive_group()
+    kind.add_argument('--gif', action='store_true', help='like --out samples.gif')
+    kind.add_argument('--interpolate', action='store_true',
+                      help='rows of 8: slerp between two directions, both of norm upper_norm')
+    kind.add_argument('--rescale', action='store_true',
+                      help='rows of 8: one direction, norms from upper_norm / 3 to 2 upper_norm')
+    kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
+    kind.add_argument('--field_lines', action='store_true', help='the figure: a heart of charges')
+    return p.parse_args(argv)
+
+
+def load_flow(args, device):
+    """(net, flow, images or None); flow is what sample_ode needs to know beside the network."""
+    if args.exact:
+        images = datasets.load(args.dataset or 'glyphs', args.data_dir, args.image_size)
+        if images.pixels is None:
+            raise BadInput(f'--exact --dataset {args.dataset}: does not fit in memory')
+        flow = flow_constants(images, args.dataset)
+        net = pfgm.ExactField(datasets.to_float(images.pixels.to(device)).double())
+        flow.update(z_exp=0.0, shape=tuple(images.pixels.shape[1:]))  # its v_z needs no help
+    else:
+        images = None
+        net, saved = load_checkpoint(args.ckpt, args.weights)
+        net.to(device, memory_format=torch.channels_last)
+        if saved.get('official'):
+            size = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
+            name = args.dataset or size.get(saved['image_size'])
+            if name not in PRESETS or PRESETS[name]['M'] is None:
+                raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
+                               + ', '.join(k for k, row in PRESETS.items() if row['M']))
+            saved = {**saved, **PRESETS[name], 'z_min': 1e-3, 'gamma': 5.0}
+        flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma')}
+        flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
+        args.small_z = args.small_z or ('official' if saved.get('official') else 'exact')
+    flow.update(small_z=args.small_z or 'exact', solver=args.solver or
+                ('heun' if args.nfe else 'rk45'), nfe=args.nfe or 100, tol=args.tol)
+    return net, flow, images
+
+
+def prior(flow, seed, indices, upper_norm=None):
+    """The starts of images `indices`, each drawn from (seed, its index) alone."""
+    return torch.cat([pfgm.sample_prior(
+        (1, *flow['shape']), flow['z_max'], flow['upper_norm'],
+        generator=torch.Generator().manual_seed(step_seed(seed, i))) for i in indices])
+
+
+@torch.no_grad()
+def follow(net, flow, x, device, up=False, callback=None):
+    """x down from z_max to z_min, or up -> (x, nfe), in float32 (float64 for an exact field)."""
+    ends = (flow['z_min'], flow['z_max']) if up else (flow['z_max'], flow['z_min'])
+    dtype = torch.float64 if isinstance(net, pfgm.ExactField) else torch.float32
+    return pfgm.sample_ode(
+        net, x.to(device, dtype), *ends, flow['solver'], flow['nfe'], gamma=flow['gamma'],
+        z_exp=flow['z_exp'], small_z=flow['small_z'], rtol=flow['tol'], atol=flow['tol'],
+        each=callback is None and flow['small_z'] != 'official', callback=callback)
+
+
+def generate(net, flow, n, seed, batch_size, device, rank=0, world=1, starts=None):
+    """Yield (first index, uint8 images on the CPU) of this rank's share of n, with progress.
+
+    `starts` (n, C, H, W) replaces the prior's draws."""
+    share = range(n * rank // world, n * (rank + 1) // world)
+    clock = time.time()
+    for first in range(share.start, share.stop, batch_size):
+        indices = range(first, min(first + batch_size, share.stop))
+        x = prior(flow, seed, indices) if starts is None else starts[first:indices.stop]
+        x, nfe = follow(net, flow, x, device)
+        if rank == 0:
+            done = indices.stop - share.start
+            seconds = time.time() - clock
+            left = int(seconds / done * (len(share) - done))
+            print(f'{indices.stop - share.start}/{len(share)} images  {flow["solver"]} nfe {nfe}  '
+                  f'{done / seconds:.2f} img/s  {left // 60}:{left % 60:02d} left', flush=True)
+        yield first, datasets.to_uint8(x).cpu()
+
+
+def special_starts(args, flow):
+    """Starts of --interpolate and --rescale: rows of 8 images."""
+    rows = max(args.n // 8, 1)
+    x = prior(flow, args.seed, range(2 * rows)).double()
+    x = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+    a, b = x[0::2, None], x[1::2, None]                         # (rows, 1, C, H, W), unit length
+    t = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1, 1)
+    if args.rescale:
+        x = a * flow['upper_norm'] * (1 / 3 + 5 / 3 * t)
+    else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b
+        w = (a * b).sum((2, 3, 4), keepdim=True).acos()
+        x = flow['upper_norm'] * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
+    return x.flatten(0, 1).float()
+
+
+def write_flow_gif(net, flow, args, device):
+    """The same images at every step on the way down, as an animated GIF."""
+    frames = []
+
+    def keep(z, x):  # far from the data x is huge: shown relative to its own largest value
+        shown = x / x.abs().amax((1, 2, 3), keepdim=True).clamp_min(1)
+        frames.append(datasets.to_uint8(shown.float()).cpu())
+    x = prior(flow, args.seed, range(args.n))
+    keep(flow['z_max'], x)
+    _, nfe = follow(net, flow, x, device, callback=keep)
+    frames = frames[::-(-len(frames) // 40)] + frames[-1:]
+    grids = [save_grid(frame, None) for frame in frames]
+    grids[0].save(args.out, save_all=True, append_images=grids[1:], loop=0,
+                  duration=[80] * (len(grids) - 1) + [2000])
+    print(f'{args.out}: {args.n} images, {len(grids)} frames, {flow["solver"]} nfe {nfe}')
+
+
+def encode(net, flow, args, device):
+    """Images up to z_max and back. A PNG with one image a row: input, latent, what comes back,
+    and |error| x 10; norms and errors are printed."""
+    C, size, _ = flow['shape']
+    images = datasets.load(args.encode, args.data_dir, size, C)
+    pixels = torch.stack([images[i] for i in range(min(args.n, len(images)))])
+    x = datasets.to_float(pixels).to(device)
+    latent, nfe_up = follow(net, flow, x, device, up=True)
+    back, nfe_down = follow(net, flow, latent, device)
+    error = (back.to(x) - x).abs()
+    for i, (l, e) in enumerate(zip(latent, error)):
+        print(f'image {i}: |latent| {l.norm():.1f}  error mean {e.mean():.2e}  max {e.max():.2e}')
+    print(f'{len(x)} images: mean error {error.mean():.2e} of a range of 2 '
+          f'(one grey level is 7.8e-3), nfe {nfe_up} up, {nfe_down} down')
+    shown = latent / latent.abs().amax((1, 2, 3), keepdim=True)
+    row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)
+    save_grid(datasets.to_uint8(row.flatten(0, 1)), args.out, nrow=4)
+
+
+def field_lines(path):
+    """A PNG of the field lines of a heart of charges, from the hemisphere down to the plane."""
+    from PIL import Image, ImageDraw
+    side = torch.arange(-1.2, 1.3, 0.11, dtype=torch.float64)
+    x, y = torch.meshgrid(side, side, indexing='xy')
+    heart = (x * x + y * y - 1) ** 3 <= x * x * y ** 3
+    charges = torch.stack([x[heart], y[heart]], 1)
+    n, z_max = 180, 4.0
+    i = torch.arange(n, dtype=torch.float64) + 0.5  # a Fibonacci lattice: even on the hemisphere
+    z, angle = 1 - i / n, math.pi * (1 + 5 ** 0.5) * i
+    x = torch.stack([angle.cos(), angle.sin()], 1) * (z_max * (1 - z * z).sqrt() / z)[:, None]
+    path_x, path_z = [x], [z_max]
+    pfgm.sample_ode(pfgm.ExactField(charges), x, z_max, 1e-3, 'heun', 799, z_exp=0,
+                    callback=lambda z, x: (path_x.append(x), path_z.append(z)))
+    x, z = torch.stack(path_x), torch.tensor(path_z).view(-1, 1)     # (steps, n, 2), (steps, 1)
+    drawn = torch.hypot(x.norm(dim=2), z) <= 2.2                     # inside this hemisphere
+
+    def project(x, z):  # seen from the front and above
+        return torch.stack([800 + 330 * x[..., 0], 940 - 330 * (0.8 * z + 0.6 * x[..., 1])], -1)
+    image = Image.new('RGB', (1600, 1440), 'white')
+    draw = ImageDraw.Draw(image)
+    for k in x[-1, :, 1].argsort(descending=True).tolist():  # the farther ones first
+        points = project(x, z)[drawn[:, k], k].tolist()
+        for j, (start, end) in enumerate(zip(points, points[1:])):
+            share = j / len(points)
+            draw.line([*start, *end], (int(60 + 170 * share), 110 - int(60 * share),
+                                       int(210 - 130 * share)), 3)
+        u, v = points[0]
+        draw.ellipse([u - 6, v - 6, u + 6, v + 6], (40, 90, 200))
+    for u, v in project(charges, torch.zeros(())).tolist():
+        draw.ellipse([u - 6, v - 6, u + 6, v + 6], (215, 30, 50))
+    image.resize((800, 720), Image.Resampling.LANCZOS).save(path)
+    print(f'{path}: {n} field lines of {len(charges)} charges')
+
+
+def check_out(out):
+    folder = os.path.dirname(out)
+    if folder and not os.path.isdir(folder):
+        raise BadInput(f'--out {out}: no folder {folder}; make it with: mkdir -p {folder}')
+    if not out.endswith(('.png', '.gif', '.npz')) and os.path.splitext(out)[1]:
+        raise BadInput(f'--out {out}: must end in .png, .gif or .npz, or be a folder')
+    if os.path.isdir(out) and os.listdir(out):
+        raise BadInput(f'--out {out}: a folder that is not empty; give a new one')
+
+
+def main(args):
+    if args.gif and not args.out.endswith('.gif'):
+        args.out = os.path.splitext(args.out)[0] + '.gif'
+    check_out(args.out)
+    if args.field_lines:
+        return field_lines(args.out)
+    device, rank, world = setup(args.device)
+    net, flow, images = load_flow(args, device)
+    if rank == 0:
+        print('  '.join(f'{k} {v}' for k, v in flow.items()), flush=True)
+    if args.encode:
+        return encode(net, flow, args, device)
+    if args.out.endswith('.gif'):
+        return write_flow_gif(net, flow, args, device)
+
+    special = special_starts(args, flow) if args.interpolate or args.rescale else None
+    n = args.n if special is None else len(special)
+    folder = not args.out.endswith(('.png', '.npz'))
+    made = []
+    for first, pixels in generate(net, flow, n, args.seed, args.batch_size, device, rank, world,
+                                  special):
+        made.append(pixels)
+        if folder:
+            from PIL import Image
+            os.makedirs(args.out, exist_ok=True)
+            for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy(), first):
+                Image.fromarray(image.squeeze()).save(os.path.join(args.out, f'{i:06d}.png'))
+    made = torch.cat(made) if made else torch.empty(0, *flow['shape'], dtype=torch.uint8)
+    if images is not None:
+        data = images.pixels.flatten(1).to('cpu')
+        hits = sum((data == x).all(1).any().item() for x in made.flatten(1))
+        print(f'{hits} of {len(made)} samples are, to the grey level, images of {images.name}')
+    if world > 1 and not folder:
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(made, parts)
+        made = torch.cat(parts) if rank == 0 else made
+    if rank > 0:
+        return
+    if args.out.endswith('.npz'):
+        part = args.out + '.part'
+        with open(part, 'wb') as file:
+            np.savez(file, arr_0=made.permute(0, 2, 3, 1).numpy())
+        os.replace(part, args.out)
+    elif not folder:
+        save_grid(made, args.out, nrow=8 if special is not None else None)
+    print(f'{args.out}: {n} images')
+
+
+if __name__ == '__main__':
+    run(main, parse_args())

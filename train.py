@@ -1,0 +1,511 @@
+"""Train a Poisson flow on images.
+
+    python train.py                                # digits drawn on the spot, 5 minutes on 2 cores
+    python train.py --dataset photos/              # a folder, .zip, .npy or .npz of images
+    torchrun --nproc_per_node=8 train.py --dataset cifar10         # the published CIFAR-10 run
+
+Writes ckpt.pt, log.jsonl and sample grids to --out_dir. The same command again goes on where the
+last one stopped. PFGM: arXiv 2209.11178; its equations are in pfgm.py, its network in unet.py.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data as datasets
+import pfgm
+from data import BadInput
+from unet import ARCHITECTURE, UNet, build, read_checkpoint
+
+# One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
+# of the official code. M, z_max, upper_norm of None: by pfgm.hyperparameters, from the data;
+# z_exp of None: 10 gamma / sqrt(N), where the field's norm still tells |E| to a few per cent.
+S, L = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4)
+PRESETS = {name: dict(zip(('nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size',
+                           'field_batch', 'lr', 'warmup', 'ema_decay', 'steps', 'loss', 'M',
+                           'z_max', 'upper_norm', 'z_exp'), row)) for name, row in {
+    # name        nf   ch_mult  bl attn  drop  batch field  lr    warm  ema     steps    loss   M    z_max upper  z_exp
+    'glyphs':      (32,  S[:3],  1, (8,),  0.0, 64,  'all', 2e-3, 100,  0.995,  1500,    'sum', None, None, None,  None),
+    'mnist':       (32,  S[:3],  2, (7,),  0.0, 64,  4096,  1e-3, 200,  0.999,  20000,   'sum', None, None, None,  None),
+    'cifar10':     (128, S,      4, (16,), 0.1, 128, 4096,  2e-4, 5000, 0.9999, 1300000, 'sum', 291,  40.,  3000.,  5.),
+    'cifar10_deep': (128, S,     8, (16,), 0.1, 128, 4096,  2e-4, 5000, 0.9999, 1300000, 'sum', 291,  40.,  3000.,  5.),
+    'celeba64':    (128, S,      4, (16,), 0.1, 128, 512,   2e-4, 5000, 0.9999, 1300000, 'sum', 291,  60.,  6000.,  1.),
+    'lsun_bedroom': (128, L,     2, (16,), 0.0, 32,  32,    2e-5, 5000, 0.9999, 2400000, 'mean', 356, 100., 30000., 0.1),
+}.items()}
+FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'accum', 'bf16', 'compile', 'workers',
+                  'log_every', 'sample_every', 'save_every', 'init_from'}
+Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags are spelled out, shown with their defaults, and a wrong one ends in one line."""
+
+    def __init__(self, **kw):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **kw)
+
+    def error(self, message):
+        print(f'{message.removeprefix("argument ")} (see {self.prog} --help)', file=sys.stderr)
+        sys.exit(2)
+
+
+def above(low, kind=float, below=math.inf):
+    """An argparse type: a number of that kind with low < number < below."""
+    def convert(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not low < number < below:
+            word = 'a whole number' if kind is int else 'a number'
+            limit = f' and below {below}' if below < math.inf else ''
+            raise argparse.ArgumentTypeError(f'{text}: must be {word} above {low}{limit}')
+        return number
+    return convert
+
+
+def count_or_all(text):
+    return text if text == 'all' else above(0, int)(text)
+
+
+def parse_args(argv=None):
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument('--dataset', default='glyphs', help='a folder, .zip, .npy or .npz of images, '
+                     f'or one of {", ".join(datasets.SETS)}')
+    pre.add_argument('--preset', choices=PRESETS, help='row of defaults (by data set, else size)')
+    known = pre.parse_known_args(argv)[0]
+    row = PRESETS.get(known.preset or known.dataset, {})
+    p = Parser(description=__doc__, parents=[pre])
+
+    def flag(name, kind, default, text, **kw):
+        if name in PRESETS['glyphs']:  # stays None until resolve(), when the data is known
+            text += f' (preset: {row.get(name) or "by the data"})'
+        elif default is not None:
+            text += f' (default: {default})'
+        kw = {'type': kind, **kw} if kind else {'action': argparse.BooleanOptionalAction, **kw}
+        p.add_argument(f'--{name}', default=default, help=text.replace('%', '%%'), **kw)
+    flag('data_dir', str, 'data', 'where known data sets are kept')
+    flag('out_dir', str, 'out', 'where the checkpoint, log and sample grids go')
+    flag('image_size', above(0, int), None, 'pixels a side (default: as the data is)')
+    flag('channels', int, None, 'grey or colour (default: as the data is)', choices=(1, 3))
+    flag('init_from', str, None, 'go on from this checkpoint, ours or an official one')
+    flag('seed', above(-1, int), 0, 'of the weights, the order of images and all noise')
+    flag('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps')
+    flag('bf16', None, None, 'bfloat16 autocast (default: where it is fast)')
+    flag('compile', None, False, 'torch.compile the network')
+    flag('workers', above(-1, int), 4, 'processes that read a set too large for memory')
+    flag('nf', above(0, int), None, 'channels of the first level')
+    flag('ch_mult', above(0, int), None, 'their multiple at each level', nargs='+')
+    flag('num_blocks', above(0, int), None, 'residual blocks a level')
+    flag('attn', above(0, int), None, 'image sizes with attention', nargs='*')
+    flag('dropout', above(-1e-9, below=1), None, 'in residual blocks')
+    flag('steps', above(0, int), None, 'updates in all')
+    flag('batch_size', above(0, int), None, 'points a step, over all processes')
+    flag('accum', above(0, int), 1, 'micro-batches a process splits its share into')
+    flag('field_batch', count_or_all, None, 'charges that define the field, or all')
+    flag('lr', above(0), None, "Adam's learning rate")
+    flag('warmup', above(-1, int), None, 'steps in which lr rises from 0')
+    flag('grad_clip', above(0), 1.0, 'largest gradient norm')
+    flag('ema_decay', above(-1e-9, below=1), None, 'of the averaged weights')
+    flag('loss', str, None, 'half the sum over components, or mean', choices=('sum', 'mean'))
+    flag('M', above(0, int), None, 'largest exponent of the perturbation')
+    flag('z_max', above(0), None, 'where sampling starts')
+    flag('upper_norm', above(0), None, 'largest |x| there')
+    flag('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted')
+    flag('z_min', above(0), 1e-3, 'where sampling ends')
+    flag('sigma', above(0), 0.01, 'noise at m = 0')
+    flag('tau', above(0), 0.03, 'growth of the noise, (1 + tau)^m')
+    flag('gamma', above(-1e-9), 5.0, 'added to the norm of the field')
+    flag('log_every', above(0, int), 50, 'steps between log lines')
+    flag('sample_every', above(-1, int), 5000, 'steps between sample grids; 0: none')
+    flag('save_every', above(0, int), 1000, 'steps between checkpoints')
+    return p.parse_args(argv)
+
+
+def run(main, args):
+    """main(args); whatever the user can mend ends in one line on stderr and exit code 2."""
+    try:
+        main(args)
+    except BadInput as error:
+        print(' '.join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup(name):
+    """(device, rank, world size) of this process, alone or under torchrun."""
+    ddp = 'RANK' in os.environ  # set by torchrun
+    rank, local, world = (int(os.environ[k]) if ddp else default for k, default in
+                          (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    if name == 'auto':
+        name = ('cuda' if torch.cuda.is_available() else
+                'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        device = torch.device(f'cuda:{local}' if name == 'cuda' and ddp else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f'--device {name}: not on this machine '
+                       f'({str(error).splitlines()[0]}); use --device cpu') from error
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if ddp:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device, rank, world
+
+
+def fast_bf16(device):
+    """Whether bfloat16 products run faster than float32 on this device."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
+
+
+def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
+    """M, z_max, upper_norm, z_exp of a data set: the official row of that name, else by the rule."""
+    flow = {k: PRESETS.get(name, {}).get(k) for k in ('M', 'z_max', 'upper_norm', 'z_exp')}
+    if None in flow.values():
+        N = images.channels * images.image_size ** 2
+        try:
+            rule = pfgm.hyperparameters(datasets.mean_norm(images), N, sigma, tau)
+        except ValueError as error:
+            raise BadInput(f'--dataset {images.name}: {error}') from error
+        flow = dict(rule._asdict(), z_exp=10 * gamma / math.sqrt(N))
+    return dict(flow, gamma=gamma, z_min=z_min)
+
+
+def resolve(args, images, saved, world):
+    """Fill the flags left open, from the checkpoint, the preset row or the data, and check them."""
+    sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
+    by_size = next(name for size, name in sizes if images.image_size <= size)
+    name = args.preset or args.dataset
+    row = {**PRESETS[name if name in PRESETS else by_size], **flow_constants(
+        images, name, args.sigma, args.tau, args.gamma, args.z_min)}
+    if saved:
+        row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
+    args.image_size, args.channels, args.flip = images.image_size, images.channels, images.flip
+    for key, value in row.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.field_batch != 'all' and args.field_batch >= len(images):
+        args.field_batch = 'all'
+    if args.z_min >= args.z_max:
+        raise BadInput(f'--z_min {args.z_min}: must be below --z_max {args.z_max:.4g}')
+    if args.batch_size % (world * args.accum):
+        raise BadInput(f'--batch_size {args.batch_size}: must be a multiple of '
+                       f'{world} processes x --accum {args.accum}')
+    if args.field_batch != 'all' and args.field_batch < args.batch_size:
+        raise BadInput(f'--field_batch {args.field_batch}: the {args.batch_size} points of a step '
+                       'are among its charges; at least --batch_size')
+
+
+# ---------------------------------------------------------------- the data of a step
+
+def step_seed(seed, step):
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def image_order(n, count, seed, step):
+    """Endless indices (count,) of step, step + 1, ...: one shuffle of all n images an epoch."""
+    order, epoch, at = None, None, step * count
+    while True:
+        want = []
+        while sum(map(len, want)) < count:
+            if at // n != epoch:
+                epoch = at // n
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(
+                    step_seed(seed, 2 ** 32 + epoch)))
+            take = order[at % n:][:count - sum(map(len, want))]
+            want.append(take)
+            at += len(take)
+        yield torch.cat(want)
+
+
+def gather(parts):
+    """Each rank's uint8 images, joined in rank order: every rank reads only its share from disk."""
+    whole = parts.new_empty(dist.get_world_size() * len(parts), *parts.shape[1:])
+    dist.all_gather_into_tensor(whole, parts)
+    return whole
+
+
+def training_steps(images, args, step, device, rank, world):
+    """Endless (moved, z, target_x, target_z) for this rank. The step's images, flips, noise and
+    charges depend on seed and step alone; each rank takes its slice of the points."""
+    every = args.field_batch == 'all'
+    if every:
+        if images.pixels is None:
+            raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
+                           'give a number of charges')
+        charges = datasets.to_float(images.pixels.to(device))
+        if args.flip:
+            charges = torch.cat([charges, charges.flip(-1)])
+    count = args.batch_size if every else args.field_batch
+    share = args.batch_size // world
+    indices = image_order(len(images), count, args.seed, step)
+    split = images.pixels is None and world > 1
+    if split:
+        if count % world:
+            raise BadInput(f'--field_batch {count}: must be a multiple of {world} processes')
+        indices = (block.chunk(world)[rank] for block in indices)
+    for block in datasets.batches(images, indices, device, args.workers):
+        x = datasets.to_float(gather(block) if split else block)
+        generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
+        if args.flip:
+            flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
+            x = torch.where(flipped, x.flip(-1), x)
+        moved, z = pfgm.perturb(x[:args.batch_size], args.M, args.sigma, args.tau,
+                                generator=generator)
+        moved, z = moved[rank * share:][:share], z[rank * share:][:share]
+        yield (moved, z, *pfgm.poisson_field(moved, z, charges if every else x, args.gamma))
+        step += 1
+
+
+def field_loss(net, moved, z, target_x, target_z, reduce):
+    """(B,) half the squared error summed over the N + 1 components, or its mean (LSUN)."""
+    v_x, v_z = net(moved, z)
+    error = (v_x - target_x).square().flatten(1).sum(1) + (v_z - target_z).square()
+    return error / 2 if reduce == 'sum' else error / (moved[0].numel() + 1)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def rng_state(device):
+    """Generators that dropout draws from, of every rank, in rank order."""
+    mine = [torch.get_rng_state()]
+    if device.type == 'cuda':
+        mine.append(torch.cuda.get_rng_state(device))
+    states = [mine]
+    if dist.is_initialized():
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, mine)
+    return states
+
+
+def save(path, checkpoint):
+    """Whole or not at all: to a temporary name, flushed, then renamed over the old file."""
+    part = f'{path}.part'
+    try:
+        with open(part, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
+        if os.path.exists(part):
+            os.remove(part)
+        kept = f'{path} of before is intact' if os.path.exists(path) else 'nothing was saved'
+        raise BadInput(f'--out_dir {os.path.dirname(path)}: cannot save '
+                       f'({str(error).splitlines()[0]}); {kept}; free some space, then run the '
+                       'same command again') from error
+
+
+def open_run(args):
+    """(checkpoint to go on from or None, whether it is this folder's own)."""
+    path = os.path.join(args.out_dir, 'ckpt.pt')
+    if os.path.exists(path):
+        saved = read_checkpoint(path)
+        if saved['args'].get('dataset') != args.dataset:
+            raise BadInput(f'--out_dir {args.out_dir}: holds a run on '
+                           f'{saved["args"].get("dataset")}, not on {args.dataset}; '
+                           'give another --out_dir')
+        return saved, True
+    if os.path.isdir(args.out_dir) and set(os.listdir(args.out_dir)) - {'log.jsonl'}:
+        raise BadInput(f'--out_dir {args.out_dir}: not empty, and without a ckpt.pt of train.py; '
+                       'give another --out_dir')
+    return (read_checkpoint(args.init_from), False) if args.init_from else (None, False)
+
+
+def check_resume(args, old):
+    """A flag that changes what is trained must be what it was."""
+    for key in vars(args).keys() & old.keys() - FREE_ON_RESUME:
+        a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
+        if a != b:
+            raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
+                           'or give another --out_dir')
+
+
+def sample_grid(net, args, device, path):
+    """A PNG of what the network makes now: 36 images from fixed noise, 35 calls."""
+    shape = (36, args.channels, args.image_size, args.image_size)
+    x = pfgm.sample_prior(shape, args.z_max, args.upper_norm, device=device,
+                          generator=torch.Generator().manual_seed(args.seed))
+    with torch.no_grad():
+        x, _ = pfgm.sample_ode(net, x, args.z_max, args.z_min, 'heun', 35, gamma=args.gamma,
+                               z_exp=args.z_exp)
+    save_grid(datasets.to_uint8(x), path)
+
+
+def save_grid(pixels, path, nrow=None):
+    """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more; saved at path
+    where one is given, and returned."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+    pixels = pixels.cpu().repeat_interleave(k := -(-64 // pixels.shape[-1]), 2)
+    grid = make_grid(pixels.repeat_interleave(k, 3), nrow or math.ceil(len(pixels) ** 0.5),
+                     padding=4, pad_value=128)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    if path:
+        picture.save(path)
+    return picture
+
+
+# ---------------------------------------------------------------- the run
+
+def progress(args, step, sums, seen, seconds, device):
+    """One line for people, and the dict that log.jsonl keeps. sums (bins, 2): loss and count."""
+    total, count = sums.sum(0).tolist()
+    memory = (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+    rate = seen / seconds
+    left = int((args.steps - step) * args.batch_size / rate)
+    by_z = [round(a / n, 5) if n else None for a, n in sums.tolist()]
+    lr = args.lr * min(step / max(args.warmup, 1), 1)
+    print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
+          f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  {memory:.1f} GB  loss by z '
+          + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z), flush=True)
+    return dict(step=step, loss=total / count, lr=lr, img_per_s=rate, memory_gb=memory,
+                loss_by_z=by_z, z_bins=Z_BINS)
+
+
+def stop_requested(signals, step, device, world):
+    """Whether to save and leave. Ranks hear a signal at different steps: they agree on every 10th."""
+    if world == 1:
+        return bool(signals)
+    if step % 10:
+        return False
+    heard = torch.tensor(float(len(signals)), device=device)
+    dist.all_reduce(heard)
+    return bool(heard > 0)
+
+
+def main(args):
+    # devices
+    device, rank, world = setup(args.device)
+    torch.manual_seed(args.seed)
+    args.bf16 = fast_bf16(device) if args.bf16 is None else args.bf16
+
+    # data
+    images = datasets.load(args.dataset, args.data_dir, args.image_size, args.channels)
+    saved, resumed = open_run(args)
+    resolve(args, images, saved, world)
+    if resumed:
+        check_resume(args, saved['args'])
+    if dist.is_initialized():
+        dist.barrier()  # every rank has looked at --out_dir before rank 0 writes to it
+    path = os.path.join(args.out_dir, 'ckpt.pt')
+    start = saved['step'] if saved else 0
+    if start >= args.steps:
+        raise BadInput(f'--steps {args.steps}: {path if resumed else args.init_from} has '
+                       f'{start} already; give more, or sample from it with: '
+                       f'python sample.py --ckpt {path}')
+
+    # net and ema
+    architecture = {k: getattr(args, k) for k in ARCHITECTURE}
+    raw = build(saved['net'], vars(args), path) if saved else UNet(**architecture)
+    raw.to(device, memory_format=torch.channels_last).train()
+    ema = build(saved['ema'], vars(args), path) if saved else copy.deepcopy(raw)
+    ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = torch.compile(raw) if args.compile else raw
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(
+            net, device_ids=[device.index] if device.type == 'cuda' else None)
+
+    # optimizer, and the state of dropout
+    opt = torch.optim.Adam(raw.parameters(), lr=args.lr, fused=device.type != 'mps')
+    torch.manual_seed(step_seed(args.seed + 1 + rank, start))
+    if saved:
+        opt.load_state_dict(saved['opt'])
+        if rank < len(saved.get('rng', [])):
+            torch.set_rng_state(saved['rng'][rank][0])
+            if device.type == 'cuda' and len(saved['rng'][rank]) > 1:
+                torch.cuda.set_rng_state(saved['rng'][rank][1], device)
+    if rank == 0:
+        os.makedirs(args.out_dir, exist_ok=True)
+        count = sum(p.numel() for p in raw.parameters())
+        print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
+              f'{args.channels}; {count:,} parameters; M {args.M}, z_max {args.z_max:.3g}, '
+              f'upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}; field of '
+              f'{args.field_batch} charges; {world} x {device}{", bf16" * args.bf16}'
+              + (f'; going on from step {start}' if saved else ''), flush=True)
+
+    def checkpoint(step):
+        rng = rng_state(device)  # on every rank
+        if rank == 0:
+            save(path, dict(net=raw.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
+                            step=step, args=vars(args), rng=rng))
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    edges = torch.tensor(Z_BINS, device=device)
+    sums = torch.zeros(len(Z_BINS) + 1, 2, device=device)
+    bad = torch.full((), -1, device=device)
+    clock, seen = time.time(), 0
+    batches = training_steps(images, args, start, device, rank, world)
+    for step in range(start + 1, args.steps + 1):
+        # lr
+        for group in opt.param_groups:
+            group['lr'] = args.lr * min(step / max(args.warmup, 1), 1)
+
+        # step
+        batch = next(batches)
+        for i, micro in enumerate(zip(*(t.chunk(args.accum) for t in batch))):
+            last = i == args.accum - 1
+            with contextlib.nullcontext() if last or world == 1 else net.no_sync(), \
+                    torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loss = field_loss(net, *micro, args.loss)
+                (loss.mean() / args.accum).backward()
+            bins = torch.bucketize(micro[1], edges)
+            sums.index_add_(0, bins, torch.stack([loss.detach(), torch.ones_like(loss)], 1))
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
+        bad = torch.where((bad < 0) & ~norm.isfinite(), step, bad)  # looked at when logging
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        seen += args.batch_size
+
+        # ema
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), list(raw.parameters()), 1 - decay)
+
+        # log, sample, save
+        stop = step == args.steps or stop_requested(signals, step, device, world)
+        due = [every and step % every == 0 for every in
+               (args.log_every, args.sample_every, args.save_every)]
+        if not (any(due) or stop):
+            continue
+        if bad >= 0:
+            raise BadInput(f'step {int(bad)}: the gradient is not finite; stopped. '
+                           + (f'{path} holds an earlier step' if os.path.exists(path) else
+                              'Nothing was saved yet') + '; go on with a lower --lr')
+        if due[0] or stop:
+            if world > 1:
+                dist.all_reduce(sums)
+            if rank == 0:
+                row = progress(args, step, sums, seen, time.time() - clock, device)
+                with open(os.path.join(args.out_dir, 'log.jsonl'), 'a') as file:
+                    file.write(json.dumps(row) + '\n')
+            sums.zero_()
+            clock, seen = time.time(), 0
+        if due[1] and rank == 0:
+            sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'))
+        if due[2] or stop:
+            checkpoint(step)
+        if stop:
+            break
+    if rank == 0:
+        print(f'saved {path} at step {step}; sample with: python sample.py --ckpt {path}')
+
+
+if __name__ == '__main__':
+    run(main, parse_args())

@@ -1,0 +1,291 @@
+"""The DDPM++ U-Net that learns the Poisson field, and the checkpoints it is kept in.
+
+    net = UNet(image_size=32, channels=3)         # 61.8 M parameters, as published for CIFAR-10
+    v_x, v_z = net(x, z)                          # x (B, C, H, W), z (B,) -> like x, (B,)
+    net, args = load_checkpoint('out/ckpt.pt')    # ours, or one of the authors' published files
+
+Architecture: DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as trained in
+PFGM, arXiv 2209.11178. Modules are created in the order of the published parameters.
+"""
+import codecs
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import BadInput
+
+
+def initialise(layer, scale=1.0):
+    """Variance scaling, fan_avg, uniform; biases 0. A scale of 0 means 1e-10."""
+    fan_out, fan_in = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+    bound = math.sqrt(3 * max(scale, 1e-10) / ((fan_in + fan_out) / 2))
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(c_in, c_out, k=3, scale=1.0):
+    return initialise(nn.Conv2d(c_in, c_out, k, padding=k // 2), scale)
+
+
+def linear(c_in, c_out, scale=1.0):
+    return initialise(nn.Linear(c_in, c_out), scale)
+
+
+def norm(c):
+    groups = min(c // 4, 32)
+    if groups < 1 or c % groups:
+        raise BadInput(f'--nf: {c} channels do not split into {groups} groups; '
+                       'take a multiple of 32 (small networks: of 4)')
+    return nn.GroupNorm(groups, c, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """(B, c_in, H, W), emb (B, 4 nf) -> (B, c_out, H, W), H and W halved or doubled on request."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout, resample=None):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
+        self.emb = linear(c_emb, c_out)
+        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, scale=0)
+        self.dropout, self.resample = dropout, resample
+        if c_in != c_out or resample:
+            self.shortcut = conv(c_in, c_out, 1)
+
+    def scale(self, h):
+        if self.resample == 'down':
+            return F.avg_pool2d(h, 2)
+        return F.interpolate(h, scale_factor=2) if self.resample == 'up' else h  # nearest
+
+    def forward(self, x, emb):
+        h = self.conv1(self.scale(F.silu(self.norm1(x)))) + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.dropout(F.silu(self.norm2(h)), self.dropout, self.training))
+        x = self.scale(x)
+        return ((self.shortcut(x) if hasattr(self, 'shortcut') else x) + h) * math.sqrt(0.5)
+
+
+class Attention(nn.Module):
+    """One head over all pixels, (B, c, H, W) -> the same. The embedding is not used."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q, self.k, self.v = (linear(c, c, 0.1) for _ in range(3))
+        self.out = linear(c, c, scale=0)
+
+    def forward(self, x, emb):
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, c)
+        h = F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))  # scale c^-1/2
+        return (x + self.out(h).transpose(1, 2).reshape(x.shape)) * math.sqrt(0.5)
+
+
+class UNet(nn.Module):
+    """net(x, z): x (B, channels, S, S) in units of the data, z (B,) > 0 -> v_x like x, v_z (B,).
+
+    nf x ch_mult channels and num_blocks residual blocks at each level, attention where the image
+    has one of the sizes `attn`. Raises BadInput where S cannot be halved at every level."""
+
+    def __init__(self, image_size=32, channels=3, nf=128, ch_mult=(1, 2, 2, 2), num_blocks=4,
+                 attn=(16,), dropout=0.1):
+        super().__init__()
+        last = len(ch_mult) - 1
+        if image_size % 2 ** last or image_size < 2 ** last:
+            raise BadInput(f'--image_size {image_size}: the network halves it {last} times; '
+                           f'take a multiple of {2 ** last}')
+        self.nf = nf
+        self.embed = nn.ModuleList([linear(nf, 4 * nf), linear(4 * nf, 4 * nf)])
+        self.conv_in = conv(channels, nf)
+
+        def res(c_in, c_out, resample=None):
+            return ResBlock(c_in, c_out, 4 * nf, dropout, resample)
+        self.down = nn.ModuleList()  # stages, one skip connection each
+        c, skips = nf, [nf]
+        for level, mult in enumerate(ch_mult):
+            attend = image_size >> level in attn
+            for _ in range(num_blocks):
+                stage, c = [res(c, nf * mult)], nf * mult
+                self.down.append(nn.ModuleList(stage + [Attention(c)] * attend))
+                skips.append(c)
+            if level < last:
+                self.down.append(nn.ModuleList([res(c, c, 'down')]))
+                skips.append(c)
+        self.mid = nn.ModuleList([res(c, c), Attention(c), res(c, c)])
+        self.up = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(ch_mult))):
+            for block in range(num_blocks + 1):
+                stage, c = [res(c + skips.pop(), nf * mult)], nf * mult
+                if block == num_blocks and image_size >> level in attn:
+                    stage.append(Attention(c))
+                if block == num_blocks and level > 0:
+                    stage.append(res(c, c, 'up'))
+                self.up.append(nn.ModuleList(stage))
+        self.norm_out, self.conv_out = norm(c), conv(c, channels + 1, scale=0)
+
+    def forward(self, x, z):
+        half = self.nf // 2
+        freq = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=x.device))
+        angle = z.to(x.dtype)[:, None] * freq.to(x.dtype)                     # (B, nf/2)
+        emb = torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B, nf)
+        emb = self.embed[1](F.silu(self.embed[0](emb)))                      # (B, 4 nf)
+        skips = [self.conv_in(x)]                                            # (B, nf, S, S)
+        for stage in self.down:
+            h = skips[-1]
+            for layer in stage:
+                h = layer(h, emb)
+            skips.append(h)
+        h = skips[-1]
+        for layer in self.mid:
+            h = layer(h, emb)
+        for stage in self.up:
+            h = torch.cat([h, skips.pop()], dim=1)
+            for layer in stage:
+                h = layer(h, emb)
+        with torch.autocast(x.device.type, enabled=False):  # the field itself in full precision
+            h = self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))          # (B, C + 1, S, S)
+        return h[:, :-1], h[:, -1].mean((1, 2))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout')
+
+
+def load_checkpoint(path, weights='ema'):
+    """A trained network and the arguments it was trained with: (net in eval mode, args dict).
+
+    Reads our files and the authors', told apart by content; nothing in a file is executed.
+    Raises BadInput where the file is absent, truncated, of another kind or another architecture."""
+    saved = read_checkpoint(path)
+    return build(saved[{'ema': 'ema', 'raw': 'net'}[weights]], saved['args'], path), saved['args']
+
+
+def build(state, args, path):
+    """The UNet of `args` with the tensors of `state`; BadInput names the first that differ."""
+    try:
+        with torch.device('meta'):
+            net = UNet(**{k: args[k] for k in ARCHITECTURE})
+    except (KeyError, TypeError) as error:
+        raise BadInput(f'--ckpt {path}: no usable architecture in its args ({error!r})') from error
+    check_shapes({k: v.shape for k, v in net.state_dict().items()},
+                 {k: v.shape for k, v in state.items()}, path)
+    net.load_state_dict(state, assign=True)
+    return net.eval()
+
+
+def check_shapes(expected, found, path):
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    wrong = [k for k in expected.keys() & found.keys() if expected[k] != found[k]]
+    faults = ([f'{k} is missing' for k in sorted(missing)] +
+              [f'{k} does not belong' for k in sorted(extra)] +
+              [f'{k} is {tuple(found[k])}, expected {tuple(expected[k])}' for k in sorted(wrong)])
+    if faults:
+        more = f' and {len(faults) - 3} more' if len(faults) > 3 else ''
+        raise BadInput(f'--ckpt {path}: not the architecture it claims: {"; ".join(faults[:3])}{more}')
+
+
+def read_checkpoint(path):
+    """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU."""
+    if not os.path.isfile(path):
+        raise BadInput(f'--ckpt {path}: no such file; make one with: python train.py')
+    float64, scalar = np.dtype(np.float64), np.float64().__reduce__()[0]
+    numpy_numbers = [np.dtype, type(float64), (codecs.encode, '_codecs.encode'),  # the official lr
+                     (scalar, 'numpy.core.multiarray.scalar'),
+                     (scalar, 'numpy._core.multiarray.scalar')]
+    try:
+        with torch.serialization.safe_globals(numpy_numbers):
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a damaged or hostile file can fail in any way, none of them ours
+        reason = str(error).strip().splitlines()[0][:150] if str(error) else type(error).__name__
+        raise BadInput(f'--ckpt {path}: damaged, or not a checkpoint of tensors and numbers '
+                       f'({reason})') from error
+    if isinstance(saved, dict) and {'net', 'ema', 'args', 'step'} <= saved.keys():
+        return saved
+    if isinstance(saved, dict) and {'model', 'ema', 'optimizer', 'step'} <= saved.keys():
+        return convert_official(saved, path)
+    raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, args) '
+                   'nor an official one (model, ema, optimizer, step)')
+
+
+OFFICIAL_NAME = dict(norm1='GroupNorm_0', conv1='Conv_0', emb='Dense_0', norm2='GroupNorm_1',
+                     conv2='Conv_1', shortcut='Conv_2', norm='GroupNorm_0', q='NIN_0', k='NIN_1',
+                     v='NIN_2', out='NIN_3')
+
+
+def official_names(net):
+    """{our parameter name: official name}, in the order of both."""
+    units = [*net.embed, net.conv_in, *(u for s in net.down for u in s), *net.mid,
+             *(u for s in net.up for u in s), net.norm_out, net.conv_out]
+    index = {id(parameter): (i, name) for i, unit in enumerate(units)
+             for name, parameter in unit.named_parameters()}
+    names = {}
+    for ours, parameter in net.named_parameters():
+        i, name = index[id(parameter)]
+        *layer, leaf = name.split('.')
+        if layer and layer[0] in ('q', 'k', 'v', 'out'):
+            leaf = {'weight': 'W', 'bias': 'b'}[leaf]
+        names[ours] = '.'.join([f'module.all_modules.{i}', *(OFFICIAL_NAME[k] for k in layer), leaf])
+    return names
+
+
+def official_architecture(shapes, path):
+    """UNet arguments from the vectors among the official tensors (a matrix may be transposed)."""
+    def width(name):
+        if f'module.all_modules.{name}' not in shapes:
+            raise BadInput(f'--ckpt {path}: module.all_modules.{name} is missing')
+        return shapes[f'module.all_modules.{name}'][0]
+    indices = sorted({int(k.split('.')[2]) for k in shapes if k.startswith('module.all_modules.')})
+    nf, levels = width('2.bias'), [[]]
+    c = nf
+    for i in indices[3:-2]:
+        if f'module.all_modules.{i}.NIN_0.b' in shapes:
+            levels[-1].append('attention')
+            continue
+        c_in, c_out = width(f'{i}.GroupNorm_0.weight'), width(f'{i}.Conv_0.bias')
+        if c_in != c:  # the first block on concat(h, skip): the way up begins
+            break
+        if c_in == c_out and f'module.all_modules.{i}.Conv_2.bias' in shapes:
+            levels.append([])  # it has a shortcut because it halves the image
+        else:
+            levels[-1].append(c_out // nf)
+        c = c_out
+    del levels[-1][-3:]  # the middle: residual, attention, residual
+    attended = [i for i, level in enumerate(levels) if 'attention' in level]
+    if not attended or not all(levels):
+        raise BadInput(f'--ckpt {path}: not a DDPM++ of the authors (levels {levels})')
+    return dict(image_size=16 << attended[0], channels=width(f'{indices[-1]}.bias') - 1, nf=nf,
+                ch_mult=[level[0] for level in levels], attn=[16], dropout=0.1,
+                num_blocks=len([block for block in levels[0] if block != 'attention']))
+
+
+def convert_official(saved, path):
+    """An official dict(model, ema, optimizer, step) in our own form. q, k, v and out projections
+    are stored (in, out) there, the transpose of a linear layer's weight."""
+    try:
+        model, shadow = saved['model'], saved['ema']['shadow_params']
+        model = {k: v for k, v in model.items() if k != 'module.sigmas'}
+        args = official_architecture({k: v.shape for k, v in model.items()}, path)
+        state, groups = saved['optimizer']['state'], saved['optimizer']['param_groups']
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f'--ckpt {path}: not an official checkpoint ({error!r})') from error
+    with torch.device('meta'):
+        net = UNet(**args)
+    names = official_names(net)
+    check_shapes({names[k]: v.shape for k, v in net.named_parameters()},  # square, so any way round
+                 {k: v.shape for k, v in model.items()}, path)
+    check_shapes({f'ema.shadow_params[{i}]': v.shape for i, v in enumerate(net.parameters())},
+                 {f'ema.shadow_params[{i}]': v.shape for i, v in enumerate(shadow)}, path)
+    turned = [name.endswith('.W') for name in names.values()]
+
+    def ours(tensors):
+        return {k: (t.T if turn else t).clone() for k, t, turn in zip(names, tensors, turned)}
+    moments = [ours([state[i][k] for i in range(len(names))]).values() if state else []
+               for k in ('exp_avg', 'exp_avg_sq')]
+    opt = {'state': {i: dict(step=torch.as_tensor(state[i]['step'], dtype=torch.float32),
+                             exp_avg=m, exp_avg_sq=v) for i, (m, v) in enumerate(zip(*moments))},
+           'param_groups': [dict(g, lr=float(g['lr'])) for g in groups]}
+    return dict(net=ours(model[n] for n in names.values()), ema=ours(shadow), opt=opt,
+                step=saved['step'], args=dict(args, official=True))
