@@ -299,7 +299,7 @@ def mean_norm(data, n=10_000):
     return float(sum(norms)) / n
 
 
-def glyphs(n=20_000, image_size=16, split='train'):
+def glyphs(n=10_000, image_size=16, split='train'):
     """-> (uint8 array (n, S, S), labels (n,)): the digits in turn, white on black, each under an
     affine map and stroke width of its own; the same bytes for the same arguments."""
     font, strokes, inks = ImageFont.load_default(size=96), 4, []

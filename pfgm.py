@@ -26,6 +26,10 @@ import torch
 CHUNK = 4096  # charges taken to float64 at a time: 100 MB on CIFAR-10
 
 
+class SolverError(RuntimeError):
+    """The solver cannot go on: the message says at which z, and nothing half-made is returned."""
+
+
 class Hyperparameters(NamedTuple):
     M: int             # largest exponent of the perturbation
     z_max: float       # where sampling starts
@@ -201,13 +205,13 @@ def heun(f, x, grid, nfe, callback=None):
 
 
 def _solve_ivp(f, y, z_from, z_to, rtol, atol, keep_steps=False):
-    """scipy's RK45 in log z on one flat float64 array. Raises RuntimeError where it cannot step."""
+    """scipy's RK45 in log z on one flat float64 array; f.log_z is where it was last called."""
     from scipy.integrate import solve_ivp
     span = (math.log(z_from), math.log(z_to))
     solution = solve_ivp(f, span, y, method='RK45', rtol=rtol, atol=atol,
                          t_eval=None if keep_steps else span[1:])
     if not solution.success:
-        raise RuntimeError(f'RK45 stopped at z = {math.exp(f.log_z):.4g}: {solution.message}')
+        raise SolverError(f'RK45 stopped at z = {math.exp(f.log_z):.4g}: {solution.message}')
     return solution
 
 
@@ -299,7 +303,7 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, gamma=5.0, z_exp
     solver 'rk45' meets rtol, atol with a float64 state, step sizes shared by the batch or, with
     `each`, per sample; 'euler' and 'heun' make exactly `nfe` calls on a grid even in log z.
     callback(z, x) after each step. The network works in x.dtype, on x.device.
-    Raises ValueError for an unknown solver or nfe < 1, RuntimeError where RK45 cannot go on."""
+    Raises ValueError for an unknown solver or nfe < 1, SolverError where RK45 cannot go on."""
     def f(x, z):
         return drift(net, x, z, gamma, z_exp, small_z)
     if solver == 'rk45':
@@ -327,7 +331,7 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
     x (B, ...) on z = z_min -> Likelihood. divergence 'hutchinson' (one Rademacher probe, kept for
     the whole path) or 'exact' (N backward passes a call). bits/dim = -log2 p / N + 7: one grey
     level is 2/256 wide. Uniform dequantisation, (pixel + U[0, 1)) / 256 * 2 - 1, is the caller's.
-    Raises ValueError for an unknown divergence, RuntimeError where RK45 cannot go on."""
+    Raises ValueError for an unknown divergence, SolverError where RK45 cannot go on."""
     if divergence not in ('hutchinson', 'exact'):
         raise ValueError(f"divergence {divergence!r}: 'hutchinson' or 'exact'")
     B, N = len(x), x[0].numel()

@@ -2,7 +2,7 @@
 
     python sample.py --nfe 100                     # out/ckpt.pt -> samples.png
     python sample.py --exact --dataset glyphs      # no network: the field of the data itself
-    torchrun --nproc_per_node=8 sample.py --n 50000 --out samples.npz      # all GPUs, for FID
+    torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz   # all GPUs, for FID
 
 --out ends in .png (one grid), .gif (the flow from noise to images), .npz (arr_0, uint8 NHWC), or
 is a folder. Image i depends on --seed and i alone, however the work is split.
@@ -18,29 +18,35 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from data import BadInput
-from train import PRESETS, Parser, above, flow_constants, run, save_grid, setup, step_seed
+from train import (PRESETS, Parser, above, flow_constants, memory_format, run, save_grid, setup,
+                   step_seed)
 from unet import load_checkpoint
 
 
-def parse_args(argv=None):
-    p = Parser(description=__doc__)
+def flow_flags(p):
+    """The flags that say which flow to follow and how, shared with evaluate.py."""
     p.add_argument('--ckpt', default='out/ckpt.pt', help='ours or an official one')
     p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
     p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
-    p.add_argument('--dataset', default=None, help='of --exact; or which of the authors\' data '
-                   'sets an official checkpoint was trained on (default: by its image size)')
+    p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
+                   'checkpoint was trained on (default: as it says)')
     p.add_argument('--data_dir', default='data')
     p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
-    p.add_argument('--n', type=above(0, int), default=64, help='images')
     p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
     p.add_argument('--solver', choices=('rk45', 'euler', 'heun'), default=None,
                    help='default: rk45, or heun where --nfe is given')
     p.add_argument('--nfe', type=above(0, int), default=None, help='network calls an image')
-    p.add_argument('--tol', type=above(0, float), default=1e-4, help='rtol and atol of rk45')
+    p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
     p.add_argument('--small_z', choices=('exact', 'official'), default=None,
                    help='v_z below z_exp (default: exact; official for official checkpoints)')
     p.add_argument('--seed', type=above(-1, int), default=0)
     p.add_argument('--device', default='auto')
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__)
+    flow_flags(p)
+    p.add_argument('--n', type=above(0, int), default=64, help='images')
     p.add_argument('--out', default='samples.png', help='.png, .gif, .npz or a folder')
     kind = p.add_mutually_exclusive_group()
     kind.add_argument('--gif', action='store_true', help='like --out samples.gif')
@@ -55,6 +61,8 @@ def parse_args(argv=None):
 
 def load_flow(args, device):
     """(net, flow, images or None); flow is what sample_ode needs to know beside the network."""
+    if args.solver == 'rk45' and args.nfe:
+        raise BadInput(f'--nfe {args.nfe}: rk45 spends what --tol asks for; leave one of them out')
     if args.exact:
         images = datasets.load(args.dataset or 'glyphs', args.data_dir, args.image_size)
         if images.pixels is None:
@@ -65,7 +73,7 @@ def load_flow(args, device):
     else:
         images = None
         net, saved = load_checkpoint(args.ckpt, args.weights)
-        net.to(device, memory_format=torch.channels_last)
+        net.to(device, memory_format=memory_format(device))
         if saved.get('official'):
             size = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
             name = args.dataset or size.get(saved['image_size'])
@@ -93,10 +101,13 @@ def follow(net, flow, x, device, up=False, callback=None):
     """x down from z_max to z_min, or up -> (x, nfe), in float32 (float64 for an exact field)."""
     ends = (flow['z_min'], flow['z_max']) if up else (flow['z_max'], flow['z_min'])
     dtype = torch.float64 if isinstance(net, pfgm.ExactField) else torch.float32
-    return pfgm.sample_ode(
-        net, x.to(device, dtype), *ends, flow['solver'], flow['nfe'], gamma=flow['gamma'],
-        z_exp=flow['z_exp'], small_z=flow['small_z'], rtol=flow['tol'], atol=flow['tol'],
-        each=callback is None and flow['small_z'] != 'official', callback=callback)
+    try:
+        return pfgm.sample_ode(
+            net, x.to(device, dtype), *ends, flow['solver'], flow['nfe'], gamma=flow['gamma'],
+            z_exp=flow['z_exp'], small_z=flow['small_z'], rtol=flow['tol'], atol=flow['tol'],
+            each=callback is None and flow['small_z'] != 'official', callback=callback)
+    except pfgm.SolverError as error:
+        raise BadInput(f'--tol {flow["tol"]}: {error}; try a larger one, or --nfe 100') from error
 
 
 def generate(net, flow, n, seed, batch_size, device, rank=0, world=1, starts=None):

@@ -32,15 +32,15 @@ from unet import ARCHITECTURE, UNet, build, read_checkpoint
 # z_exp of None: 10 gamma / sqrt(N), where the field's norm still tells |E| to a few per cent.
 S, L = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4)
 PRESETS = {name: dict(zip(('nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size',
-                           'field_batch', 'lr', 'warmup', 'ema_decay', 'steps', 'loss', 'M',
-                           'z_max', 'upper_norm', 'z_exp'), row)) for name, row in {
-    # name        nf   ch_mult  bl attn  drop  batch field  lr    warm  ema     steps    loss   M    z_max upper  z_exp
-    'glyphs':      (32,  S[:3],  1, (8,),  0.0, 64,  'all', 2e-3, 100,  0.995,  1500,    'sum', None, None, None,  None),
-    'mnist':       (32,  S[:3],  2, (7,),  0.0, 64,  4096,  1e-3, 200,  0.999,  20000,   'sum', None, None, None,  None),
-    'cifar10':     (128, S,      4, (16,), 0.1, 128, 4096,  2e-4, 5000, 0.9999, 1300000, 'sum', 291,  40.,  3000.,  5.),
-    'cifar10_deep': (128, S,     8, (16,), 0.1, 128, 4096,  2e-4, 5000, 0.9999, 1300000, 'sum', 291,  40.,  3000.,  5.),
-    'celeba64':    (128, S,      4, (16,), 0.1, 128, 512,   2e-4, 5000, 0.9999, 1300000, 'sum', 291,  60.,  6000.,  1.),
-    'lsun_bedroom': (128, L,     2, (16,), 0.0, 32,  32,    2e-5, 5000, 0.9999, 2400000, 'mean', 356, 100., 30000., 0.1),
+                           'field_batch', 'lr', 'warmup', 'ema_decay', 'steps', 'sample_every',
+                           'loss', 'M', 'z_max', 'upper_norm', 'z_exp'), row)) for name, row in {
+    # name        nf   mult   bl attn  drop  batch field  lr   warm  ema      steps   grids  loss   M    z_max upper  z_exp
+    'glyphs':       (32,  S[:2], 1, (8,),  0.0, 64,  'all', 2e-3, 100, 0.995,  600,     200,  'sum', None, None, None, None),
+    'mnist':        (32,  S[:3], 2, (7,),  0.0, 64,  4096, 1e-3, 200,  0.999,  20000,   1000, 'sum', None, None, None, None),
+    'cifar10':      (128, S,     4, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
+    'cifar10_deep': (128, S,     8, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
+    'celeba64':     (128, S,     4, (16,), 0.1, 128, 512,  2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 60.0, 6e3,  1.0),
+    'lsun_bedroom': (128, L,     2, (16,), 0.0, 32,  32,   2e-5, 5000, 0.9999, 2400000, 5000, 'mean', 356, 100., 3e4,  0.1),
 }.items()}
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'accum', 'bf16', 'compile', 'workers',
                   'log_every', 'sample_every', 'save_every', 'init_from'}
@@ -89,7 +89,8 @@ def parse_args(argv=None):
 
     def flag(name, kind, default, text, **kw):
         if name in PRESETS['glyphs']:  # stays None until resolve(), when the data is known
-            text += f' (preset: {row.get(name) or "by the data"})'
+            value = row.get(name)
+            text += f' (preset: {"by the data" if value is None else value})'
         elif default is not None:
             text += f' (default: {default})'
         kw = {'type': kind, **kw} if kind else {'action': argparse.BooleanOptionalAction, **kw}
@@ -127,7 +128,7 @@ def parse_args(argv=None):
     flag('tau', above(0), 0.03, 'growth of the noise, (1 + tau)^m')
     flag('gamma', above(-1e-9), 5.0, 'added to the norm of the field')
     flag('log_every', above(0, int), 50, 'steps between log lines')
-    flag('sample_every', above(-1, int), 5000, 'steps between sample grids; 0: none')
+    flag('sample_every', above(-1, int), None, 'steps between sample grids; 0: none')
     flag('save_every', above(0, int), 1000, 'steps between checkpoints')
     return p.parse_args(argv)
 
@@ -171,6 +172,11 @@ def fast_bf16(device):
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
+
+
+def memory_format(device):
+    """Tensor cores want the channels last; on a CPU group norms are fast only with them first."""
+    return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
 
 def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
@@ -414,9 +420,9 @@ def main(args):
     # net and ema
     architecture = {k: getattr(args, k) for k in ARCHITECTURE}
     raw = build(saved['net'], vars(args), path) if saved else UNet(**architecture)
-    raw.to(device, memory_format=torch.channels_last).train()
+    raw.to(device, memory_format=memory_format(device)).train()
     ema = build(saved['ema'], vars(args), path) if saved else copy.deepcopy(raw)
-    ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    ema.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     net = torch.compile(raw) if args.compile else raw
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(

@@ -1,0 +1,702 @@
+"""Measure samples of a Poisson flow, and the flow itself.
+
+    python evaluate.py --fid                          # 50,000 images of out/ckpt.pt, its data set
+    torchrun --nproc_per_node=8 evaluate.py --fid --is --kid --prc       # one pass on all GPUs
+    python evaluate.py --fid --samples images/ --ref cifar10.npz         # without a network
+    python evaluate.py --swd --neighbours             # no Inception weights needed
+    python evaluate.py --bpd --repeats 5              # likelihood of the test split
+    python evaluate.py --fid --sweep nfe=5,10,20,50 --solvers euler,heun # a table and a plot
+    python evaluate.py --dataset cifar10 --save_stats cifar10.npz        # for pytorch-fid, EDM
+
+Every result is also a line of results.jsonl. FID: arXiv 1706.08500, IS: 1606.03498, KID:
+1801.01401, precision and recall: 1904.06991, sliced Wasserstein: Bonneel et al. 2015.
+"""
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data as datasets
+import pfgm
+from data import BadInput
+from sample import flow_flags, follow, load_flow, prior
+from train import Parser, above, memory_format, run, save_grid, setup, step_seed
+from unet import read_checkpoint
+
+METRICS = {
+    'fid': 'Frechet Inception distance to the reference',
+    'is': 'Inception Score, 10 splits',
+    'kid': 'kernel Inception distance, 100 subsets of 1000',
+    'prc': 'precision and recall, 3 nearest neighbours of Inception features',
+    'swd': 'sliced Wasserstein distance of pixels, beside that of the test split',
+    'neighbours': 'distances to the nearest training images, and a picture of the closest pairs',
+    'bpd': 'bits/dim of the test split, uniform dequantisation, always rk45 (--tol: 1e-5)',
+}
+POOL = 2048  # features an image
+SOLVERS = ('rk45', 'euler', 'heun')
+INCEPTION = 'pt_inception-2015-12-05-6726825d.pth'
+URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}'
+
+
+def sweep_range(text):
+    return [above(0, int)(part) for part in text.removeprefix('nfe=').split(',')]
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__)
+    for name, text in METRICS.items():
+        p.add_argument(f'--{name}', action='store_true', help=text)
+    flow_flags(p)
+    p.set_defaults(tol=None)
+    p.add_argument('--n', type=above(0, int), default=None, help='images (default: all of '
+                   '--samples; else 50000 with Inception metrics, 1000 without, 256 for bpd)')
+    p.add_argument('--samples', default=None, help='evaluate this folder, .zip or .npz (arr_0)')
+    p.add_argument('--ref', default=None, help='compare with these images, or with a .npz of mu '
+                   'and sigma (default: the training split of --dataset, not mirrored)')
+    p.add_argument('--save_stats', metavar='FILE.npz', help='write mu, sigma of the reference')
+    p.add_argument('--inception', default=None, metavar='FILE', help=f'{INCEPTION} (default: '
+                   "torch hub's copy, downloaded once), or random: a check of the plumbing")
+    p.add_argument('--resize', choices=('tf1', 'pytorch'), default='tf1', help='to 299 pixels; '
+                   'tf1: as in the TensorFlow graph behind the FIDs that score_sde, PFGM and EDM '
+                   'published; pytorch: as in pytorch-fid (default: tf1)')
+    p.add_argument('--repeats', type=above(0, int), default=1, help='of --bpd, each with noise '
+                   'and a Hutchinson probe of its own (default: 1)')
+    p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
+    p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
+                   f'of {",".join(SOLVERS)} (default: heun); rk45 is one point, at --tol')
+    p.add_argument('--out', default=None, help='picture of --sweep or --neighbours (default: '
+                   'sweep.png or neighbours.png beside --results)')
+    p.add_argument('--results', default=None, help='a line is appended to it (default: '
+                   'results.jsonl beside --ckpt; in this folder with --samples or --exact)')
+    args = p.parse_args(argv)
+    args.bpd_tol, args.tol = args.tol or 1e-5, args.tol or 1e-4
+    return args
+
+
+def check_flags(args, asked):
+    """Whatever can be known before any work is done, and where to write."""
+    solvers = ','.join(args.solvers or ())
+    for wrong, message in (
+        (not asked and not args.save_stats, 'no metric asked; give one or more of '
+         + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz'),
+        (not set(args.solvers or ()) <= set(SOLVERS),
+         f'--solvers {solvers}: accepted: {",".join(SOLVERS)}, or some of them'),
+        (solvers and not args.sweep, f'--solvers {solvers}: belongs to --sweep nfe=5,10,20'),
+        (args.sweep and (not asked or {'bpd', 'neighbours'} & set(asked)), '--sweep: give some '
+         'of --fid --is --kid --prc --swd to sweep; --bpd and --neighbours run alone'),
+        (args.sweep and (args.nfe or args.solver), '--sweep: says itself how many calls; leave '
+         '--nfe out, and give --solvers in place of --solver'),
+        (args.samples and (args.sweep or args.bpd or args.exact), f'--samples {args.samples}: '
+         'images without their flow; leave --sweep, --bpd and --exact out'),
+        (args.samples and asked != ['is'] and not (args.ref or args.dataset),
+         f'--samples {args.samples}: compared with what? give --dataset or --ref'),
+    ):
+        if wrong:
+            raise BadInput(message)
+    for flag in ('results', 'save_stats', 'out'):
+        path = getattr(args, flag) or ''
+        folder = os.path.dirname(path)
+        if folder and not os.path.isdir(folder):
+            raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
+    home = '' if args.samples or args.exact else os.path.dirname(args.ckpt)
+    args.results = args.results or os.path.join(home, 'results.jsonl')
+    args.out = args.out or os.path.join(os.path.dirname(args.results),
+                                        'sweep.png' if args.sweep else 'neighbours.png')
+
+
+def check_counts(asked, n, n_ref):
+    """Fewer images than an estimator needs are refused. n_ref None: no reference, or one whose
+    statistics do not say."""
+    for name, least in (('fid', POOL + 1), ('is', 10), ('kid', 2), ('prc', 4)):
+        for count, what in ((n, '--n'), (None if name == 'is' else n_ref, 'the reference: n')):
+            if name in asked and count is not None and count < least:
+                why = f' (the covariance of {POOL} features)' if name == 'fid' else ''
+                raise BadInput(f'{what} {count}: --{name} needs {least} images or more{why}; '
+                               'a metric for few images: --swd')
+
+
+# ---------------------------------------------------------------- where images come from
+
+def share(n, rank, world):
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def all_rows(rows, n, device, world):
+    """The rows (n, ...) of all ranks on the CPU, from each rank's share of them."""
+    if world == 1:
+        return rows.cpu()
+    most = -(-n // world)
+    mine = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=device)
+    mine[:len(rows)] = rows.to(device)
+    whole = mine.new_empty(world * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(whole, mine)
+    parts = enumerate(whole.cpu().split(most))
+    return torch.cat([part[:len(share(n, r, world))] for r, part in parts])
+
+
+def watch(batches, count, label, rank):
+    """The same batches, with a line every few seconds that says how long the rest will take."""
+    start, said, done = time.time(), time.time(), 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.time()
+        if rank == 0 and (now - said > 5 or done == count):
+            said, left = now, int((now - start) / done * (count - done))
+            print(f'{label}: {done}/{count}  {done / (now - start):.1f} img/s  '
+                  f'{left // 60}:{left % 60:02d} left', flush=True)
+
+
+def generated(net, flow, n, args, place, calls):
+    """This rank's share of n samples, uint8; what each batch spent is appended to calls."""
+    device, rank, world = place
+    for indices in torch.tensor(share(n, rank, world)).split(args.batch_size):
+        x, nfe = follow(net, flow, prior(flow, args.seed, indices.tolist()), device)
+        calls.append(nfe)
+        yield datasets.to_uint8(x)
+
+
+def stored(images, n, args, place):
+    """This rank's share of n evenly spaced images of a data set, uint8."""
+    device, rank, world = place
+    indices = torch.tensor(share(n, rank, world)) * len(images) // n
+    return datasets.batches(images, indices.split(args.batch_size), device, workers=4)
+
+
+def pick(images, n, seed):
+    """n images of a data set at random, uint8 on the CPU."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[:n].sort().values.tolist()].cpu()
+
+
+def load_images(flag, name, args, size=None, channels=None, split='train'):
+    try:
+        return datasets.load(name, args.data_dir, size, channels, split)
+    except BadInput as error:
+        raise BadInput(str(error).replace('--dataset', flag, 1)) from error
+
+
+def training_set_of(args):
+    """The name of what --ckpt was trained on."""
+    saved = read_checkpoint(args.ckpt)['args']
+    by_size = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
+    return saved.get('dataset') or by_size.get(saved['image_size'])
+
+
+def held_out(train, args):
+    """The test split beside a training set, or None for a path that has none."""
+    test = load_images('--dataset', train.name, args, train.image_size, train.channels, 'test')
+    if train.pixels is None or test.pixels is None:
+        same = train.pixels is test.pixels and list(train.source) == list(test.source)
+    else:
+        same = torch.equal(train.pixels.cpu(), test.pixels)
+    return None if same else test
+
+
+# ---------------------------------------------------------------- Inception features
+
+class Measured(NamedTuple):
+    n: Optional[int]                  # images; None where a statistics file does not say
+    mu: torch.Tensor                  # (2048,) float64
+    sigma: torch.Tensor               # (2048, 2048) float64, ddof 1
+    features: Optional[torch.Tensor]  # (n, 2048) float32, where asked for
+    pixels: Optional[torch.Tensor]    # (n, C, H, W) uint8, where asked for
+
+
+def random_weights(net):
+    """He-normal weights from seed 0 under norms that do nothing: images keep features apart."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, like in net.state_dict().items():
+        if like.dim() > 1:
+            noise = torch.randn(like.shape, generator=generator)
+            state[name] = noise * math.sqrt(2 / like[0].numel())
+        else:
+            one = name.endswith(('bn.weight', 'running_var'))
+            state[name] = torch.full(like.shape, int(one), dtype=like.dtype)
+    return state
+
+
+def inception_file(path, rank, world):
+    """The weights' path: as given, or torch hub's copy, downloaded by rank 0 if it is absent."""
+    if path:
+        if not os.path.isfile(path):
+            raise BadInput(f'--inception {path}: no such file; get {URL}')
+        return path
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', INCEPTION)
+    if rank > 0:
+        dist.barrier()
+    if not os.path.isfile(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(URL, path, hash_prefix='6726825d', progress=rank == 0)
+        except Exception as error:  # a network can fail in any way
+            raise BadInput(f'--inception: cannot download it ({error}); get {URL} by hand and put '
+                           f'it at {path}, or give --inception FILE') from error
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return path
+
+
+def repool(block, pool):
+    """Give the block's pooling branch pool(x) of the block's x, not torchvision's own average."""
+    inputs = []
+    block.register_forward_pre_hook(lambda block, x: inputs.append(x[0]))
+    block.branch_pool.register_forward_pre_hook(lambda conv, x: (pool(inputs.pop()),))
+
+
+def load_inception(path, device, rank=0, world=1):
+    """Inception "2015-12-05": (net, weight (1008, 2048)), net(x (B, 3, 299, 299)) -> (B, 2048).
+
+    torchvision's network with the pooling of the TensorFlow graph: averages over what lies inside
+    the image and, in the last block, a maximum (a slip, it seems, but every published FID's)."""
+    from torchvision.models import Inception3
+    with torch.device('meta'):
+        net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    if path == 'random' and rank == 0:
+        print('random Inception weights: the numbers mean nothing outside this run')
+    file = path if path == 'random' else inception_file(path, rank, world)
+    try:
+        net.load_state_dict(random_weights(net) if path == 'random' else
+                            torch.load(file, map_location='cpu', weights_only=True), assign=True)
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise BadInput(f'--inception {file}: not the weights in {INCEPTION} '
+                       f'({" ".join(str(error).split())[:150]}); get {URL}') from error
+    inside = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
+                               count_include_pad=False)
+    for name in ('5b', '5c', '5d', '6b', '6c', '6d', '6e', '7b'):
+        repool(getattr(net, f'Mixed_{name}'), inside)
+    repool(net.Mixed_7c, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
+    weight, net.fc = net.fc.weight.detach().double(), torch.nn.Identity()
+    return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), weight
+
+
+def resize_tf1(x, size=299):
+    """TensorFlow 1's resize_bilinear: output i reads the input at i * length / size, without
+    half-pixel centres or antialiasing. (B, C, H, W) -> (B, C, size, size)."""
+    def between(length):
+        at = torch.arange(size, device=x.device, dtype=x.dtype) * (length / size)
+        low = at.long()
+        return low, (low + 1).clamp_max(length - 1), at - low
+    low, high, part = between(x.shape[3])
+    x = x[..., low] + (x[..., high] - x[..., low]) * part
+    low, high, part = between(x.shape[2])
+    return x[..., low, :] + (x[..., high, :] - x[..., low, :]) * part[:, None]
+
+
+@torch.no_grad()
+def features(net, pixels, resize='tf1'):
+    """uint8 (B, 1 or 3, H, W) on the device of net -> pool features (B, 2048), float32."""
+    rows = []
+    # Full float32: left to itself, cuDNN would round to TF32.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for x in pixels.expand(-1, 3, -1, -1).float().split(64):
+            if resize == 'tf1':
+                x = (resize_tf1(x) - 128) / 128
+            else:
+                x = F.interpolate(x / 255, (299, 299), mode='bilinear') * 2 - 1
+            rows.append(net(x))
+    return torch.cat(rows)
+
+
+def collect(batches, n, net, resize, keep, place):
+    """One pass over this rank's uint8 batches -> Measured over all ranks, on the CPU.
+
+    net None: no features. keep: which of 'features' and 'pixels' to hold on to."""
+    device, rank, world = place
+    home = 'cpu' if device.type == 'mps' else device  # MPS has no float64
+    total = torch.zeros(POOL + 1, POOL, dtype=torch.float64, device=home)
+    kept = {'features': [], 'pixels': []}
+    for batch in batches:
+        kept['pixels'].append(batch.cpu() if 'pixels' in keep else batch[:0])
+        if net is not None:
+            found = features(net, batch, resize)
+            kept['features'].append(found.cpu() if 'features' in keep else found[:0])
+            found = found.to(home, torch.float64)
+            total[0] += found.sum(0)
+            total[1:] += found.T @ found
+    if world > 1:
+        dist.all_reduce(total)
+    mu = total[0] / n
+    sigma = (total[1:] - n * torch.outer(mu, mu)) / max(n - 1, 1)
+    rows = {k: all_rows(torch.cat(kept[k]), n, device, world) if k in keep else None for k in kept}
+    return Measured(n, mu.cpu(), sigma.cpu(), **rows)
+
+
+def read_stats(path, convention):
+    """Measured from a statistics file, or None for a .npz that is none: images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {k: file[k] for k in ('mu', 'sigma', 'n', 'convention') if k in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(f'--ref {path}: cannot be read ({error}); accepted: a folder, .zip or .npz '
+                       'of images, or a .npz of mu and sigma') from error
+    if not {'mu', 'sigma'} & found.keys():
+        return None
+    shapes = [found[k].shape if k in found else None for k in ('mu', 'sigma')]
+    if shapes != [(POOL,), (POOL, POOL)]:
+        raise BadInput(f'--ref {path}: mu {shapes[0]}, sigma {shapes[1]}; accepted: ({POOL},) and '
+                       f'({POOL}, {POOL}), as --save_stats writes')
+    if str(found.get('convention', convention)) != convention:
+        raise BadInput(f'--ref {path}: made with {found["convention"]}, not {convention}; give the '
+                       'same --resize and --inception, or make it again with --save_stats')
+    mu, sigma = (torch.from_numpy(found[k]).double() for k in ('mu', 'sigma'))
+    return Measured(int(found['n']) if 'n' in found else None, mu, sigma, None, None)
+
+
+def write(flag, path, save):
+    """save(file), whole or not at all: under a temporary name, then renamed."""
+    try:
+        with open(f'{path}.part', 'wb') as file:
+            save(file)
+        os.replace(f'{path}.part', path)
+    except OSError as error:
+        raise BadInput(f'{flag} {path}: cannot be written ({error}); give another') from error
+    print(f'wrote {path}', flush=True)
+
+
+# ---------------------------------------------------------------- metrics
+
+def frechet(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), of float64 tensors (d,), (d, d) -> float."""
+    # S1 S2 has the eigenvalues of the symmetric R S2 R, R = S1^(1/2): real, and >= 0 but for
+    # rounding, also where S1 or S2 is singular.
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    product = root @ sigma2 @ root
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
+
+
+def inception_score(logits, splits=10, seed=0):
+    """exp(mean KL(p(y|x) || p(y))) of each split of the shuffled logits (n, K) -> (mean, std)."""
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    scores = []
+    for part in order.tensor_split([k * len(order) // splits for k in range(1, splits)]):
+        log_p = logits[part].double().log_softmax(1)
+        p = log_p.exp()
+        scores.append((p * log_p - torch.xlogy(p, p.mean(0))).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kid(x, y, device='cpu', subsets=100, size=1000, seed=0):
+    """Unbiased MMD^2 of features x (n, d), y (m, d) with the kernel (x.y / d + 1)^3, over random
+    subsets of `size`, or of all where there are fewer -> (mean, std over subsets, size)."""
+    draw, size, values = np.random.RandomState(seed), min(size, len(x), len(y)), []
+    for _ in range(subsets):
+        a, b = (t[draw.choice(len(t), size, replace=False)].to(device, torch.float64)
+                for t in (x, y))
+        aa, bb, ab = ((s @ t.T / s.shape[1] + 1) ** 3 for s, t in ((a, a), (b, b), (a, b)))
+        within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
+        values.append((within / (size * (size - 1)) - 2 * ab.mean()).item())
+    return float(np.mean(values)), float(np.std(values)), size
+
+
+def distance2(x, y):
+    """Squared distances (n, m) between float64 rows; exactly 0 between equal ones."""
+    scale = x.square().sum(1)[:, None] + y.square().sum(1)
+    d2 = torch.addmm(scale, x, y.T, alpha=-2)
+    return torch.where(d2 < 1e-13 * scale, 0, d2)
+
+
+def precision_recall(made, real, device='cpu', k=3):
+    """(share of `made` inside the manifold of `real`, share of `real` inside that of `made`) from
+    features (n, d). A manifold: balls around all its points, each out to the k-th nearest other."""
+    def inside(x, points):
+        radius2 = torch.cat([distance2(part, points).kthvalue(k + 1).values  # the first is itself
+                             for part in points.split(1024)])
+        hits = [(distance2(part, points) <= radius2).any(1) for part in x.split(1024)]
+        return torch.cat(hits).double().mean().item()
+    made, real = (x.to(device, torch.float64) for x in (made, real))
+    return inside(made, real), inside(real, made)
+
+
+def sliced_wasserstein(x, y, device='cpu', projections=512, seed=0):
+    """Root mean square, over random directions, of the 2-Wasserstein distance along them, of as
+    many uint8 images x as y (n, C, H, W), in [-1, 1]."""
+    ways = torch.randn(x[0].numel(), projections, dtype=torch.float64,
+                       generator=torch.Generator().manual_seed(seed))
+    ways = (ways / ways.norm(dim=0) / 127.5).to(device)
+    a, b = (torch.cat([part.flatten(1).to(device).double() @ ways for part in images.split(2048)])
+            .sort(dim=0).values for images in (x, y))
+    return (a - b).square().mean().sqrt().item()
+
+
+def nearest(x, train, device='cpu'):
+    """The nearest image of a data set to each of x uint8, mirrored too if training mirrors:
+    (distances (n,) in [-1, 1], those images like x)."""
+    rows = x.flatten(1).to(device, torch.float64)
+    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=device)
+    found = torch.zeros_like(x, device=device)
+    for batch in datasets.batches(train, torch.arange(len(train)).split(512), device, workers=4):
+        for side in (batch, batch.flip(-1)) if train.flip else (batch,):
+            d2, which = distance2(rows, side.flatten(1).double()).min(1)
+            closer = d2 < best
+            best[closer], found[closer] = d2[closer], side[which[closer]]
+    return best.sqrt().cpu() / 127.5, found.cpu()
+
+
+def bits_per_dim(net, flow, images, n, args, place):
+    """Bits/dim of n evenly spaced images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
+    the flow comes back down from their latents. RK45: few fixed steps would give any number."""
+    device, rank, world = place
+    exact = isinstance(net, pfgm.ExactField)
+    if not exact:
+        net.requires_grad_(False)  # only the gradient with respect to x is wanted
+    how = dict(gamma=flow['gamma'], z_exp=flow['z_exp'], small_z=flow['small_z'],
+               rtol=args.bpd_tol, atol=args.bpd_tol)
+    ends, rows = (flow['z_min'], flow['z_max']), []
+    chunks = (torch.tensor(share(n, rank, world)) * len(images) // n).split(args.batch_size)
+    for chunk in watch(chunks, len(share(n, rank, world)), 'bits/dim', rank):
+        pixels, repeats = images[chunk.tolist()].cpu(), []
+        for repeat in range(args.repeats):
+            seeds = [step_seed(args.seed, i + repeat * 2 ** 32) for i in chunk.tolist()]
+            draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = torch.stack([torch.rand(pixels.shape[1:], generator=g, dtype=torch.float64)
+                                 for g in draws])
+            x = ((pixels + noise) / 128 - 1).to(device, torch.float64 if exact else torch.float32)
+            try:
+                up = pfgm.log_likelihood(net, x, *ends, generator=draws[0], **how)
+                with torch.no_grad():
+                    back, _ = pfgm.sample_ode(net, up.latent, *ends[::-1], 'rk45', **how)
+            except pfgm.SolverError as error:
+                raise BadInput(f'--bpd: {error}; try --tol {10 * args.bpd_tol:g}') from error
+            error = (back - x).abs().flatten(1).cpu().double()
+            calls = torch.full((len(x),), float(up.nfe), dtype=torch.float64)
+            repeats.append(torch.stack([up.bpd.cpu(), error.mean(1), error.amax(1), calls], 1))
+        rows.append(torch.stack(repeats, 1))                                 # (b, repeats, 4)
+    bpd, error, worst, calls = all_rows(torch.cat(rows), n, device, world).unbind(2)
+    each = bpd.mean(1)  # the repeats of an image are no further images
+    return dict(bpd=each.mean().item(), bpd_se=(each.std() / n ** 0.5).item() if n > 1 else None,
+                n=n, repeats=args.repeats, nfe=calls.mean().item(),
+                round_trip_mean=error.mean().item(), round_trip_max=worst.max().item())
+
+
+def measure(asked, made, ref, weight, train, test, args, device):
+    """All metrics of one set of samples but bpd, printed and returned as one flat dict."""
+    home, found = 'cpu' if device.type == 'mps' else device, {}
+    name, n = train.name if train else args.ref, made.n
+    against = f'{n} images against {ref and ref.n or "the"} of {name}'
+
+    def say(note, **values):
+        found.update(values)
+        print('  '.join(f'{k} {v:.6g}' for k, v in values.items()) + f'  ({note})', flush=True)
+    if 'fid' in asked:
+        say(f'{against}, {args.resize} resize',
+            fid=frechet(*(t.to(home) for t in (made.mu, made.sigma, ref.mu, ref.sigma))))
+    if 'is' in asked:
+        logits = torch.cat([part.double() @ weight.T for part in made.features.split(4096)])
+        mean, std = inception_score(logits, seed=args.seed)
+        say(f'{n} images, 10 splits', **{'is': mean, 'is_std': std})
+    if 'kid' in asked:
+        mean, std, size = kid(made.features, ref.features, home, seed=args.seed)
+        few = f', not 1000: too few images' if size < 1000 else ''
+        say(f'{against}, 100 subsets of {size}{few}', kid=mean, kid_std=std)
+    if 'prc' in asked:
+        precision, recall = precision_recall(made.features, ref.features, home)
+        say(against, precision=precision, recall=recall)
+    if 'swd' in asked:
+        sets = [train, test] if test else [train]
+        m = min(n, *map(len, sets))
+        real = [pick(images, m, args.seed) for images in sets]
+        values = [sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
+        say(f'{m} images against {m} of {name}', **dict(zip(('swd', 'swd_of_test'), values)))
+    if 'neighbours' in asked:
+        sets = {'samples': made.pixels, **({'test': pick(test, n, args.seed)} if test else {})}
+        for kind, x in sets.items():
+            distances, theirs = nearest(x, train, home)
+            marks = distances.quantile(torch.tensor([0, .05, .5, .95]).double()).tolist()
+            say(f'{kind}: {len(x)} images, nearest of {len(train)} of {name}',
+                **{f'{kind}_{k}': v for k, v in zip(('min', 'q05', 'q50', 'q95'), marks)},
+                **{f'{kind}_mean': distances.mean().item(),
+                   f'{kind}_copies': int((distances == 0).sum())})
+            if kind == 'samples':  # the 32 closest, each left of its neighbour
+                first = distances.argsort()[:32]
+                grid = save_grid(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), None, 8)
+                write('--out', args.out, lambda file: grid.save(file, 'PNG'))
+    return found
+
+
+# ---------------------------------------------------------------- plots and records
+
+def axis(values, start, end):
+    """(position of a value in pixels, round values to mark), log where values span a decade."""
+    low, high = min(values), max(values)
+    log = low > 0 and high >= 10 * low
+    to, back = (math.log10, lambda a: 10 ** a) if log else (float, float)
+    margin = 0.06 * (to(high) - to(low)) or 0.1 * abs(low) or 1
+    low, high = to(low) - margin, to(high) + margin
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step = next(m * step for m in (1, 2, 5, 10) if high - low <= 7 * m * step)
+    marks = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)
+             ] if log else [k * step for k in range(math.ceil(low / step), int(high // step) + 1)]
+    return (lambda value: start + (end - start) * (to(value) - low) / (high - low),
+            [mark for mark in marks if back(low) <= mark <= back(high)])
+
+
+def plot(curves, xlabel, ylabel, path):
+    """A 960 x 640 PNG of curves {name: [(x, y), ...]} with ticks and a legend."""
+    from PIL import Image, ImageDraw, ImageFont
+    left, top, right, bottom, font = 110, 30, 930, 560, ImageFont.load_default(size=20)
+    points = [p for points in curves.values() for p in points]
+    across, x_marks = axis([x for x, _ in points], left, right)
+    up, y_marks = axis([y for _, y in points], bottom, top)
+    image = Image.new('RGB', (960, 640), 'white')
+    draw = ImageDraw.Draw(image)
+    for mark in x_marks:
+        draw.line([across(mark), top, across(mark), bottom], '#dddddd')
+        draw.text((across(mark), bottom + 8), f'{mark:g}', 'black', font, 'mt')
+    for mark in y_marks:
+        draw.line([left, up(mark), right, up(mark)], '#dddddd')
+        draw.text((left - 8, up(mark)), f'{mark:g}', 'black', font, 'rm')
+    draw.rectangle([left, top, right, bottom], None, 'black')
+    draw.text(((left + right) / 2, 632), xlabel, 'black', font, 'mb')
+    turned = Image.new('L', (bottom - top, 30))
+    ImageDraw.Draw(turned).text(((bottom - top) / 2, 15), ylabel, 255, font, 'mm')
+    image.paste('black', (8, top), turned.rotate(90, expand=True))
+    colours = ('#1f5fbf', '#d1402f', '#2c8a3d', '#8a4fbf', '#c78a00', '#00899b')
+    for k, (name, points) in enumerate(curves.items()):
+        colour, v = colours[k % len(colours)], top + 24 + 28 * k
+        spots = [(across(x), up(y)) for x, y in sorted(points)]
+        draw.line(spots, colour, 3)
+        for x, y in spots:
+            draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
+        draw.line([right - 130, v, right - 95, v], colour, 3)
+        draw.text((right - 85, v), name, 'black', font, 'lm')
+    write('--out', path, lambda file: image.save(file, 'PNG'))
+
+
+def record(args, device, world, seconds, values):
+    """Append one line to --results: the values, and what it takes to get them again."""
+    try:
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True,
+                             text=True, timeout=10, cwd=os.path.dirname(os.path.abspath(__file__)))
+        revision = git.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        revision = None
+    name = (torch.cuda.get_device_name(device) if device.type == 'cuda' else
+            f'{device.type}, {platform.machine()}, {os.cpu_count()} cores')
+    row = dict(command=' '.join(sys.argv), time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), git=revision,
+               torch=torch.__version__, hardware=f'{world} x {name}', seconds=round(seconds, 1),
+               seed=args.seed, **values)
+    try:
+        with open(args.results, 'a') as file:
+            file.write(json.dumps(row) + '\n')
+    except OSError as error:
+        raise BadInput(f'--results {args.results}: cannot be written ({error})') from error
+
+
+def main(args):
+    asked = [name for name in METRICS if vars(args)[name]]
+    wanted = set(asked) | ({'fid'} if args.save_stats else set())
+    check_flags(args, asked)
+    device, rank, world = place = setup(args.device)
+
+    # what is evaluated
+    net = flow = source = train = stats = test = None
+    channels = size = None
+    if args.samples:
+        source = load_images('--samples', args.samples, args)
+        channels, size = source.channels, source.image_size
+    elif asked or not (args.ref or args.dataset):
+        net, flow, train = load_flow(args, device)
+        channels, size = flow['shape'][:2]
+    n = args.n or (len(source) if source else 1000 if wanted <= {'swd', 'neighbours'} else 50000)
+    if source and n > len(source):
+        raise BadInput(f'--n {n}: --samples {args.samples} has {len(source)} images')
+
+    # what it is compared with
+    convention = (f'{args.resize} resize, {"random" if args.inception == "random" else "2015-12-05"}'
+                  ' Inception')
+    if args.ref and args.ref.lower().endswith('.npz'):
+        stats = read_stats(args.ref, convention)
+    if stats and (args.save_stats or wanted - {'fid', 'is'}):
+        raise BadInput(f'--ref {args.ref}: statistics, which do for --fid only; give a folder, '
+                       '.zip or .npz of images')
+    if args.ref and not stats:  # at its own size, as pytorch-fid reads it
+        train = load_images('--ref', args.ref, args)
+    elif not stats and not train and wanted - {'is'}:
+        train = load_images('--dataset', args.dataset or training_set_of(args), args, size, channels)
+    if wanted & {'swd', 'neighbours', 'bpd'}:
+        if (train.channels, train.image_size) != (channels, size):
+            raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
+                           f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
+        test = held_out(train, args)
+    least = min(n, len(train)) if train else n
+    check_counts(wanted, n if asked else None, len(train) if train else stats and stats.n)
+    if least < world:
+        raise BadInput(f'{least} images: fewer than the {world} processes; give more by --n')
+
+    # one pass over the reference
+    inception = weight = ref = None
+    if wanted & {'fid', 'is', 'kid', 'prc'}:
+        inception, weight = load_inception(args.inception, device, rank, world)
+    if wanted & {'fid', 'kid', 'prc'}:
+        keep = {'features'} if wanted & {'kid', 'prc'} else set()
+        ref = stats or collect(
+            watch(stored(train, len(train), args, place), len(share(len(train), rank, world)),
+                  train.name, rank), len(train), inception, args.resize, keep, place)
+    if args.save_stats and rank == 0:
+        write('--save_stats', args.save_stats, lambda file: np.savez(
+            file, mu=ref.mu.numpy(), sigma=ref.sigma.numpy(), n=ref.n, convention=convention))
+
+    # bits/dim
+    if 'bpd' in asked:
+        clock, images = time.time(), test or train
+        count = min(args.n or 256, len(images))
+        values = bits_per_dim(net, flow, images, count, args, place)
+        if rank == 0:
+            print('  '.join(f'{k} {v:.6g}' for k, v in values.items() if v is not None)
+                  + f'  ({"test" if test else "training"} images of {train.name})')
+            record(args, device, world, time.time() - clock,
+                   dict(values, dataset=train.name, split='test' if test else 'train'))
+
+    # one pass over the samples, for each point of a sweep
+    points, curves, table = [(None, None)] if set(asked) - {'bpd'} else [], {}, []
+    if args.sweep:
+        points = [(solver, nfe) for solver in args.solvers or ['heun']
+                  for nfe in (args.sweep if solver != 'rk45' else [100])]
+    keep = ({'features'} if wanted & {'is', 'kid', 'prc'} else set()) | (
+        {'pixels'} if wanted & {'swd', 'neighbours'} else set())
+    for solver, nfe in points:
+        clock, calls = time.time(), []
+        if solver:
+            flow.update(solver=solver, nfe=nfe)
+        batches = (stored(source, n, args, place) if source else
+                   generated(net, flow, n, args, place, calls))
+        made = collect(watch(batches, len(share(n, rank, world)), 'samples', rank),
+                       n, inception, args.resize, keep, place)
+        if rank > 0:
+            continue
+        values = measure(asked, made, ref, weight, train, test, args, device)
+        how = dict(solver=flow['solver'], nfe=float(np.mean(calls))) if flow else {}
+        record(args, device, world, time.time() - clock, dict(
+            n=n, n_ref=ref.n if ref else None, reference=train.name if train else args.ref,
+            resize=args.resize, inception=args.inception, **how, **values))
+        if args.sweep:
+            print(f'{solver}  nfe {how["nfe"]:g}', flush=True)
+            table.append({**how, **values})
+            shown = {'prc': 'precision'}.get(asked[0], asked[0])
+            curves.setdefault(solver, []).append((how['nfe'], values[shown]))
+    if table:
+        print('  '.join(f'{k:>10}' for k in table[0]))
+        for row in table:
+            print('  '.join(f'{v:>10.5g}' if not isinstance(v, str) else f'{v:>10}'
+                            for v in row.values()))
+        plot(curves, 'network calls an image (NFE)', shown.upper() + f', {n} images', args.out)
+    if rank == 0:
+        print(f'results are in {args.results}')
+
+
+if __name__ == '__main__':
+    run(main, parse_args())

@@ -1,0 +1,1010 @@
+"""Physics and behaviour. `pytest -q` runs all of it in minutes on two cores, without a network.
+
+Reference numbers of the authors' code are read from ../shared/golden where that folder exists.
+"""
+import functools
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import integrate, stats
+
+import data
+import pfgm
+import sample
+import train
+import unet
+from pfgm import ExactField
+
+HERE = Path(__file__).parent
+GOLDEN = HERE.parent / 'shared' / 'golden'
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='no ../shared/golden: the reference '
+                            'numbers of the authors\' code are not here')
+F64 = torch.float64
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def close(a, b, rtol=0.0, atol=0.0):
+    a, b = (torch.as_tensor(v, dtype=F64) for v in (a, b))
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+# ---------------------------------------------------------------- hyperparameters, perturbation
+
+def test_hyperparameters_of_cifar10():
+    M, z_max, upper_norm = pfgm.hyperparameters(900 ** 0.5, 3072, 0.01, 0.03)
+    assert M == int(0.75 * math.log(900 / (2 * math.sqrt(3072) * 1e-4)) / math.log(1.03)) + 1
+    close(z_max, math.sqrt(2 / math.pi) * 0.01 * 1.03 ** M, rtol=1e-12)
+    close(upper_norm, math.sqrt(3072) * 0.01 * 1.03 ** M, rtol=1e-12)
+    with pytest.raises(ValueError, match='data_norm'):
+        pfgm.hyperparameters(1e-4, 3072, 0.01, 0.03)
+
+
+@golden
+@pytest.mark.parametrize('limit', [True, False])
+def test_perturbation_quantiles(limit):
+    ref, n = np.load(GOLDEN / 'perturb_stats.npz'), 20_000
+    key = 'restrict_on' if limit else 'restrict_off'
+    x = torch.zeros(n, 3072)
+    moved, z = pfgm.perturb(x, 291, limit_norm=limit, generator=seeded())
+    assert moved.shape == x.shape and z.shape == (n,) and (z > 0).all()
+    for name, ours in (('r', moved.norm(dim=1)), ('z', z)):
+        p = stats.ks_2samp(ours.numpy(), ref[f'draws_{name}_{key}']).pvalue
+        assert p > 1e-3, (name, p)
+        error = np.percentile(ours, ref['q_percent']) - ref[f'{name}_q_{key}']
+        spread = ref[f'{name}_q_se_{key}'] * math.sqrt(1 + float(ref['n_draws']) / n)
+        assert (abs(error) < 4 * spread).all(), (name, error / spread)
+
+
+@pytest.mark.parametrize('shape', [(5, 3, 4, 4), (5, 1, 6, 6), (5, 2)])
+def test_shapes_and_dtypes_follow_the_input(shape):
+    for dtype in (torch.float32, F64):
+        x = torch.rand(shape, dtype=dtype)
+        moved, z = pfgm.perturb(x, 200)
+        v_x, v_z = pfgm.poisson_field(moved, z, x)
+        for like_x, per_image in ((moved, z), (v_x, v_z)):
+            assert like_x.shape == shape and like_x.dtype == dtype
+            assert per_image.shape == (5,) and per_image.dtype == dtype
+        out, nfe = pfgm.sample_ode(ExactField(x), moved, 1.0, 0.1, 'euler', 3)
+        assert out.shape == shape and out.dtype == dtype and nfe == 3
+
+
+# ---------------------------------------------------------------- field
+
+def plain_field(x, z, charges, gamma):
+    """The definition in float64, one (B, K, N) difference at a time."""
+    x, z, y = x.flatten(1).double(), z.double(), charges.flatten(1).double()
+    N, out = x.shape[1], []
+    for point, height in zip(x, z):
+        d2 = (point - y).square().sum(1) + height ** 2
+        w = torch.softmax(-(N + 1) / 2 * d2.log(), 0)
+        E = torch.cat([point - w @ y, height[None]])
+        out.append(-math.sqrt(N) * E / (E.norm() + gamma))
+    return torch.stack(out)
+
+
+def joined(v):
+    return torch.cat([v[0].flatten(1), v[1][:, None]], 1)
+
+
+@golden
+@pytest.mark.parametrize('size', ['N192', 'N3072'])
+def test_field_equals_the_authors(size):
+    ref = np.load(GOLDEN / 'field_target.npz')
+    charges, points = (torch.from_numpy(ref[f'{k}_{size}']) for k in ('x_data', 'perturbed'))
+    x, z = points[:, :-1].reshape(-1, *charges.shape[1:]), points[:, -1]
+    v = joined(pfgm.poisson_field(x, z, charges, 5.0)).double()
+    for key in ('target_f32', 'target_f64', 'target_exact_f64'):
+        want = torch.from_numpy(ref[f'{key}_{size}']).double()
+        error = (v - want).norm(dim=1)
+        assert (error <= 1e-5 * want.norm(dim=1) + 1e-7).all(), (key, error)
+
+
+def test_field_is_exact_to_1e_6_wherever_perturbation_reaches():
+    N, K, B = 3072, 4096, 32
+    charges = torch.rand(K, 3, 32, 32, generator=seeded()).mul(255).round() / 127.5 - 1
+    charges[7] = charges[3]                                    # a duplicated image
+    x, z = pfgm.perturb(charges[:B], 291, generator=seeded(1))
+    x[3], x[5], z[5] = charges[3], charges[5], 1e-4            # on top of charges
+    v, want = joined(pfgm.poisson_field(x, z, charges)).double(), plain_field(x, z, charges, 5.0)
+    assert ((v - want).norm(dim=1) <= 1e-6 * want.norm(dim=1)).all()
+
+
+def test_field_on_a_charge_at_z_0_is_0():
+    charges = torch.rand(9, 50, generator=seeded())
+    v_x, v_z = pfgm.poisson_field(charges[:2], torch.zeros(2), charges)
+    close(v_x, torch.zeros(2, 50), atol=1e-12)
+    close(v_z, torch.zeros(2))
+
+
+def test_far_field_points_home():
+    charges = torch.rand(20, 3, 8, 8, dtype=F64) * 2 - 1
+    x, z = torch.randn(4, 3, 8, 8, dtype=F64) * 1e6, torch.full((4,), 1e5, dtype=F64)
+    v = joined(pfgm.poisson_field(x, z, charges, gamma=0.0))
+    place = torch.cat([x.flatten(1), z[:, None]], 1)
+    close(v, -math.sqrt(192) * place / place.norm(dim=1, keepdim=True), atol=1e-5)
+
+
+def test_flux_through_a_closed_surface_counts_the_charges():
+    # N = 1: the (x, z) plane, E = sum (p - y) / |p - y|^2. Its flux is 2 pi per charge inside.
+    charges = torch.tensor([[-0.7], [0.1], [0.4]], dtype=F64)
+    angle = (torch.arange(2000, dtype=F64) + 0.5) * (2 * math.pi / 2000)
+    x, z = 2 * angle.cos()[:, None], 2 * angle.sin()
+    d2 = (x - charges.T) ** 2 + z[:, None] ** 2
+    total = (1 / d2).sum(1)  # |E| up to the direction: E = (x - xhat, z) sum_k 1 / d_k^2
+    v_x, v_z = pfgm.poisson_field(x, z, charges, gamma=0.0)
+    E = -torch.cat([v_x, v_z[:, None]], 1)  # unit vectors, N = 1
+    length = torch.hypot(x[:, 0] - pfgm.posterior_mean(x, z, charges)[:, 0], z) * total
+    flux = (length * (E * torch.stack([x[:, 0], z], 1) / 2).sum(1)).sum() * 2 * 2 * math.pi / 2000
+    close(flux, 3 * 2 * math.pi, rtol=1e-10)
+
+
+# ---------------------------------------------------------------- prior
+
+@golden
+def test_prior_radius_quantiles():
+    ref = np.load(GOLDEN / 'prior_stats.npz')
+    n, upper = 20_000, float(ref['upper_norm'])
+    free = pfgm.sample_prior((n, 3072), 40.0, generator=seeded()).norm(dim=1).double()
+    clipped = pfgm.sample_prior((n, 3072), 40.0, upper, generator=seeded()).norm(dim=1).double()
+    assert stats.ks_2samp(clipped.clamp(max=upper - 1), ref['draws_r'].clip(max=upper - 1)
+                          ).pvalue > 1e-3
+    share, want = float((clipped > upper - 1e-2).double().mean()), ref['analytic_prob_r_gt_upper']
+    assert abs(share - want) < 4 * math.sqrt(0.25 / n)
+    ratio = free.numpy() ** 2 / (free.numpy() ** 2 + 40.0 ** 2)
+    assert stats.kstest(ratio, stats.beta(3072 / 2, 1 / 2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('D', [1, 3, 128, math.inf])
+def test_prior_density_integrates_to_1_and_matches_its_draws(D):
+    z_max = 2.0 if D == math.inf else 2.0 * math.sqrt(D)
+    def shell(r):  # N = 3: 4 pi r^2 p(r)
+        return 4 * math.pi * r * r * math.exp(pfgm.prior_logp(torch.tensor([[r, 0, 0]], dtype=F64), z_max, D))
+    close(integrate.quad(shell, 0, np.inf)[0], 1.0, rtol=1e-8)
+    r = pfgm.sample_prior((4000, 3), z_max, D=D, generator=seeded(), dtype=F64).norm(dim=1)
+    inside = sum(integrate.quad(shell, a, a + 0.5)[0] for a in np.arange(0, 3, 0.5))
+    assert abs(float((r < 3).double().mean()) - inside) < 4 * math.sqrt(0.25 / 4000)
+
+
+def test_no_prior_draw_is_infinite():
+    x = pfgm.sample_prior((200_000, 16), 40.0, generator=seeded())
+    assert x.isfinite().all() and x.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- flow
+
+@golden
+@pytest.mark.parametrize('z_exp', [5, 0])
+@pytest.mark.parametrize('solver, key, nfe, atol', [
+    ('rk45', 'rk45', 98, 2e-5), ('euler', 'forward_euler', 100, 1e-6),
+    ('heun', 'improved_euler', 199, 1e-6)])
+def test_solvers_equal_the_authors(z_exp, solver, key, nfe, atol):
+    ref = np.load(GOLDEN / 'ode.npz')
+    net = ExactField(torch.from_numpy(ref['data_points']).float())
+    x, spent = pfgm.sample_ode(net, torch.from_numpy(ref['x_init']), 40.0, 1e-3, solver, nfe,
+                               z_exp=z_exp, small_z='official')
+    assert spent == nfe == ref[f'nfe_{key}_zexp{z_exp}']
+    close(x, ref[f'x_{key}_zexp{z_exp}'], atol=atol)
+
+
+@golden
+def test_exact_small_z_follows_the_true_flow():
+    ref = np.load(GOLDEN / 'ode.npz')
+    net = ExactField(torch.from_numpy(ref['data_points']))
+    x, _ = pfgm.sample_ode(net, torch.from_numpy(ref['x_init']).double(), 40.0, 1e-3, z_exp=5.0,
+                           rtol=1e-10, atol=1e-10)
+    close(x, ref['ref64_true_flow'], atol=1e-7)
+
+
+def images_net(N, h=2.0):
+    """The field of the planar density c h / (|x|^2 + h^2)^((N+1)/2): a point charge at (0, -h)."""
+    def net(x, z):
+        scale = -math.sqrt(N) / (torch.hypot(x.flatten(1).norm(dim=1), z + h) + 5)
+        return x * scale.view(-1, *[1] * (x.dim() - 1)), (z + h) * scale
+    return net
+
+
+@pytest.mark.parametrize('shape', [(6, 2), (6, 1, 4, 4)])
+def test_method_of_images_flow_inverse_and_likelihood(shape):
+    N, h, z_min, z_max = math.prod(shape[1:]), 2.0, 1e-3, 50.0
+    x, tight = torch.randn(shape, generator=seeded(), dtype=F64), dict(rtol=1e-11, atol=1e-11)
+    net = images_net(N, h)
+    up, _ = pfgm.sample_ode(net, x, z_min, z_max, z_exp=0, **tight)
+    close(up, x * (z_max + h) / (z_min + h), rtol=1e-6)
+    back, _ = pfgm.sample_ode(net, up, z_max, z_min, z_exp=0, **tight)
+    close(back, x, atol=1e-6)
+    got = pfgm.log_likelihood(net, x, z_min, z_max, 'exact', z_exp=0, **tight)
+    # on z_max the density is the prior's of height z_max + h, not yet that of height z_max
+    logp = got.logp - pfgm.prior_logp(up, z_max) + pfgm.prior_logp(up, z_max + h)
+    close(logp, pfgm.prior_logp(x, h + z_min), atol=1e-6)
+    close(got.latent, up, rtol=1e-8)
+    close(got.bpd, -got.logp / math.log(2) / N + 7)
+
+
+def test_hutchinson_is_unbiased():
+    x = torch.randn(1, 6, generator=seeded(), dtype=F64)
+    charges = torch.randn(5, 6, generator=seeded(1), dtype=F64)
+    exact = pfgm.log_likelihood(ExactField(charges), x, 0.5, 40.0, 'exact').logp
+    many = pfgm.log_likelihood(ExactField(charges), x.repeat(3000, 1), 0.5, 40.0,
+                               generator=seeded(2)).logp
+    assert abs(many.mean() - exact) < 4 * many.std() / math.sqrt(3000)
+
+
+@pytest.mark.parametrize('D', [1, 3, 128, math.inf])
+def test_likelihood_of_charges_is_the_mixture_of_their_kernels(D):
+    unit = 1.0 if D == math.inf else math.sqrt(D)
+    y = torch.randn(6, 5, generator=seeded(), dtype=F64)
+    x = y[:4] + 0.3 * torch.randn(4, 5, generator=seeded(1), dtype=F64)
+    got = pfgm.log_likelihood(ExactField(y, D=D), x, 0.5 * unit, 20 * unit, 'exact', D=D, z_exp=0,
+                              rtol=1e-10, atol=1e-10)
+    def mixture(x, z):
+        return torch.logsumexp(torch.stack([pfgm.prior_logp(x - k, z, D) for k in y]), 0
+                               ) - math.log(len(y))
+    at_z_max = mixture(got.latent, 20 * unit) - pfgm.prior_logp(got.latent, 20 * unit, D)
+    close(got.logp + at_z_max, mixture(x, 0.5 * unit), atol=1e-6)
+
+
+def test_one_charge_has_straight_lines():
+    y, x = torch.randn(1, 12, dtype=F64), torch.randn(3, 12, dtype=F64) * 30
+    for solver, nfe in (('rk45', 0), ('euler', 1), ('euler', 7), ('heun', 8)):
+        out, _ = pfgm.sample_ode(ExactField(y), x, 40.0, 0.01, solver, nfe)
+        close(out, y + (x - y) * 0.01 / 40, atol=1e-3 if solver == 'rk45' else 1e-9)
+
+
+@pytest.mark.parametrize('N', [2, 64])
+def test_equal_charges_are_reached_equally(N):
+    K, g = 5, seeded()
+    charges = torch.randn(K, N, generator=g)
+    x = pfgm.sample_prior((4000, N), 1000.0, generator=g)
+    x, _ = pfgm.sample_ode(ExactField(charges), x, 1000.0, 1e-3)
+    reached = torch.bincount(torch.cdist(x, charges).argmin(1), minlength=K)
+    assert stats.chisquare(reached.numpy()).pvalue > 0.01, reached
+
+
+@pytest.mark.parametrize('solver', ['euler', 'heun'])
+@pytest.mark.parametrize('nfe', [1, 2, 7, 10])
+def test_nfe_is_the_number_of_network_calls(solver, nfe):
+    calls = []
+    exact = ExactField(torch.randn(4, 3))
+    def net(x, z):
+        calls.append(z)
+        return exact(x, z)
+    seen = []
+    _, spent = pfgm.sample_ode(net, torch.randn(2, 3), 10.0, 0.1, solver, nfe,
+                               callback=lambda z, x: seen.append(z))
+    assert len(calls) == spent == nfe
+    close(seen[-1], 0.1, rtol=1e-9)
+
+
+def test_rk45_steps_of_a_sample_do_not_depend_on_its_batch():
+    charges, x = torch.randn(9, 16, generator=seeded()), pfgm.sample_prior((6, 16), 30.0, 500.0,
+                                                                           generator=seeded(1))
+    net = ExactField(charges)
+    whole, nfe = pfgm.sample_ode(net, x, 30.0, 1e-3, each=True)
+    for part in ([0, 1], [4], [5, 3]):
+        out, _ = pfgm.sample_ode(net, x[part], 30.0, 1e-3, each=True)
+        close(out, whole[part], atol=1e-6)
+    together, _ = pfgm.sample_ode(net, x, 30.0, 1e-3)
+    close(whole, together, atol=5e-3)
+
+
+@pytest.mark.parametrize('each', [False, True])
+def test_rk45_that_cannot_go_on_says_where(each):
+    def net(x, z):
+        return torch.where(z[:, None] < 1, math.nan, x), -torch.ones(len(x))
+    with pytest.raises(pfgm.SolverError, match=r'z = (0\.9|1)'):
+        pfgm.sample_ode(net, torch.ones(3, 2), 10.0, 0.1, each=each, z_exp=0)
+    with pytest.raises(ValueError, match='rk4'):
+        pfgm.sample_ode(net, torch.ones(3, 2), 10.0, 0.1, 'rk4')
+
+
+# ---------------------------------------------------------------- network and checkpoints
+
+PARAMETERS = [({}, 61_805_572), (dict(num_blocks=8), 106_633_732), (dict(image_size=64), 61_805_572),
+              (dict(image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), num_blocks=2), 124_076_292)]
+
+
+@pytest.mark.parametrize('kw, count', PARAMETERS)
+def test_published_networks_have_their_number_of_parameters(kw, count):
+    with torch.device('meta'):
+        assert sum(p.numel() for p in unet.UNet(**kw).parameters()) == count
+
+
+@golden
+@pytest.mark.parametrize('name, kw', [('cifar10', {}), ('celeba64', dict(image_size=64))])
+def test_parameters_are_in_the_published_order_and_law(name, kw):
+    torch.manual_seed(0)
+    net = unet.UNet(**kw)
+    names, rows = unet.official_names(net), (GOLDEN / f'params_{name}_ddpmpp.txt').read_text()
+    rows = [line.split('\t') for line in rows.splitlines() if not line.startswith('#')]
+    assert len(rows) == len(names)
+    for (ours, p), (_, theirs, shape, n, std, largest) in zip(net.named_parameters(), rows):
+        assert names[ours] == theirs and str(tuple(p.shape)) == shape
+        std, largest, n = float(std), float(largest), int(n)
+        assert abs(float(p.detach().std(correction=0)) - std) <= 4 * std / math.sqrt(n), ours
+        assert abs(float(p.detach().abs().max()) - largest) <= 0.05 * largest, ours
+
+
+@golden
+@pytest.mark.parametrize('file', ['ckpt_cifar10_tiny.pth', 'ckpt_cifar10_tiny_legacy.pth'])
+@pytest.mark.parametrize('weights', ['ema', 'raw'])
+def test_official_checkpoints_give_the_authors_outputs(file, weights):
+    io_ = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / 'io_cifar10_tiny.npz').items()}
+    net, args = unet.load_checkpoint(GOLDEN / file, weights)
+    assert (args['image_size'], args['nf'], args['num_blocks']) == (32, 16, 1)
+    with torch.no_grad():
+        for far in ('', '_far'):
+            v_x, v_z = net(io_['x' + far], io_['z' + far])
+            close(v_x, io_[f'{weights}_out_x{far}'], atol=5e-5)
+            close(v_z, io_[f'{weights}_out_z{far}'], atol=5e-5)
+
+
+def tiny_official(path, change=lambda saved: None):
+    """An official checkpoint made from one of our networks (the levels of CIFAR-10, nf 8)."""
+    torch.manual_seed(1)
+    net = unet.UNet(nf=8, num_blocks=1)
+    names, shadow = unet.official_names(net), []
+    model = {'module.sigmas': torch.zeros(3, dtype=F64)}
+    for ours, p in net.named_parameters():
+        name, p = names[ours], p.detach() + 0.01
+        model[name] = (p.T if name.endswith('.W') else p).clone()
+        shadow.append(model[name] * 2)
+    state = {i: dict(step=7, exp_avg=p * 3, exp_avg_sq=p * p) for i, p in enumerate(shadow)}
+    group = dict(lr=np.float64(2e-4), betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False,
+                 params=list(range(len(shadow))))
+    saved = dict(model=model, ema=dict(decay=0.9999, num_updates=7, shadow_params=shadow), step=7,
+                 optimizer=dict(state=state, param_groups=[group]))
+    change(saved)
+    torch.save(saved, path)
+    return net
+
+
+def test_official_checkpoint_is_read_whole(tmp_path):
+    net = tiny_official(tmp_path / 'a.pth')
+    saved = unet.read_checkpoint(tmp_path / 'a.pth')
+    for i, (name, p) in enumerate(net.named_parameters()):
+        close(saved['net'][name], p.detach() + 0.01)
+        close(saved['ema'][name], (p.detach() + 0.01) * 2)
+        close(saved['opt']['state'][i]['exp_avg'], (p.detach() + 0.01) * 6)
+    torch.optim.Adam(net.parameters()).load_state_dict(saved['opt'])
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ('touch hacked',)
+
+
+def rename(saved):
+    saved['model']['module.all_modules.3.Conv_9.weight'] = saved['model'].pop(
+        'module.all_modules.3.Conv_0.weight')
+
+
+def transpose(saved):
+    key = 'module.all_modules.5.Conv_0.weight'
+    saved['model'][key] = saved['model'][key].transpose(0, 1).clone()
+
+
+DAMAGE = {
+    'renamed': (rename, '3.Conv_0.weight is missing; .*3.Conv_9.weight does not belong'),
+    'missing': (lambda s: s['model'].pop('module.all_modules.2.bias'), '2.bias is missing'),
+    'transposed': (transpose, r'5.Conv_0.weight is \(8, 16, 3, 3\), expected \(16, 8, 3, 3\)'),
+    'short ema': (lambda s: s['ema']['shadow_params'].pop(), 'shadow_params'),
+    'payload': (lambda s: s.update(extra=Payload()), 'not a checkpoint of tensors'),
+    'not ours': (lambda s: s.pop('model'), 'not a checkpoint of train.py'),
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_damaged_checkpoints_are_named_in_one_line(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change, message = DAMAGE[kind]
+    tiny_official('a.pth', change)
+    refuses(['sample.py', '--ckpt', 'a.pth', '--device', 'cpu'], message)
+    assert sorted(os.listdir('.')) == ['a.pth']  # nothing ran, nothing was written
+
+
+def test_truncated_and_absent_checkpoints(tmp_path):
+    tiny_official(tmp_path / 'a.pth')
+    whole = (tmp_path / 'a.pth').read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / 'a.pth').write_bytes(whole[:size])
+        refuses(['sample.py', '--ckpt', str(tmp_path / 'a.pth')], 'damaged')
+    refuses(['sample.py', '--ckpt', str(tmp_path / 'b.pth')], 'no such file; make one with')
+
+
+# ---------------------------------------------------------------- the scripts
+
+SCRIPTS = dict(train=train, sample=sample)
+data.glyphs = functools.lru_cache(data.glyphs)  # drawn once for all tests
+TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
+       '--sample_every 0 --device cpu --no-bf16'.split()
+
+
+def script(command):
+    """Run a command line in this process; a list of words, the first a script."""
+    module = SCRIPTS[command[0].removesuffix('.py')]
+    train.run(module.main, module.parse_args([str(word) for word in command[1:]]))
+
+
+def refuses(command, message):
+    """The command ends with exit code 2 and one line on stderr that matches `message`."""
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            script(command)
+        text = sys.stderr.getvalue()
+    finally:
+        sys.stderr = stderr
+    assert stop.value.code == 2 and text.count('\n') == 1, text
+    assert re.search(message, text), text
+
+
+def losses(folder):
+    return [json.loads(line)['loss'] for line in open(Path(folder) / 'log.jsonl')]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run of 10 steps on glyphs."""
+    out = tmp_path_factory.mktemp('run') / 'out'
+    script(['train.py', *TINY, '--steps', 10, '--dropout', 0.1, '--out_dir', out])
+    return out
+
+
+def test_ten_steps_equal_five_and_five(trained, tmp_path):
+    for steps in (5, 10):
+        script(['train.py', *TINY, '--steps', steps, '--dropout', 0.1, '--out_dir', tmp_path / 'o'])
+    a, b = (torch.load(d / 'ckpt.pt', weights_only=True) for d in (trained, tmp_path / 'o'))
+    assert a['step'] == b['step'] == 10 and losses(trained) == losses(tmp_path / 'o')
+    for part in ('net', 'ema'):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    for i, state in a['opt']['state'].items():
+        assert all(torch.equal(v, b['opt']['state'][i][k]) for k, v in state.items())
+    assert all(torch.equal(x, y) for x, y in zip(a['rng'][0], b['rng'][0]))
+
+
+def test_two_processes_follow_the_loss_of_one(tmp_path):
+    command = [*TINY, '--steps', 4, '--dropout', 0]
+    script(['train.py', *command, '--out_dir', tmp_path / 'one'])
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', HERE /
+                    'train.py', *map(str, command), '--out_dir', tmp_path / 'two'], check=True,
+                   env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+    close(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-5)
+    script(['train.py', *command, '--out_dir', tmp_path / 'half', '--accum', 2])
+    close(losses(tmp_path / 'half'), losses(tmp_path / 'one'), rtol=1e-5)
+
+
+def test_sigterm_saves_and_leaves(tmp_path):
+    p = subprocess.Popen([sys.executable, HERE / 'train.py', *TINY, '--steps', '100000',
+                          '--out_dir', tmp_path / 'o'], stdout=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if line.startswith('step 3/'):
+            p.send_signal(signal.SIGTERM)
+            break
+    rest = p.stdout.read()
+    assert p.wait() == 0 and 'saved' in rest
+    step = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)['step']
+    assert step == len(losses(tmp_path / 'o')) >= 3
+
+
+def test_nan_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
+    script(['train.py', *TINY, '--steps', 2, '--out_dir', tmp_path])
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    saved['net']['conv_in.bias'][:] = math.nan
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    refuses(['train.py', *TINY, '--steps', 9, '--out_dir', tmp_path], 'step 3: .*not finite')
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full on this system')
+def test_full_disk_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
+    script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path])
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    (tmp_path / 'ckpt.pt.part').symlink_to('/dev/full')
+    refuses(['train.py', *TINY, '--steps', 2, '--out_dir', tmp_path], 'is intact')
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
+
+BAD_TRAIN = [
+    ('--dataset nothing_here', 'no such data set'), ('--image_size 15', 'multiple of 2'),
+    ('--steps 0', 'must be a whole number above 0'), ('--lr nan', 'must be a number above 0'),
+    ('--batch_size 8 --accum 3', 'multiple of'), ('--field_batch 4', 'at least --batch_size'),
+    ('--nf 30', 'take a multiple'), ('--z_min 1e9', 'must be below --z_max'),
+    ('--device cuda:7', '--device cuda:7: not on this machine'), ('--device tpu9', 'not on this'),
+    ('--data x', 'unrecognized'), ('--dropout 1', 'below 1'), ('--init_from no.pth', 'no such file'),
+]
+
+
+@pytest.mark.parametrize('flags, message', BAD_TRAIN)
+def test_bad_training_flags(flags, message, tmp_path):
+    refuses(['train.py', *TINY, '--out_dir', tmp_path / 'o', *flags.split()], message)
+    assert not (tmp_path / 'o').exists()
+
+
+def test_a_folder_in_use_is_not_overwritten(trained, tmp_path):
+    before = (trained / 'ckpt.pt').read_bytes()
+    Image.new('L', (16, 16)).save(tmp_path / 'a.png')
+    refuses(['train.py', *TINY, '--dataset', tmp_path, '--out_dir', trained], 'holds a run on glyphs')
+    refuses(['train.py', *TINY, '--out_dir', tmp_path], 'not empty')
+    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--lr', 0.5], '--lr 0.5: the run')
+    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--nf', 16], '--nf 16: the run')
+    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 10], 'has 10 already')
+    assert (trained / 'ckpt.pt').read_bytes() == before and os.listdir(tmp_path) == ['a.png']
+
+
+def test_official_checkpoint_trains_on(tmp_path):
+    tiny_official(tmp_path / 'a.pth')
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / 'd.npz', x=pixels)
+    script(['train.py', '--dataset', tmp_path / 'd.npz', '--init_from', tmp_path / 'a.pth',
+            '--out_dir', tmp_path / 'o', '--steps', 9, '--batch_size', 4, '--field_batch', 8,
+            '--sample_every', 0, '--device', 'cpu'])
+    saved = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
+    assert saved['step'] == 9 and saved['args']['nf'] == 8 and saved['opt']['state'][0]['step'] == 9
+
+
+# ---------------------------------------------------------------- sampling
+
+# rk45 on the exact field, in float64: a raw network amplifies how convolutions round in a batch
+@pytest.mark.parametrize('flags', [['--exact'], ['--nfe', '5']])
+def test_an_image_depends_on_seed_and_index_only(trained, tmp_path, flags):
+    def sampled(n, batch_size, seed=0):
+        out = tmp_path / f'{n}-{batch_size}-{seed}.npz'
+        script(['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', n, '--batch_size', batch_size,
+                '--seed', seed, '--out', out, '--device', 'cpu', *flags])
+        return np.load(out)['arr_0'].astype(int)
+    six = sampled(6, 6)
+    assert six.shape == (6, 16, 16, 1) and len(np.unique(six.reshape(6, -1), axis=0)) == 6
+    for n, batch_size in ((6, 4), (3, 1)):
+        assert abs(sampled(n, batch_size) - six[:n]).max() <= 1  # rounding to grey levels
+    assert abs(sampled(6, 6, seed=1) - six).max() > 1
+
+
+def test_processes_share_the_images(trained, tmp_path):
+    command = ['--ckpt', str(trained / 'ckpt.pt'), '--n', '5', '--nfe', '3', '--device', 'cpu']
+    script(['sample.py', *command, '--out', tmp_path / 'one.npz'])
+    for out in ('two.npz', 'folder'):
+        subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+                        '--', HERE / 'sample.py', *command, '--out', tmp_path / out], check=True,
+                       env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+    one, two = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in ('one', 'two'))
+    assert abs(one - two).max() <= 1 and len(os.listdir(tmp_path / 'folder')) == 5
+    first = np.asarray(Image.open(tmp_path / 'folder' / '000000.png')).astype(int)
+    assert abs(first - one[0, :, :, 0]).max() <= 1
+
+
+def test_exact_samples_are_training_images(tmp_path, capsys):
+    script(['sample.py', '--exact', '--n', 4, '--out', tmp_path / 'a.png', '--device', 'cpu'])
+    said = capsys.readouterr().out
+    assert '4 of 4 samples are, to the grey level, images of glyphs' in said
+    assert re.search(r'nfe \d+', said) and Image.open(tmp_path / 'a.png').size > (64, 64)
+
+
+@pytest.mark.parametrize('kind, name, size', [
+    ('--gif', 'a.gif', None), ('--interpolate', 'a.png', None), ('--rescale', 'a.png', None),
+    ('--field_lines', 'a.png', (800, 720))])
+def test_pictures(trained, tmp_path, kind, name, size):
+    script(['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', 8, '--nfe', 4, kind, '--device',
+            'cpu', '--out', tmp_path / name])
+    image = Image.open(tmp_path / name)
+    assert size is None or image.size == size
+    assert name != 'a.gif' or image.n_frames >= 3
+
+
+def test_encoding_inverts(trained, tmp_path, capsys):
+    script(['sample.py', '--ckpt', trained / 'ckpt.pt', '--encode', 'glyphs', '--n', 2, '--tol',
+            '1e-6', '--out', tmp_path / 'a.png', '--device', 'cpu'])
+    error = float(re.search(r'mean error (\S+)', capsys.readouterr().out)[1])
+    assert error < 1e-3
+
+
+BAD_SAMPLE = [('--nfe 0', '--nfe: 0'), ('--nfe 2.5', '--nfe: 2.5'), ('--n -1', '--n: -1'),
+              ('--solver rk4', 'rk4'), ('--out a.tiff', 'must end in'), ('--out no/a.png', 'mkdir'),
+              ('--solver rk45 --nfe 9', 'leave one of them out'),
+              ('--encode nothing', 'no such data set')]
+
+
+@pytest.mark.parametrize('flags, message', BAD_SAMPLE)
+def test_bad_sampling_flags(trained, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    refuses(['sample.py', '--ckpt', trained / 'ckpt.pt', *flags.split(), '--device', 'cpu'], message)
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- data sets
+
+def picture(seed=0, side=8):
+    """A smooth random RGB image."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind='PNG', **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(data.BadInput, match=match) as caught:
+        data.load(*args, **kwargs)
+    message = str(caught.value)
+    assert '\n' not in message and message.startswith('--')
+    return message
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / 'set'
+    root.mkdir()
+    for k in range(10):
+        picture(k).save(root / f'{k}.png')
+    return root
+
+
+def one(tmp_path, name, image, **options):
+    root = tmp_path / 'one'
+    root.mkdir()
+    image.save(root / name, **options)
+    return data.load(root)
+
+
+@pytest.mark.parametrize('mode, name, channels', [
+    ('P', 'a.png', 3), ('L', 'a.png', 1), ('1', 'a.png', 1), ('LA', 'a.png', 1), ('RGB', 'a.bmp', 3),
+    ('RGBA', 'a.png', 3), ('CMYK', 'a.jpg', 3), ('RGB', 'a.JPEG', 3), ('RGB', 'a.webp', 3),
+    ('YCbCr', 'a.jpg', 3), ('P', 'a.gif', 3)])
+def test_modes(tmp_path, mode, name, channels):
+    set_ = one(tmp_path, name, picture().convert(mode))
+    assert set_.pixels.shape == (1, channels, 8, 8) and set_.pixels.dtype == torch.uint8
+    assert set_.flip == (channels == 3) and set_.labels is None and set_.classes is None
+    if name == 'a.png' and mode in ('RGBA', 'P', 'L'):
+        expected = np.asarray(picture().convert(mode).convert('L' if channels == 1 else 'RGB'))
+        assert (set_[0].permute(1, 2, 0).numpy().squeeze() == expected).all()
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA'])
+def test_transparent_is_white(tmp_path, mode):
+    assert one(tmp_path, 'a.png', Image.new(mode, (4, 4), 0)).pixels.unique().tolist() == [255]
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.tif', 'a.pgm'])
+def test_16_bits_are_scaled_not_clipped(tmp_path, name):
+    ramp = (np.arange(16, dtype=np.uint16) * 257 * 17).reshape(4, 4)
+    set_ = one(tmp_path, name, Image.fromarray(ramp))
+    assert set_.channels == 1 and set_.pixels.flatten().tolist() == list(range(0, 256, 17))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:, :4] = 255  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise: the top half is white
+    set_ = one(tmp_path, 'a.png', Image.fromarray(pixels), exif=exif)
+    assert (set_[0][0, :4] == 255).all() and (set_[0][0, 4:] == 0).all()
+
+
+def test_centre_square_and_channels(tmp_path):
+    wide = np.zeros((4, 10, 3), np.uint8)
+    wide[:, 3:7] = (255, 0, 0)
+    root = tmp_path / 'wide'
+    root.mkdir()
+    Image.fromarray(wide).save(root / 'a.png')
+    assert data.load(root)[0][0].eq(255).all()
+    grey = data.load(root, channels=1)
+    assert grey.pixels.shape == (1, 1, 4, 4) and grey.pixels.unique().tolist() == [76]
+    assert data.load(root, image_size=2).pixels.shape == (1, 3, 2, 2)
+    Image.new('L', (4, 4), 9).save(root / 'a.png')
+    assert data.load(root, channels=3)[0].unique().tolist() == [9]
+
+
+def test_broken_files_are_skipped_and_counted(folder, capsys):
+    whole = (folder / '3.png').read_bytes()
+    (folder / '3.png').write_bytes(whole[:len(whole) // 2])
+    (folder / '7.png').write_text('not an image')
+    (folder / 'notes.txt').write_text('ignored')
+    (folder / '.hidden.png').write_text('ignored')
+    set_ = data.load(folder)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and 'skipped 2 of 10 images' in lines[0] and '3.png' in lines[0]
+    kept = [k for k in range(10) if k not in (3, 7)]
+    assert all((set_[i].permute(1, 2, 0).numpy() == np.asarray(picture(k))).all()
+               for i, k in enumerate(kept))
+
+
+def test_labels_follow_skipped_images(tmp_path):
+    for k, name in enumerate('abba'):
+        os.makedirs(tmp_path / 'set' / name, exist_ok=True)
+        picture(k).save(tmp_path / 'set' / name / f'{k}.png')
+    (tmp_path / 'set' / 'a' / '0.png').write_text('')
+    set_ = data.load(tmp_path / 'set')
+    assert set_.classes == ['a', 'b'] and set_.labels.tolist() == [0, 1, 1]
+
+
+def test_nothing_to_read_is_refused(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    refused('no images', tmp_path / 'empty')
+    (tmp_path / 'bad').mkdir()
+    for k in range(3):
+        (tmp_path / 'bad' / f'{k}.png').write_text('no image')
+    refused('none of 3 images', tmp_path / 'bad')
+    refused('no such data set.*accepted: glyphs', tmp_path / 'absent')
+    refused('no such data set', 'glyph')
+    (tmp_path / 'a.txt').write_text('')
+    refused('no such data set', tmp_path / 'a.txt')
+    (tmp_path / 'a.zip').write_text('')
+    refused('zip', tmp_path / 'a.zip')
+    (tmp_path / 'a.npy').write_text('')
+    refused('--dataset .*a.npy', tmp_path / 'a.npy')
+
+
+@pytest.mark.parametrize('given', [{'split': 'valid'}, {'channels': 2}, {'image_size': 0}])
+def test_bad_arguments_are_refused(given):
+    refused(f'--{list(given)[0]} .*accepted', **given)
+
+
+def test_small_files_are_refused_but_arrays_are_enlarged(folder, tmp_path):
+    picture(0, 6).save(folder / '5.png')
+    assert '--image_size of at most 6' in refused('5.png.* is 6x6', folder)
+    refused('0.png.* is 8x8', folder, image_size=16)
+    np.save(tmp_path / 'a.npy', np.zeros((2, 8, 8), np.uint8))
+    assert data.load(tmp_path / 'a.npy', image_size=16).pixels.shape == (2, 1, 16, 16)
+
+
+def test_symlink_loop_ends(folder):
+    (folder / 'loop').symlink_to(folder, target_is_directory=True)
+    assert len(data.load(folder)) == 10
+
+
+def test_own_splits_of_a_folder(tmp_path, folder):
+    assert len(data.load(folder, split='test')) == 10
+    for name, count in (('train', 3), ('test', 2)):
+        for k in range(count):
+            os.makedirs(tmp_path / 'both' / name / f'c{k % 2}', exist_ok=True)
+            picture(k).save(tmp_path / 'both' / name / f'c{k % 2}' / f'{k}.png')
+    train, test = (data.load(tmp_path / 'both', split=split) for split in ('train', 'test'))
+    assert (len(train), len(test)) == (3, 2)
+    assert train.classes == ['c0', 'c1'] and train.labels.tolist() == [0, 0, 1]
+
+
+def test_zip(tmp_path, capsys):
+    path = tmp_path / 'in' / 'set.zip'
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, 'w') as archive:
+        for k in range(6):
+            archive.writestr(f'{"cat" if k % 2 else "ant"}/{k}.png', encoded(picture(k)))
+        for name in ('../evil.png', '/../evil.png', '__MACOSX/cat/0.png', 'cat/.0.png'):
+            archive.writestr(name, encoded(picture()))
+        archive.writestr('readme.txt', 'ignored')
+        archive.writestr('cat/empty.png', b'')
+    set_ = data.load(path)
+    assert set_.classes == ['ant', 'cat'] and set_.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (set_[3].permute(1, 2, 0).numpy() == np.asarray(picture(1))).all()
+    assert 'skipped 1 of 7' in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ['in'] and os.listdir(tmp_path / 'in') == ['set.zip']
+
+
+def test_hostile_zip_entries_are_skipped(tmp_path, capsys, monkeypatch):
+    path = tmp_path / 'set.zip'
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('a.png', encoded(picture()))
+        archive.writestr('b.png', encoded(Image.new('L', (64, 64))))  # a bomb under the limit below
+        archive.writestr('c.png', encoded(picture()) + bytes(100_000))
+        archive.writestr('locked.png', encoded(picture()))
+    raw = bytearray(path.read_bytes())
+    raw[raw.rindex(b'PK\x01\x02') + 8] |= 1  # the encrypted flag of the last entry
+    raw[raw.rindex(b'PK\x03\x04') + 6] |= 1
+    path.write_bytes(raw)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 64 * 64 - 1)  # over it, but not twice: a warning
+    monkeypatch.setattr(data, 'ENTRY_LIMIT', 100_000)
+    assert len(data.load(path, image_size=8)) == 1
+    assert 'skipped 3 of 4' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('shape', [(5, 6, 6), (5, 6, 6, 1), (5, 6, 6, 3), (5, 1, 6, 6), (5, 3, 6, 6),
+                                   (5, 6, 6, 4), (5, 4, 6, 6)])
+@pytest.mark.parametrize('kind', ['uint8', 'float32', 'float64', 'signed'])
+def test_array_layouts_and_types(tmp_path, shape, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    pixels.flat[:2] = 0, 255
+    if 4 in shape:
+        np.moveaxis(pixels, 3 if shape[3] == 4 else 1, 0)[3] = 255  # opaque
+    stored = {'uint8': pixels, 'float32': (pixels / 255).astype(np.float32), 'float64': pixels / 255,
+              'signed': (pixels / 127.5 - 1).astype(np.float32)}[kind]
+    np.save(tmp_path / 'a.npy', stored)
+    expected = pixels[:, None] if len(shape) == 3 else pixels
+    expected = expected if expected.shape[1] in (1, 3, 4) else np.moveaxis(expected, 3, 1)
+    set_ = data.load(tmp_path / 'a.npy')
+    assert (set_.pixels.numpy() == expected[:, :3]).all() and set_.pixels.is_contiguous()
+
+
+@pytest.mark.parametrize('array, match', [
+    (np.full((2, 4, 4), np.nan, np.float32), 'nan'), (np.full((2, 4, 4), np.inf), 'inf'),
+    (np.full((2, 4, 4), 255.0), '255'), (np.full((2, 4, 4), -1.5), '-1.5'),
+    (np.zeros((2, 4, 4), np.int64), 'int64'), (np.zeros((2, 4, 4), bool), 'bool'),
+    (np.zeros((4, 4), np.uint8), 'shape'), (np.zeros((2, 5, 5, 2), np.uint8), 'shape'),
+    (np.zeros((0, 4, 4), np.uint8), 'shape'), (np.zeros((2, 4, 4), object), '[Oo]bject')])
+def test_unusable_arrays_are_refused(tmp_path, array, match):
+    np.save(tmp_path / 'a.npy', array, allow_pickle=True)
+    refused(match, tmp_path / 'a.npy')
+    np.savez(tmp_path / 'a.npz', x=array)
+    assert 'accepted: glyphs' in refused(match, tmp_path / 'a.npz')
+
+
+def test_npz_keys_splits_and_labels(tmp_path):
+    path, images = tmp_path / 'a.npz', np.zeros((3, 4, 4), np.uint8)
+    np.savez(path, x=images, y=np.arange(3, dtype=np.uint8))
+    assert data.load(path).labels.tolist() == data.load(path, split='test').labels.tolist() == [0, 1, 2]
+    np.savez(path, train_images=images, train_labels=np.ones((3, 1), np.uint8),
+             test_images=images[:2], test_labels=np.zeros((2, 1), np.uint8))
+    assert data.load(path).labels.tolist() == [1, 1, 1]
+    assert data.load(path, split='test').labels.tolist() == [0, 0]
+    np.savez(path, images)
+    assert len(data.load(path)) == 3
+    np.savez(path, other=images)
+    refused('other', path)
+    np.savez(path, x=images, y=np.arange(2))
+    refused('labels', path)
+
+
+def test_bloodmnist_and_lsun(tmp_path):
+    refused('bloodmnist.npz', 'bloodmnist', tmp_path)
+    refused('lsun_bedroom', 'lsun_bedroom', tmp_path)
+    np.savez(tmp_path / 'bloodmnist.npz', train_images=np.zeros((3, 28, 28, 3), np.uint8),
+             train_labels=np.ones((3, 1), np.uint8))
+    set_ = data.load('bloodmnist', tmp_path)
+    assert set_.pixels.shape == (3, 3, 28, 28) and set_.labels.tolist() == [1, 1, 1]
+    for k in range(2):
+        os.makedirs(tmp_path / 'lsun_bedroom' / str(k))
+        picture(k, 64).save(tmp_path / 'lsun_bedroom' / str(k) / 'a.webp')
+    set_ = data.load('lsun_bedroom', tmp_path)
+    assert set_.pixels.shape == (2, 3, 256, 256) and set_.labels is None and set_.flip
+
+
+def test_celeba_crop(tmp_path, monkeypatch):
+    from torchvision import datasets
+    image = np.zeros((218, 178, 3), np.uint8)
+    image[39:179, 19:159] = 255
+    os.makedirs(tmp_path / 'celeba' / 'img_align_celeba')
+    Image.fromarray(image).save(tmp_path / 'celeba' / 'img_align_celeba' / '1.png')
+
+    class Fake:
+        filename = ['1.png']
+
+        def __init__(self, root, split, download):
+            pass
+    monkeypatch.setattr(datasets, 'CelebA', Fake)
+    set_ = data.load('celeba64', tmp_path)
+    assert set_.pixels.shape == (1, 3, 64, 64) and set_.pixels.eq(255).all()
+
+
+@pytest.mark.parametrize('name, kind, where', [
+    ('mnist', 'MNIST', 'MNIST/raw'), ('fashion_mnist', 'FashionMNIST', 'FashionMNIST/raw'),
+    ('cifar10', 'CIFAR10', 'cifar-10-python.tar.gz'), ('celeba64', 'CelebA', 'celeba')])
+def test_no_network_is_one_line(tmp_path, monkeypatch, name, kind, where):
+    from torchvision import datasets
+    for error in (urllib.error.URLError('no\nroute'), RuntimeError('first\nsecond'), OSError('gone')):
+        def fail(*args, error=error, **kwargs):
+            raise error
+        monkeypatch.setattr(datasets, kind, fail)
+        assert f'{tmp_path}/{where}' in refused(f'--dataset {name}', name, tmp_path)
+
+
+def test_torchvision_arrays(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class Fake:
+        classes = ['a', 'b']
+
+        def __init__(self, root, train, download):
+            self.data = torch.zeros(4 if train else 2, 28, 28, dtype=torch.uint8)
+            self.targets = torch.ones(4 if train else 2, dtype=torch.int64)
+    monkeypatch.setattr(datasets, 'MNIST', Fake)
+    train, test = data.load('mnist', tmp_path), data.load('mnist', tmp_path, 32, 3, 'test')
+    assert train.pixels.shape == (4, 1, 28, 28) and test.pixels.shape == (2, 3, 32, 32)
+    assert train.labels.tolist() == [1] * 4 and not test.flip and test.classes == ['a', 'b']
+
+
+def test_glyphs_are_the_same_bytes_and_balanced():
+    images, labels = data.glyphs(500)
+    again, _ = data.glyphs(500)
+    assert images.shape == (500, 16, 16) and images.dtype == np.uint8 and (images == again).all()
+    assert np.bincount(labels).tolist() == [50] * 10
+    assert not (images == data.glyphs(500, split='test')[0]).all()
+    assert images.max(axis=(1, 2)).min() > 120 and images[:, 0].max() < 128 and np.median(images) == 0
+    assert data.glyphs(20, 28)[0].shape == (20, 28, 28)
+    assert len({image.tobytes() for image in images}) == 500
+
+
+def test_glyphs_classes_are_told_apart():
+    train, labels = data.glyphs(2000)
+    test, truth = data.glyphs(300, split='test')
+    far = torch.cdist(torch.tensor(test).flatten(1).float(), torch.tensor(train).flatten(1).float())
+    assert (labels[far.argmin(1)] == truth).mean() > 0.95
+
+
+def test_load_glyphs():
+    set_ = data.load()
+    assert set_.pixels.shape == (10_000, 1, 16, 16) and set_.classes == list('0123456789')
+    assert not set_.flip and set_.name == 'glyphs' and 5 < data.mean_norm(set_) < 16
+
+
+@pytest.mark.parametrize('source', ['folder', 'zip', 'npy'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_serve_the_same_in_order(folder, tmp_path, monkeypatch, source, workers):
+    path = folder
+    if source == 'zip':
+        path = tmp_path / 'a.zip'
+        with zipfile.ZipFile(path, 'w') as archive:
+            for k in range(10):
+                archive.write(folder / f'{k}.png', f'{k}.png')
+    if source == 'npy':
+        path = tmp_path / 'a.npy'
+        np.save(path, np.stack([np.asarray(picture(k)) for k in range(10)]))
+    small = data.load(path)
+    monkeypatch.setattr(data, 'MEMORY_LIMIT', 0)
+    large = data.load(path)
+    assert small.pixels is not None and large.pixels is None and len(large) == 10
+    indices = [torch.randint(10, (4,), generator=torch.Generator().manual_seed(k)) for k in range(6)]
+    state = torch.get_rng_state()
+    pairs = list(zip(data.batches(small, indices), data.batches(large, indices, workers=workers),
+                     strict=True))
+    assert len(pairs) == 6 and (torch.get_rng_state() == state).all()
+    for (a, b), index in zip(pairs, indices):
+        assert a.shape == (4, 3, 8, 8) and a.dtype == torch.uint8 and torch.equal(a, b)
+        assert torch.equal(a, small.pixels[index])
+    assert data.mean_norm(small) == data.mean_norm(large)
+    assert torch.equal(torch.stack(list(large)), small.pixels)  # plain iteration ends
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_large_sets_pass_over_what_cannot_be_read(folder, monkeypatch, capfd, workers):
+    monkeypatch.setattr(data, 'MEMORY_LIMIT', 0)
+    (folder / '9.png').write_text('broken')
+    large = data.load(folder)
+    batch, = data.batches(large, [torch.tensor([9, 9, 0])], workers=workers)
+    assert torch.equal(batch[0], batch[2])
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    picture(0, 4).save(folder / '9.png')
+    with pytest.raises(data.BadInput, match='^--dataset .*9.png.* is 4x4') as caught:
+        list(data.batches(large, [torch.tensor([9])], workers=workers))
+    assert '\n' not in str(caught.value)
+
+
+def test_a_dataloader_takes_it(folder):
+    loader = torch.utils.data.DataLoader(data.load(folder), batch_size=4)
+    assert [len(batch) for batch in loader] == [4, 4, 2]
+
+
+def test_all_pixel_values_survive():
+    values = torch.arange(256, dtype=torch.uint8)
+    x = data.to_float(values)
+    assert x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
+    assert torch.equal(data.to_uint8(x), values)
+    assert data.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_mean_norm(tmp_path):
+    np.save(tmp_path / 'a.npy', np.full((300, 4, 4, 3), 255, np.uint8))
+    assert data.mean_norm(data.load(tmp_path / 'a.npy')) == pytest.approx(4)
+    assert data.mean_norm(data.load(tmp_path / 'a.npy'), n=7) == pytest.approx(4)
