@@ -387,6 +387,27 @@ def test_official_checkpoint_is_read_whole(tmp_path):
     torch.optim.Adam(net.parameters()).load_state_dict(saved['opt'])
 
 
+def test_pruned_and_averaged_checkpoints_load(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    a = torch.load(trained / 'ckpt.pt', weights_only=True)
+    torch.save({**a, 'ema': {k: v + 1 for k, v in a['ema'].items()}}, 'b.pt')
+    unet.main([str(trained / 'ckpt.pt'), '--out', 'ema.pt'])
+    unet.main([str(trained / 'ckpt.pt'), 'b.pt', '--out', 'mean.pt'])
+    for path, shift in (('ema.pt', 0.0), ('mean.pt', 0.5)):
+        net, _ = unet.load_checkpoint(path)
+        for k, v in net.state_dict().items():
+            close(v, a['ema'][k] + shift, atol=1e-6)
+    assert os.path.getsize('ema.pt') < 0.4 * os.path.getsize('b.pt')
+    refuses(['sample.py', '--ckpt', 'ema.pt', '--weights', 'raw'], 'holds the EMA only')
+    os.mkdir('o')
+    os.rename('ema.pt', 'o/ckpt.pt')
+    refuses(['train.py', *TINY, '--steps', 20, '--out_dir', 'o'], 'holds the EMA only')
+    for bad in (['no.pt', '--out', 'c.pt'], ['b.pt', '--out', 'mean.pt']):
+        with pytest.raises(SystemExit):
+            unet.main(bad)
+    assert sorted(os.listdir('.')) == ['b.pt', 'mean.pt', 'o']
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ('touch hacked',)
@@ -630,6 +651,33 @@ def test_bad_sampling_flags(trained, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     refuses(['sample.py', '--ckpt', trained / 'ckpt.pt', *flags.split(), '--device', 'cpu'], message)
     assert os.listdir(tmp_path) == []
+
+
+def readme_commands():
+    text = (HERE / 'README.md').read_text()
+    lines = [line for block in re.findall(r'```sh\n(.*?)```', text, re.S)
+             for line in block.splitlines()] + re.findall(r'`((?:python|torchrun) [^`]*\.py [^`]*)`', text)
+    return [part.strip() for line in lines for part in line.split('#')[0].split('&&')]
+
+
+@pytest.mark.parametrize('command', readme_commands())
+def test_readme_commands_parse(command):
+    words = shlex.split(command)
+    if words[0] == 'pip':
+        return os.path.exists(HERE / words[words.index('-r') + 1])
+    at = next(i for i, word in enumerate(words) if word.endswith('.py') or word == 'pytest')
+    assert words[at] == 'pytest' or (HERE / words[at]).exists()
+    if words[at] in ('train.py', 'sample.py', 'evaluate.py'):
+        __import__(words[at][:-3]).parse_args(words[at + 1:])  # exits where a flag is unknown
+
+
+@golden
+def test_official_checkpoint_samples(tmp_path, capsys):
+    script(['sample.py', '--ckpt', GOLDEN / 'ckpt_cifar10_tiny.pth', '--n', 4, '--nfe', 6, '--out',
+            tmp_path / 'a.png', '--device', 'cpu'])
+    said = capsys.readouterr().out
+    assert all(k in said for k in ('small_z official', 'tol 0.0001', 'upper_norm 3000', 'z_exp 5'))
+    assert Image.open(tmp_path / 'a.png').size == (140, 140)
 
 
 # ---------------------------------------------------------------- data sets

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from data import BadInput
-from unet import ARCHITECTURE, UNet, build, read_checkpoint
+from unet import ARCHITECTURE, UNet, build, read_checkpoint, save
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
 # of the official code. M, z_max, upper_norm of None: by pfgm.hyperparameters, from the data;
@@ -299,29 +299,19 @@ def rng_state(device):
     return states
 
 
-def save(path, checkpoint):
-    """Whole or not at all: to a temporary name, flushed, then renamed over the old file."""
-    part = f'{path}.part'
-    try:
-        with open(part, 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
-        if os.path.exists(part):
-            os.remove(part)
-        kept = f'{path} of before is intact' if os.path.exists(path) else 'nothing was saved'
-        raise BadInput(f'--out_dir {os.path.dirname(path)}: cannot save '
-                       f'({str(error).splitlines()[0]}); {kept}; free some space, then run the '
-                       'same command again') from error
+def complete(path):
+    """The checkpoint at path, if training can go on from it."""
+    saved = read_checkpoint(path)
+    if not {'net', 'opt'} <= saved.keys():
+        raise BadInput(f'{path} holds the EMA only; training needs the whole checkpoint')
+    return saved
 
 
 def open_run(args):
     """(checkpoint to go on from or None, whether it is this folder's own)."""
     path = os.path.join(args.out_dir, 'ckpt.pt')
     if os.path.exists(path):
-        saved = read_checkpoint(path)
+        saved = complete(path)
         if saved['args'].get('dataset') != args.dataset:
             raise BadInput(f'--out_dir {args.out_dir}: holds a run on '
                            f'{saved["args"].get("dataset")}, not on {args.dataset}; '
@@ -330,7 +320,7 @@ def open_run(args):
     if os.path.isdir(args.out_dir) and set(os.listdir(args.out_dir)) - {'log.jsonl'}:
         raise BadInput(f'--out_dir {args.out_dir}: not empty, and without a ckpt.pt of train.py; '
                        'give another --out_dir')
-    return (read_checkpoint(args.init_from), False) if args.init_from else (None, False)
+    return (complete(args.init_from), False) if args.init_from else (None, False)
 
 
 def check_resume(args, old):

@@ -3,6 +3,8 @@
     net = UNet(image_size=32, channels=3)         # 61.8 M parameters, as published for CIFAR-10
     v_x, v_z = net(x, z)                          # x (B, C, H, W), z (B,) -> like x, (B,)
     net, args = load_checkpoint('out/ckpt.pt')    # ours, or one of the authors' published files
+    python unet.py out/ckpt.pt --out ema.pt       # only the EMA, a quarter of the size; of several
+                                                  # files, their average
 
 Architecture: DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as trained in
 PFGM, arXiv 2209.11178. Modules are created in the order of the published parameters.
@@ -10,6 +12,7 @@ PFGM, arXiv 2209.11178. Modules are created in the order of the published parame
 import codecs
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -159,8 +162,10 @@ def load_checkpoint(path, weights='ema'):
 
     Reads our files and the authors', told apart by content; nothing in a file is executed.
     Raises BadInput where the file is absent, truncated, of another kind or another architecture."""
-    saved = read_checkpoint(path)
-    return build(saved[{'ema': 'ema', 'raw': 'net'}[weights]], saved['args'], path), saved['args']
+    saved, part = read_checkpoint(path), {'ema': 'ema', 'raw': 'net'}[weights]
+    if part not in saved:
+        raise BadInput(f'--weights {weights}: {path} holds the EMA only; use --weights ema')
+    return build(saved[part], saved['args'], path), saved['args']
 
 
 def build(state, args, path):
@@ -188,7 +193,8 @@ def check_shapes(expected, found, path):
 
 
 def read_checkpoint(path):
-    """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU."""
+    """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU; of
+    ema, step, args where it was pruned. Raises BadInput as load_checkpoint does."""
     if not os.path.isfile(path):
         raise BadInput(f'--ckpt {path}: no such file; make one with: python train.py')
     float64, scalar = np.dtype(np.float64), np.float64().__reduce__()[0]
@@ -202,12 +208,29 @@ def read_checkpoint(path):
         reason = str(error).strip().splitlines()[0][:150] if str(error) else type(error).__name__
         raise BadInput(f'--ckpt {path}: damaged, or not a checkpoint of tensors and numbers '
                        f'({reason})') from error
-    if isinstance(saved, dict) and {'net', 'ema', 'args', 'step'} <= saved.keys():
+    if isinstance(saved, dict) and {'ema', 'args', 'step'} <= saved.keys():
         return saved
     if isinstance(saved, dict) and {'model', 'ema', 'optimizer', 'step'} <= saved.keys():
         return convert_official(saved, path)
-    raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, args) '
+    raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, args), '
                    'nor an official one (model, ema, optimizer, step)')
+
+
+def save(path, checkpoint):
+    """Whole or not at all: to a temporary name, flushed, then renamed over the old file."""
+    part = f'{path}.part'
+    try:
+        with open(part, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
+        if os.path.lexists(part):
+            os.remove(part)
+        kept = f'the {path} of before is intact' if os.path.exists(path) else 'nothing was saved'
+        raise BadInput(f'cannot save {path} ({str(error).splitlines()[0]}); {kept}; free some '
+                       'space, then run the same command again') from error
 
 
 OFFICIAL_NAME = dict(norm1='GroupNorm_0', conv1='Conv_0', emb='Dense_0', norm2='GroupNorm_1',
@@ -257,7 +280,8 @@ def official_architecture(shapes, path):
     if not attended or not all(levels):
         raise BadInput(f'--ckpt {path}: not a DDPM++ of the authors (levels {levels})')
     return dict(image_size=16 << attended[0], channels=width(f'{indices[-1]}.bias') - 1, nf=nf,
-                ch_mult=[level[0] for level in levels], attn=[16], dropout=0.1,
+                ch_mult=[level[0] for level in levels], attn=[16],
+                dropout=0.0 if attended[0] == 4 else 0.1,  # LSUN was trained without
                 num_blocks=len([block for block in levels[0] if block != 'attention']))
 
 
@@ -289,3 +313,31 @@ def convert_official(saved, path):
            'param_groups': [dict(g, lr=float(g['lr'])) for g in groups]}
     return dict(net=ours(model[n] for n in names.values()), ema=ours(shadow), opt=opt,
                 step=saved['step'], args=dict(args, official=True))
+
+
+def main(argv=None):
+    import argparse
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('ckpt', nargs='+', help='checkpoints of one architecture, ours or official')
+    p.add_argument('--out', required=True, help='the file to write: ema, step, args')
+    args = p.parse_args(argv)
+    try:
+        saved = [read_checkpoint(path) for path in args.ckpt]
+        nets = [build(s['ema'], s['args'], path) for s, path in zip(saved, args.ckpt)]
+        if os.path.exists(args.out):
+            raise BadInput(f'--out {args.out}: exists; give a new name')
+        for net, path in zip(nets, args.ckpt):
+            check_shapes({k: v.shape for k, v in nets[0].state_dict().items()},
+                         {k: v.shape for k, v in net.state_dict().items()}, path)
+        mean = {k: sum(s['ema'][k].double() for s in saved).div(len(saved)).float()
+                for k in saved[0]['ema']}
+        save(args.out, dict(ema=mean, step=max(s['step'] for s in saved), args=saved[-1]['args']))
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f'{args.out}: the EMA of {len(saved)} checkpoint{"s" * (len(saved) > 1)}')
+
+
+if __name__ == '__main__':
+    main()
