@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
@@ -27,16 +26,21 @@ SETS = {  # image size, channels, random flips?, torchvision class, what to fetc
     'lsun_bedroom':  (256, 3, True, '', '{}/lsun_bedroom/ (as github.com/fyu/lsun exports)'),
 }
 IMAGE_EXTENSIONS = tuple('.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
+FORMATS = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()  # not EPS, for which Pillow runs Ghostscript
 ACCEPTED = (f"{', '.join(SETS)}, a folder or .zip of images, a .npy or .npz of arrays (n, H, W), "
             '(n, H, W, C) or (n, C, H, W) with C of 1, 3 or 4, uint8 or float in [0, 1] or '
             '[-1, 1], with one integer label an image or none')
 MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access instead
 ENTRY_LIMIT = 256 << 20  # bytes that one zip entry may claim to unpack to
+SIZE_LIMIT = 1024  # pixels a side
 ZIP_LOCK, ZIPS = Lock(), {}  # archives by (path, process): forked ones share one file position
 
 
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is the one line that he is shown."""
+
+    def __init__(self, message):
+        super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
 
 
 def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train'):
@@ -50,20 +54,20 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
         raise BadInput(f'--split {split}: accepted: train, test')
     if channels not in (None, 1, 3):
         raise BadInput(f'--channels {channels}: accepted: 1, 3')
-    if image_size is not None and image_size < 1:
-        raise BadInput(f'--image_size {image_size}: accepted: 1 and up')
     # Not catch_warnings, which is not safe with threads: the filter stays for the whole process.
     warnings.simplefilter('error', Image.DecompressionBombWarning)
     dataset = str(dataset)
     try:
         root, source, labels, classes = find(dataset, str(data_dir), image_size, split)
         size, depth, flip = (SETS.get(dataset) or (*probe(root, source), None))[:3]
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged file makes the libraries raise almost anything
         mend = f'accepted: {ACCEPTED}' if dataset not in SETS else (
             f'fetch by hand {SETS[dataset][4].format(data_dir)}')
-        raise BadInput(' '.join(f'--dataset {dataset}: {error}; {mend}'.split())) from error
-    data = Images(dataset, root, source, labels, classes,
-                  image_size or size, channels or depth, flip)
+        raise BadInput(f'--dataset {dataset}: {str(error) or repr(error)}; {mend}') from error
+    size = size if image_size is None else image_size
+    if not 1 <= size <= SIZE_LIMIT:
+        raise BadInput(f'--image_size {size}: of --dataset {dataset}; accepted: 1 to {SIZE_LIMIT}')
+    data = Images(dataset, root, source, labels, classes, size, channels or depth, flip)
     if len(source) * data.channels * data.image_size ** 2 <= MEMORY_LIMIT:
         data.decode_all()
     return data
@@ -76,7 +80,8 @@ def find(dataset, data_dir, image_size, split):
     path = {'bloodmnist': f'{data_dir}/bloodmnist.npz',
             'lsun_bedroom': f'{data_dir}/lsun_bedroom'}.get(dataset, dataset)
     if dataset == 'glyphs':
-        return None, *glyphs(image_size=image_size or 16, split=split), list('0123456789')
+        drawn = glyphs(image_size=min(image_size or 16, 128), split=split)  # beyond: enlarged
+        return None, *drawn, list('0123456789')
     if dataset in SETS and path == dataset:
         from torchvision import datasets  # here, because it takes a second that --help has not
         which = {'split': split} if dataset == 'celeba64' else {'train': split == 'train'}
@@ -123,13 +128,17 @@ def read_arrays(path, split):
     """find()'s answer for a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
     array, labels = np.load(path, mmap_mode='r', allow_pickle=False), None
     if isinstance(array, np.lib.npyio.NpzFile):
+        def member(key):  # array[key] would unpack a bomb
+            with open_entry(archive, f'{key}.npy', 100 * os.path.getsize(path)) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        archive = array.zip
         keys = ['test_images'] * (split == 'test') + ['x', 'images', 'train_images', 'arr_0']
         key = next((key for key in keys if key in array), None)
         if key is None:
             raise ValueError(f"holds {array.files}, none of {', '.join(keys)}")
         own = [key.replace('images', 'labels')] if '_images' in key else ['y', 'labels']
-        labels = next((array[name] for name in own if name in array), None)
-        array = array[key]
+        labels = next((member(name) for name in own if name in array), None)
+        array = member(key)
     shape = array.shape
     if array.ndim == 4 and shape[3] not in (1, 3, 4) and shape[1] in (1, 3, 4):
         array = np.moveaxis(array, 1, 3)
@@ -149,12 +158,22 @@ def read_arrays(path, split):
     return None, array, None if labels is None else labels.reshape(-1), None
 
 
+def open_entry(archive, name, limit=0):
+    """The entry of a zip as a file; ValueError where it could unpack to too much."""
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError('neither stored nor deflated')  # zipfile unpacks others without a bound
+    if info.file_size > max(limit, ENTRY_LIMIT):
+        raise ValueError(f'{name!r} claims to unpack to {info.file_size} bytes')
+    return archive.open(info)
+
+
 def probe(root, source):
     """-> (shorter side of the first readable image, 1 if all are grey else 3), of <= 64 spaced."""
     found = [read(root, source[k]) for k in sorted({k * len(source) // 64 for k in range(64)})]
     images = [image for image, _ in found if image]
     if not images:
-        raise ValueError(f'none of {len(found)} images can be read (first: {source[0]}: '
+        raise ValueError(f'none of {len(found)} images can be read (first: {source[0]!r}: '
                          f'{found[0][1]})')
     grey = all(image.mode == 'L' or not np.ptp(np.asarray(image), axis=2).any() for image in images)
     return min(images[0].size), 1 if grey else 3
@@ -167,14 +186,16 @@ def read(root, entry):
         if root is None:
             image = Image.fromarray(entry)
         elif os.path.isdir(root):
-            image = Image.open(os.path.join(root, entry))
+            if not os.path.isfile(os.path.join(root, entry)):  # opening a named pipe waits for ever
+                raise ValueError('not a file')
+            image = Image.open(os.path.join(root, entry), formats=FORMATS)
         else:
             with ZIP_LOCK:
                 key = root, os.getpid()
                 archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
-                if archive.getinfo(entry).file_size > ENTRY_LIMIT:
-                    raise ValueError(f'claims to unpack to over {ENTRY_LIMIT} bytes')
-                image = Image.open(io.BytesIO(archive.read(entry)))
+                with open_entry(archive, entry, ENTRY_LIMIT) as file:
+                    packed = file.read(ENTRY_LIMIT)
+            image = Image.open(io.BytesIO(packed), formats=FORMATS)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in 'IF':  # convert() would clip these at 255
             values = np.asarray(image)
@@ -294,7 +315,7 @@ def to_uint8(x):
 def mean_norm(data, n=10_000):
     """Mean Euclidean norm, a float, of up to n evenly spaced images scaled to [-1, 1]."""
     n = min(n, len(data))
-    parts = (torch.arange(n) * len(data) // n).split(256)
+    parts = (torch.arange(n) * len(data) // n).split(32)
     norms = [to_float(data[part.tolist()]).flatten(1).norm(dim=1).double().sum() for part in parts]
     return float(sum(norms)) / n
 
@@ -320,5 +341,6 @@ def glyphs(n=10_000, image_size=16, split='train'):
     fine = max(1, 64 // image_size)  # drawn this much larger and averaged, against jagged edges
     for k, m in zip(which.split(500), maps.split(500)):
         grid = F.affine_grid(m, (len(m), 1, *[image_size * fine] * 2), align_corners=False)
-        parts.append(F.avg_pool2d(F.grid_sample(inks[k], grid, align_corners=False), fine))
-    return torch.cat(parts)[:, 0].round().to(torch.uint8).numpy(), labels
+        drawn = F.avg_pool2d(F.grid_sample(inks[k], grid, align_corners=False), fine)
+        parts.append(drawn[:, 0].round().to(torch.uint8))
+    return torch.cat(parts).numpy(), labels

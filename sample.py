@@ -18,7 +18,7 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from data import BadInput
-from train import (PRESETS, Parser, above, flow_constants, memory_format, run, save_grid, setup,
+from train import (PRESETS, Parser, above, flow_constants, run, save_grid, setup,
                    step_seed)
 from unet import load_checkpoint
 
@@ -73,7 +73,7 @@ def load_flow(args, device):
     else:
         images = None
         net, saved = load_checkpoint(args.ckpt, args.weights)
-        net.to(device, memory_format=memory_format(device))
+        net.to(device, memory_format=torch.channels_last)
         if saved.get('official'):
             size = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
             name = args.dataset or size.get(saved['image_size'])

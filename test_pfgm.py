@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -36,6 +37,13 @@ GOLDEN = HERE.parent / 'shared' / 'golden'
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='no ../shared/golden: the reference '
                             'numbers of the authors\' code are not here')
 F64 = torch.float64
+warnings.filterwarnings('ignore', category=pytest.PytestUnknownMarkWarning)  # slow, below
+
+
+@pytest.fixture(autouse=True)
+def slow_only_when_asked(request):
+    if request.node.get_closest_marker('slow') and 'slow' not in request.config.option.markexpr:
+        pytest.skip('slow: run it with pytest -m slow -s')
 
 
 def seeded(seed=0):
@@ -534,7 +542,8 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
     saved['net']['conv_in.bias'][:] = math.nan
     torch.save(saved, tmp_path / 'ckpt.pt')
     before = (tmp_path / 'ckpt.pt').read_bytes()
-    refuses(['train.py', *TINY, '--steps', 9, '--out_dir', tmp_path], 'step 3: .*not finite')
+    refuses(['train.py', *TINY, '--steps', 9, '--out_dir', tmp_path],
+            r'step 3: .*images (\d+ at z = [\d.e-]+, ){7}\d+ at z')
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
 
 
@@ -547,13 +556,54 @@ def test_full_disk_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
 
 
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capfd):
+    command = ['train.py', *TINY, '--save_every', 2, '--out_dir', tmp_path / 'o']
+    script([*command, '--steps', 6])
+    assert sorted(p.name for p in (tmp_path / 'o').glob('*.pt')) == ['ckpt-0000004.pt', 'ckpt.pt']
+    whole, want = (tmp_path / 'o' / 'ckpt.pt').read_bytes(), losses(tmp_path / 'o')
+    (tmp_path / 'o' / 'ckpt.pt').unlink()
+    (tmp_path / 'o' / 'ckpt.pt').write_bytes(whole[:9000])
+    script([*command, '--steps', 6])
+    assert re.search(r'o/ckpt.pt: damaged.*going back to .*ckpt-0000004.pt', capfd.readouterr().err)
+    assert losses(tmp_path / 'o') == want
+    a, b = (torch.load(io.BytesIO(f), weights_only=True)['net'] for f in
+            (whole, (tmp_path / 'o' / 'ckpt.pt').read_bytes()))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_runs_on_one_folder_and_sigusr1(tmp_path):
+    command = [*TINY, '--steps', '100000', '--out_dir', tmp_path / 'o']
+    p = subprocess.Popen([sys.executable, HERE / 'train.py', *command], text=True,
+                         stdout=subprocess.PIPE)
+    for line in p.stdout:
+        if line.startswith('step 3/'):
+            break
+    refuses(['train.py', *command], 'another run is using it')
+    p.send_signal(signal.SIGUSR1)
+    while not (tmp_path / 'o' / 'ckpt.pt').exists():
+        assert p.poll() is None
+        time.sleep(0.05)
+    p.kill()
+    p.wait()
+    assert torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)['step'] >= 3
+
+
+def test_a_spike_is_logged(trained, capsys):
+    args = train.parse_args(['--steps', '9', '--warmup', '1', '--lr', '1', '--batch_size', '2'])
+    meter = train.new_meter('cpu')
+    for step, loss in enumerate([1., 1., 1., 1., 1., 1., 1., 1., 90.], 1):
+        train.observe(meter, step, torch.ones(2), torch.full((2,), loss), torch.ones(()))
+    row = train.progress(args, 9, meter, 18, 1.0, torch.device('cpu'))
+    assert row['peak_step'] == 9 and 'spike 90 at step 9' in capsys.readouterr().out
+
+
 BAD_TRAIN = [
     ('--dataset nothing_here', 'no such data set'), ('--image_size 15', 'multiple of 2'),
     ('--steps 0', 'must be a whole number above 0'), ('--lr nan', 'must be a number above 0'),
     ('--batch_size 8 --accum 3', 'multiple of'), ('--field_batch 4', 'at least --batch_size'),
     ('--nf 30', 'take a multiple'), ('--z_min 1e9', 'must be below --z_max'),
     ('--device cuda:7', '--device cuda:7: not on this machine'), ('--device tpu9', 'not on this'),
-    ('--data x', 'unrecognized'), ('--dropout 1', 'below 1'), ('--init_from no.pth', 'no such file'),
+    ('--data x', 'unrecognized'), ('--dropout 1', 'below 1'), ('--out_dir /dev/null/x', 'cannot write'), ('--init_from no.pth', 'no such file'),
 ]
 
 
@@ -583,6 +633,109 @@ def test_official_checkpoint_trains_on(tmp_path):
             '--sample_every', 0, '--device', 'cpu'])
     saved = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
     assert saved['step'] == 9 and saved['args']['nf'] == 8 and saved['opt']['state'][0]['step'] == 9
+
+
+# ---------------------------------------------------------------- killed, stopped, restarted
+
+def start(command, processes=0, **flags):
+    """A training process, or torchrun with several, with its output as text."""
+    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
+              *(f'--{k}={v}' for k, v in flags.items())] if processes else []
+    return subprocess.Popen([sys.executable, *launch, HERE / 'train.py', *map(str, command)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def until(p, text):
+    for line in p.stdout:
+        if text in line:
+            return
+    raise AssertionError(f'ended with {p.wait()} before {text!r}')
+
+
+def kill_and_resume(tmp_path, kills, seed=0):
+    """kill -9 a run at random moments; the finished run must equal one that was never killed."""
+    rng = np.random.default_rng(seed)
+    command = [*TINY, '--steps', 30 * kills, '--dropout', 0.1, '--save_every', 4, '--field_batch',
+               8, '--sample_every', 25]  # of a flag given twice the last one counts
+    p = start([*command, '--out_dir', tmp_path / 'whole'])
+    assert 'saved' in p.communicate()[0]
+    killed = 0
+    while True:
+        p = start([*command, '--out_dir', tmp_path / 'killed'])
+        if killed < kills:
+            for line in p.stdout:
+                if line.startswith('step'):
+                    break
+            time.sleep(rng.uniform(0, 0.8))
+        if killed == kills or p.poll() is not None:
+            rest = p.communicate()[0]
+            assert p.returncode == 0 or 'already' in rest, rest
+            break
+        p.kill()
+        p.wait()
+        killed += 1
+    a, b = (torch.load(tmp_path / d / 'ckpt.pt', weights_only=True) for d in ('whole', 'killed'))
+    for part in ('net', 'ema'):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert losses(tmp_path / 'whole') == losses(tmp_path / 'killed')
+    print(f'{killed} kills, every restart went on, {a["step"]} steps bit for bit')
+    return killed
+
+
+def test_kill_9_and_resume(tmp_path):
+    assert kill_and_resume(tmp_path, 3) == 3
+
+
+@pytest.mark.slow
+def test_kill_9_fifty_times(tmp_path):
+    assert kill_and_resume(tmp_path, 50, seed=1) == 50
+
+
+def workers(p):
+    """Process ids of the ranks under a torchrun."""
+    return [int(pid) for pid in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted_and_the_loss_goes_on(tmp_path):
+    command = [*TINY, '--steps', 60, '--dropout', 0, '--save_every', 5]
+    script(['train.py', *command, '--out_dir', tmp_path / 'one'])
+    for kill in range(2):
+        p = start([*command, '--out_dir', tmp_path / f'two{kill}'], 2, max_restarts=2)
+        until(p, 'step 12/')
+        os.kill(workers(p)[kill], signal.SIGKILL)
+        out = p.communicate(timeout=300)[0]
+        assert p.returncode == 0 and 'going on from step' in out, out[-2000:]
+        close(losses(tmp_path / f'two{kill}'), losses(tmp_path / 'one'), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_ends_the_job(tmp_path):
+    p = start([*TINY, '--steps', 100000, '--timeout', 5, '--out_dir', tmp_path / 'o'], 2)
+    until(p, 'step 5/')
+    os.kill(workers(p)[1], signal.SIGSTOP)
+    p.communicate(timeout=120)
+    assert p.returncode != 0
+
+
+def test_another_number_of_processes_follows_the_same_loss(tmp_path):
+    command = [*TINY, '--dropout', 0]
+    script(['train.py', *command, '--steps', 8, '--out_dir', tmp_path / 'one'])
+    p = start([*command, '--steps', 4, '--out_dir', tmp_path / 'two'], 2)
+    assert 'saved' in p.communicate()[0]
+    script(['train.py', *command, '--steps', 8, '--out_dir', tmp_path / 'two'])
+    close(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-4)
+
+
+def test_heavy_tailed_starts_stay_finite():
+    net = ExactField(torch.rand(20, 3, 4, 4, generator=seeded()) * 2 - 1)
+    x = pfgm.sample_prior((8, 3, 4, 4), 40.0, generator=seeded())
+    x *= (1e6 / x.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    for solver in ('rk45', 'euler', 'heun'):
+        for small_z in ('exact', 'official'):
+            out, _ = pfgm.sample_ode(net, x, 40.0, 1e-3, solver, 20, small_z=small_z)
+            assert out.isfinite().all() and out.abs().max() < 100
 
 
 # ---------------------------------------------------------------- sampling

@@ -10,13 +10,16 @@ last one stopped. PFGM: arXiv 2209.11178; its equations are in pfgm.py, its netw
 import argparse
 import contextlib
 import copy
+import glob
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -36,14 +39,14 @@ PRESETS = {name: dict(zip(('nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'ba
                            'loss', 'M', 'z_max', 'upper_norm', 'z_exp'), row)) for name, row in {
     # name        nf   mult   bl attn  drop  batch field  lr   warm  ema      steps   grids  loss   M    z_max upper  z_exp
     'glyphs':       (32,  S[:2], 1, (8,),  0.0, 64,  'all', 2e-3, 100, 0.995,  600,     200,  'sum', None, None, None, None),
-    'mnist':        (32,  S[:3], 2, (7,),  0.0, 64,  4096, 1e-3, 200,  0.999,  20000,   1000, 'sum', None, None, None, None),
+    'mnist':        (32,  S[:3], 1, (7,),  0.0, 64,  4096, 2e-3, 100,  0.999,  20000,   1000, 'sum', None, None, None, None),
     'cifar10':      (128, S,     4, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
     'cifar10_deep': (128, S,     8, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
     'celeba64':     (128, S,     4, (16,), 0.1, 128, 512,  2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 60.0, 6e3,  1.0),
     'lsun_bedroom': (128, L,     2, (16,), 0.0, 32,  32,   2e-5, 5000, 0.9999, 2400000, 5000, 'mean', 356, 100., 3e4,  0.1),
 }.items()}
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'accum', 'bf16', 'compile', 'workers',
-                  'log_every', 'sample_every', 'save_every', 'init_from'}
+                  'log_every', 'sample_every', 'save_every', 'keep', 'timeout', 'init_from'}
 Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
 
 
@@ -130,6 +133,8 @@ def parse_args(argv=None):
     flag('log_every', above(0, int), 50, 'steps between log lines')
     flag('sample_every', above(-1, int), None, 'steps between sample grids; 0: none')
     flag('save_every', above(0, int), 1000, 'steps between checkpoints')
+    flag('keep', above(0, int), 2, 'checkpoints to keep: ckpt.pt and those before it')
+    flag('timeout', above(0), 600.0, 'seconds after which a silent process ends the job')
     return p.parse_args(argv)
 
 
@@ -145,8 +150,9 @@ def run(main, args):
             dist.destroy_process_group()
 
 
-def setup(name):
-    """(device, rank, world size) of this process, alone or under torchrun."""
+def setup(name, timeout=600.0):
+    """(device, rank, world size) of this process, alone or under torchrun, where a rank that is
+    silent for `timeout` seconds ends the job."""
     ddp = 'RANK' in os.environ  # set by torchrun
     rank, local, world = (int(os.environ[k]) if ddp else default for k, default in
                           (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
@@ -163,7 +169,8 @@ def setup(name):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if ddp:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                                timeout=timedelta(seconds=timeout))
     return device, rank, world
 
 
@@ -172,11 +179,6 @@ def fast_bf16(device):
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
-
-
-def memory_format(device):
-    """Tensor cores want the channels last; on a CPU group norms are fast only with them first."""
-    return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
 
 def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
@@ -307,20 +309,61 @@ def complete(path):
     return saved
 
 
+def claim(folder):
+    """Lock the folder for this process (until it ends, however it ends): one run at a time."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there two runs on one folder are the user's own affair
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
+                       'another --out_dir') from error
+    return held
+
+
 def open_run(args):
-    """(checkpoint to go on from or None, whether it is this folder's own)."""
-    path = os.path.join(args.out_dir, 'ckpt.pt')
-    if os.path.exists(path):
-        saved = complete(path)
+    """(checkpoint to go on from or None, whether it is this folder's own). A damaged one is named
+    and the one before it is used."""
+    newest = os.path.join(args.out_dir, 'ckpt.pt')
+    older = sorted(glob.glob(os.path.join(glob.escape(args.out_dir), 'ckpt-*.pt')), reverse=True)
+    paths = [path for path in (newest, *older) if os.path.exists(path)]
+    for path, following in zip(paths, [*paths[1:], None]):
+        try:
+            saved = complete(path)
+        except BadInput as error:
+            if following is None:
+                raise
+            print(f'{error}; going back to {following}', file=sys.stderr)
+            continue
         if saved['args'].get('dataset') != args.dataset:
             raise BadInput(f'--out_dir {args.out_dir}: holds a run on '
                            f'{saved["args"].get("dataset")}, not on {args.dataset}; '
                            'give another --out_dir')
         return saved, True
-    if os.path.isdir(args.out_dir) and set(os.listdir(args.out_dir)) - {'log.jsonl'}:
-        raise BadInput(f'--out_dir {args.out_dir}: not empty, and without a ckpt.pt of train.py; '
+    kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
+    if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
+        raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
                        'give another --out_dir')
     return (complete(args.init_from), False) if args.init_from else (None, False)
+
+
+def keep_older(path, step, keep):
+    """Give the checkpoint of `step` a second name before a newer one replaces it, and drop all but
+    the last keep - 1 of those names."""
+    stem = path.removesuffix('.pt')
+    name = f'{stem}-{step:07d}.pt'
+    if os.path.exists(path) and not os.path.exists(name):
+        try:
+            os.link(path, name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, f'{name}.part')
+            os.replace(f'{name}.part', name)
+    for old in sorted(glob.glob(f'{glob.escape(stem)}-*.pt'), reverse=True)[keep - 1:]:
+        os.remove(old)
 
 
 def check_resume(args, old):
@@ -330,6 +373,17 @@ def check_resume(args, old):
         if a != b:
             raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
                            'or give another --out_dir')
+
+
+def open_log(args, start):
+    """log.jsonl, to append to, without the lines of steps that are about to be made again."""
+    path = os.path.join(args.out_dir, 'log.jsonl')
+    lines = open(path).read().splitlines() if os.path.exists(path) else []
+    with open(f'{path}.part', 'w') as file:
+        file.writelines(f'{line}\n' for line in lines
+                        if line.endswith('}') and json.loads(line)['step'] <= start)
+    os.replace(f'{path}.part', path)
+    return open(path, 'a', buffering=1)
 
 
 def sample_grid(net, args, device, path):
@@ -359,36 +413,77 @@ def save_grid(pixels, path, nrow=None):
 
 # ---------------------------------------------------------------- the run
 
-def progress(args, step, sums, seen, seconds, device):
+def new_meter(device):
+    """What is known of the steps since the last log line, on the device."""
+    zero = torch.zeros((), device=device)
+    return dict(edges=torch.tensor(Z_BINS, device=device), peak=zero, peak_step=zero, bad=zero,
+                sums=torch.zeros(len(Z_BINS) + 1, 2, device=device), bad_z=None, bad_loss=None)
+
+
+def observe(meter, step, z, loss, norm):
+    """Add a step of this rank's z, loss (B,) and gradient norm. Nothing here waits for the device."""
+    bins = torch.bucketize(z, meter['edges'])
+    meter['sums'].index_add_(0, bins, torch.stack([loss, torch.ones_like(loss)], 1))
+    meter['peak_step'] = torch.where(loss.mean() > meter['peak'], step, meter['peak_step'])
+    meter['peak'] = torch.maximum(loss.mean(), meter['peak'])
+    first = (meter['bad'] == 0) & ~norm.isfinite()
+    if meter['bad_z'] is None:
+        meter.update(bad_z=z, bad_loss=loss)
+    for key, value in (('bad', step), ('bad_z', z), ('bad_loss', loss)):
+        meter[key] = torch.where(first, value, meter[key])
+
+
+def stop_if_bad(meter, args, n, rank, world, path):
+    """End the run at the first gradient that was not finite, with the images and z that made it."""
+    step = int(meter['bad'])
+    if not step:
+        return
+    count = args.batch_size if args.field_batch == 'all' else args.field_batch
+    share = args.batch_size // world
+    images = next(image_order(n, count, args.seed, step - 1))[:args.batch_size][rank * share:]
+    wrong = (~meter['bad_loss'].isfinite()).nonzero().flatten().tolist()
+    made = ', '.join(f'{int(images[i])} at z = {float(meter["bad_z"][i]):.4g}' for i in wrong[:8])
+    saved = f'{path} holds an earlier step' if os.path.exists(path) else 'nothing was saved yet'
+    raise BadInput(f'step {step}: the gradient is not finite; loss not finite for '
+                   f'{f"images {made}" if made else "none of the images"}{" ..." * (len(wrong) > 8)}'
+                   f'; stopped, {saved}; go on with a lower --lr')
+
+
+def progress(args, step, meter, seen, seconds, device):
     """One line for people, and the dict that log.jsonl keeps. sums (bins, 2): loss and count."""
-    total, count = sums.sum(0).tolist()
+    total, count = meter['sums'].sum(0).tolist()
     memory = (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-    rate = seen / seconds
+    rate, peak, peak_step = seen / seconds, float(meter['peak']), int(meter['peak_step'])
     left = int((args.steps - step) * args.batch_size / rate)
-    by_z = [round(a / n, 5) if n else None for a, n in sums.tolist()]
+    by_z = [round(a / n, 5) if n else None for a, n in meter['sums'].tolist()]
     lr = args.lr * min(step / max(args.warmup, 1), 1)
+    spike = f'  spike {peak:.4g} at step {peak_step}' if peak > 5 * total / count else ''
     print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
           f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  {memory:.1f} GB  loss by z '
-          + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z), flush=True)
+          + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
     return dict(step=step, loss=total / count, lr=lr, img_per_s=rate, memory_gb=memory,
-                loss_by_z=by_z, z_bins=Z_BINS)
+                loss_by_z=by_z, z_bins=Z_BINS, peak=peak, peak_step=peak_step)
 
 
-def stop_requested(signals, step, device, world):
-    """Whether to save and leave. Ranks hear a signal at different steps: they agree on every 10th."""
-    if world == 1:
-        return bool(signals)
-    if step % 10:
-        return False
-    heard = torch.tensor(float(len(signals)), device=device)
-    dist.all_reduce(heard)
-    return bool(heard > 0)
+def heard(signals, step, device, world):
+    """What the signals since the last call ask for: '', 'save' (SIGUSR1) or 'leave' (after saving).
+    Ranks hear them at different steps, so several agree on every 10th."""
+    if world > 1 and step % 10:
+        return ''
+    leave = any(number != getattr(signal, 'SIGUSR1', None) for number in signals)
+    wish = 2 if leave else 1 if signals else 0
+    if world > 1:
+        wishes = torch.tensor(wish, device=device)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        wish = int(wishes)
+    signals.clear()
+    return ('', 'save', 'leave')[wish]
 
 
 def main(args):
     # devices
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, args.timeout)
     torch.manual_seed(args.seed)
     args.bf16 = fast_bf16(device) if args.bf16 is None else args.bf16
 
@@ -398,8 +493,6 @@ def main(args):
     resolve(args, images, saved, world)
     if resumed:
         check_resume(args, saved['args'])
-    if dist.is_initialized():
-        dist.barrier()  # every rank has looked at --out_dir before rank 0 writes to it
     path = os.path.join(args.out_dir, 'ckpt.pt')
     start = saved['step'] if saved else 0
     if start >= args.steps:
@@ -410,9 +503,9 @@ def main(args):
     # net and ema
     architecture = {k: getattr(args, k) for k in ARCHITECTURE}
     raw = build(saved['net'], vars(args), path) if saved else UNet(**architecture)
-    raw.to(device, memory_format=memory_format(device)).train()
+    raw.to(device, memory_format=torch.channels_last).train()
     ema = build(saved['ema'], vars(args), path) if saved else copy.deepcopy(raw)
-    ema.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
+    ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     net = torch.compile(raw) if args.compile else raw
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
@@ -427,8 +520,17 @@ def main(args):
             torch.set_rng_state(saved['rng'][rank][0])
             if device.type == 'cuda' and len(saved['rng'][rank]) > 1:
                 torch.cuda.set_rng_state(saved['rng'][rank][1], device)
+
+    # folder
+    if dist.is_initialized():
+        dist.barrier()  # every rank has looked at --out_dir before rank 0 writes to it
     if rank == 0:
-        os.makedirs(args.out_dir, exist_ok=True)
+        try:
+            os.makedirs(args.out_dir, exist_ok=True)
+            held = claim(args.out_dir)
+            log = open_log(args, start)
+        except OSError as error:
+            raise BadInput(f'--out_dir {args.out_dir}: cannot write there ({error})') from error
         count = sum(p.numel() for p in raw.parameters())
         print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
               f'{args.channels}; {count:,} parameters; M {args.M}, z_max {args.z_max:.3g}, '
@@ -436,18 +538,10 @@ def main(args):
               f'{args.field_batch} charges; {world} x {device}{", bf16" * args.bf16}'
               + (f'; going on from step {start}' if saved else ''), flush=True)
 
-    def checkpoint(step):
-        rng = rng_state(device)  # on every rank
-        if rank == 0:
-            save(path, dict(net=raw.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
-                            step=step, args=vars(args), rng=rng))
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, lambda number, frame: signals.append(number))
-    edges = torch.tensor(Z_BINS, device=device)
-    sums = torch.zeros(len(Z_BINS) + 1, 2, device=device)
-    bad = torch.full((), -1, device=device)
-    clock, seen = time.time(), 0
+    meter, clock, seen, last_saved = new_meter(device), time.time(), 0, start
     batches = training_steps(images, args, start, device, rank, world)
     for step in range(start + 1, args.steps + 1):
         # lr
@@ -455,17 +549,16 @@ def main(args):
             group['lr'] = args.lr * min(step / max(args.warmup, 1), 1)
 
         # step
-        batch = next(batches)
+        batch, losses = next(batches), []
         for i, micro in enumerate(zip(*(t.chunk(args.accum) for t in batch))):
             last = i == args.accum - 1
             with contextlib.nullcontext() if last or world == 1 else net.no_sync(), \
                     torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loss = field_loss(net, *micro, args.loss)
                 (loss.mean() / args.accum).backward()
-            bins = torch.bucketize(micro[1], edges)
-            sums.index_add_(0, bins, torch.stack([loss.detach(), torch.ones_like(loss)], 1))
+            losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
-        bad = torch.where((bad < 0) & ~norm.isfinite(), step, bad)  # looked at when logging
+        observe(meter, step, batch[1], torch.cat(losses), norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
         seen += args.batch_size
@@ -475,32 +568,35 @@ def main(args):
         torch._foreach_lerp_(list(ema.parameters()), list(raw.parameters()), 1 - decay)
 
         # log, sample, save
-        stop = step == args.steps or stop_requested(signals, step, device, world)
-        due = [every and step % every == 0 for every in
-               (args.log_every, args.sample_every, args.save_every)]
-        if not (any(due) or stop):
-            continue
-        if bad >= 0:
-            raise BadInput(f'step {int(bad)}: the gradient is not finite; stopped. '
-                           + (f'{path} holds an earlier step' if os.path.exists(path) else
-                              'Nothing was saved yet') + '; go on with a lower --lr')
-        if due[0] or stop:
+        asked = heard(signals, step, device, world)
+        stop = step == args.steps or asked == 'leave'
+        logs, samples, saves = (stop or every and step % every == 0 for every in
+                                (args.log_every, args.sample_every, args.save_every))
+        saves = saves or asked == 'save'
+        if logs or samples or saves:
+            stop_if_bad(meter, args, len(images), rank, world, path)
+        if logs:
             if world > 1:
-                dist.all_reduce(sums)
+                dist.all_reduce(meter['sums'])
             if rank == 0:
-                row = progress(args, step, sums, seen, time.time() - clock, device)
-                with open(os.path.join(args.out_dir, 'log.jsonl'), 'a') as file:
-                    file.write(json.dumps(row) + '\n')
-            sums.zero_()
-            clock, seen = time.time(), 0
-        if due[1] and rank == 0:
+                log.write(json.dumps(progress(args, step, meter, seen, time.time() - clock,
+                                              device)) + '\n')
+            meter, clock, seen = new_meter(device), time.time(), 0
+        if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:
             sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'))
-        if due[2] or stop:
-            checkpoint(step)
+        if saves:
+            rng = rng_state(device)  # on every rank
+            if rank == 0:
+                keep_older(path, last_saved, args.keep)
+                save(path, dict(net=raw.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
+                                step=step, args=vars(args), rng=rng))
+                last_saved = step
         if stop:
             break
     if rank == 0:
         print(f'saved {path} at step {step}; sample with: python sample.py --ckpt {path}')
+        if held is not None:
+            os.close(held)
 
 
 if __name__ == '__main__':

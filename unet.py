@@ -13,13 +13,14 @@ import codecs
 import math
 import os
 import sys
+import zipfile
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BadInput
+from data import SIZE_LIMIT, BadInput
 
 
 def initialise(layer, scale=1.0):
@@ -44,7 +45,26 @@ def norm(c):
     if groups < 1 or c % groups:
         raise BadInput(f'--nf: {c} channels do not split into {groups} groups; '
                        'take a multiple of 32 (small networks: of 4)')
-    return nn.GroupNorm(groups, c, eps=1e-6)
+    return Norm(groups, c, eps=1e-6)
+
+
+class Norm(nn.GroupNorm):
+    """Group norm. On a CPU PyTorch's kernel is up to ten times slower with the channels last, which
+    the convolutions want: two copies are cheaper."""
+
+    def forward(self, x):
+        if x.device.type != 'cpu':
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+def dropout(h, p, training):
+    """F.dropout; on a CPU, whose generator is serial, from 16 random bits an element, not 64."""
+    if not training or p == 0 or h.device.type != 'cpu':
+        return F.dropout(h, p, training)
+    bits = torch.empty((h.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
+    keep = bits.view(torch.int16)[:h.numel()] >= round(p * 2 ** 16) - 2 ** 15
+    return h * (keep.as_strided(h.shape, h.stride()).to(h.dtype) * (1 / (1 - p)))
 
 
 class ResBlock(nn.Module):
@@ -66,7 +86,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(self.scale(F.silu(self.norm1(x)))) + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.dropout(F.silu(self.norm2(h)), self.dropout, self.training))
+        h = self.conv2(dropout(F.silu(self.norm2(h)), self.dropout, self.training))
         x = self.scale(x)
         return ((self.shortcut(x) if hasattr(self, 'shortcut') else x) + h) * math.sqrt(0.5)
 
@@ -168,13 +188,21 @@ def load_checkpoint(path, weights='ema'):
     return build(saved[part], saved['args'], path), saved['args']
 
 
+def blank(args, tensors, path):
+    """The UNet of `args` without memory for its weights, of which a file has that many tensors."""
+    try:
+        if not (args['num_blocks'] * len(args['ch_mult']) <= tensors and args['channels'] in (1, 3)
+                and args['image_size'] <= SIZE_LIMIT and 0 <= args['dropout'] < 1):
+            raise ValueError('a value out of range')  # building it could take forever
+        with torch.device('meta'):
+            return UNet(**{k: args[k] for k in ARCHITECTURE})
+    except Exception as error:  # of the wrong type, it can fail anywhere in there
+        raise BadInput(f'--ckpt {path}: no usable architecture in its args ({error!r})') from error
+
+
 def build(state, args, path):
     """The UNet of `args` with the tensors of `state`; BadInput names the first that differ."""
-    try:
-        with torch.device('meta'):
-            net = UNet(**{k: args[k] for k in ARCHITECTURE})
-    except (KeyError, TypeError) as error:
-        raise BadInput(f'--ckpt {path}: no usable architecture in its args ({error!r})') from error
+    net = blank(args, len(state), path)
     check_shapes({k: v.shape for k, v in net.state_dict().items()},
                  {k: v.shape for k, v in state.items()}, path)
     net.load_state_dict(state, assign=True)
@@ -202,18 +230,61 @@ def read_checkpoint(path):
                      (scalar, 'numpy.core.multiarray.scalar'),
                      (scalar, 'numpy._core.multiarray.scalar')]
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(numpy_numbers):
             saved = torch.load(path, map_location='cpu', weights_only=True)
+        keys = saved.keys() if isinstance(saved, dict) else set()
+        if {'model', 'ema', 'optimizer', 'step'} <= keys:
+            saved = convert_official(saved, path)
+        elif not {'ema', 'args', 'step'} <= keys:
+            raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, '
+                           'args), nor an official one (model, ema, optimizer, step)')
+        check_contents(saved)
+    except BadInput:
+        raise
     except Exception as error:  # a damaged or hostile file can fail in any way, none of them ours
         reason = str(error).strip().splitlines()[0][:150] if str(error) else type(error).__name__
         raise BadInput(f'--ckpt {path}: damaged, or not a checkpoint of tensors and numbers '
                        f'({reason})') from error
-    if isinstance(saved, dict) and {'ema', 'args', 'step'} <= saved.keys():
-        return saved
-    if isinstance(saved, dict) and {'model', 'ema', 'optimizer', 'step'} <= saved.keys():
-        return convert_official(saved, path)
-    raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, args), '
-                   'nor an official one (model, ema, optimizer, step)')
+    return saved
+
+
+def check_archive(path):
+    """ValueError where a zip, which torch.save writes stored, is packed or fails its checksums:
+    torch.load would unpack the one to any size and pass over the other."""
+    with open(path, 'rb') as file:
+        if file.read(2) != b'PK':
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+            raise ValueError('its parts claim more bytes than it has')
+        if broken := archive.testzip():
+            raise ValueError(f'{broken} fails its checksum')
+
+
+def check_tensors(tensors):
+    """ValueError unless all are float32 and held in full: a stride of 0 makes one number look like
+    a terabyte, which the first copy would take."""
+    for name, t in tensors.items():
+        if not (isinstance(name, (str, int)) and torch.is_tensor(t) and t.dtype == torch.float32
+                and t.layout == torch.strided and t.device.type == 'cpu'
+                and t.untyped_storage().nbytes() >= t.nbytes):
+            raise ValueError(f'{name!r} is not a float32 tensor held in full')
+
+
+def check_contents(saved):
+    """ValueError where something that sampling needs is not there or of the wrong kind."""
+    args, step = saved['args'], saved['step']
+    for part in {'net', 'ema'} & saved.keys():
+        check_tensors(saved[part])
+    if type(step) is not int or step < 0:
+        raise ValueError(f'step {step!r}')
+    if not args.get('official'):
+        for key in ('z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma'):
+            if not (0 <= args[key] < 1e9 and args['z_min'] < args['z_max']):
+                raise ValueError(f'{key} {args[key]!r}')
 
 
 def save(path, checkpoint):
@@ -288,15 +359,11 @@ def official_architecture(shapes, path):
 def convert_official(saved, path):
     """An official dict(model, ema, optimizer, step) in our own form. q, k, v and out projections
     are stored (in, out) there, the transpose of a linear layer's weight."""
-    try:
-        model, shadow = saved['model'], saved['ema']['shadow_params']
-        model = {k: v for k, v in model.items() if k != 'module.sigmas'}
-        args = official_architecture({k: v.shape for k, v in model.items()}, path)
-        state, groups = saved['optimizer']['state'], saved['optimizer']['param_groups']
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f'--ckpt {path}: not an official checkpoint ({error!r})') from error
-    with torch.device('meta'):
-        net = UNet(**args)
+    shadow, state = saved['ema']['shadow_params'], saved['optimizer']['state']
+    model = {k: v for k, v in saved['model'].items() if k != 'module.sigmas'}
+    check_tensors(model | dict(enumerate(shadow)))
+    args = official_architecture({k: v.shape for k, v in model.items()}, path)
+    net = blank(args, len(model), path)
     names = official_names(net)
     check_shapes({names[k]: v.shape for k, v in net.named_parameters()},  # square, so any way round
                  {k: v.shape for k, v in model.items()}, path)
@@ -306,13 +373,16 @@ def convert_official(saved, path):
 
     def ours(tensors):
         return {k: (t.T if turn else t).clone() for k, t, turn in zip(names, tensors, turned)}
-    moments = [ours([state[i][k] for i in range(len(names))]).values() if state else []
+    moments = [{i: state[i][k] for i in range(len(names))} if state else {}
                for k in ('exp_avg', 'exp_avg_sq')]
+    check_tensors(moments[0])
+    check_tensors(moments[1])
+    moments = [ours(m.values()).values() for m in moments]
     opt = {'state': {i: dict(step=torch.as_tensor(state[i]['step'], dtype=torch.float32),
                              exp_avg=m, exp_avg_sq=v) for i, (m, v) in enumerate(zip(*moments))},
-           'param_groups': [dict(g, lr=float(g['lr'])) for g in groups]}
+           'param_groups': [dict(g, lr=float(g['lr'])) for g in saved['optimizer']['param_groups']]}
     return dict(net=ours(model[n] for n in names.values()), ema=ours(shadow), opt=opt,
-                step=saved['step'], args=dict(args, official=True))
+                step=int(saved['step']), args=dict(args, official=True))
 
 
 def main(argv=None):
