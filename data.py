@@ -54,7 +54,8 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
         raise BadInput(f'--split {split}: accepted: train, test')
     if channels not in (None, 1, 3):
         raise BadInput(f'--channels {channels}: accepted: 1, 3')
-    # Not catch_warnings, which is not safe with threads: the filter stays for the whole process.
+    # Not catch_warnings, which is not safe with threads: these stay for the whole process.
+    warnings.filterwarnings('ignore', module='PIL')
     warnings.simplefilter('error', Image.DecompressionBombWarning)
     dataset = str(dataset)
     try:
@@ -80,8 +81,7 @@ def find(dataset, data_dir, image_size, split):
     path = {'bloodmnist': f'{data_dir}/bloodmnist.npz',
             'lsun_bedroom': f'{data_dir}/lsun_bedroom'}.get(dataset, dataset)
     if dataset == 'glyphs':
-        drawn = glyphs(image_size=min(image_size or 16, 128), split=split)  # beyond: enlarged
-        return None, *drawn, list('0123456789')
+        return None, *glyphs(image_size=min(image_size or 16, 64), split=split), list('0123456789')
     if dataset in SETS and path == dataset:
         from torchvision import datasets  # here, because it takes a second that --help has not
         which = {'split': split} if dataset == 'celeba64' else {'train': split == 'train'}
@@ -128,10 +128,10 @@ def read_arrays(path, split):
     """find()'s answer for a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
     array, labels = np.load(path, mmap_mode='r', allow_pickle=False), None
     if isinstance(array, np.lib.npyio.NpzFile):
-        def member(key):  # array[key] would unpack a bomb
-            with open_entry(archive, f'{key}.npy', 100 * os.path.getsize(path)) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        archive = array.zip
+        archive, limit = array.zip, 100 * os.path.getsize(path)
+
+        def member(key):  # archive[key] would unpack a bomb
+            return np.lib.format.read_array(open_entry(archive, f'{key}.npy', limit))
         keys = ['test_images'] * (split == 'test') + ['x', 'images', 'train_images', 'arr_0']
         key = next((key for key in keys if key in array), None)
         if key is None:
@@ -159,12 +159,12 @@ def read_arrays(path, split):
 
 
 def open_entry(archive, name, limit=0):
-    """The entry of a zip as a file; ValueError where it could unpack to too much."""
+    """A zip's entry as a file, in which a read of n bytes unpacks no more; ValueError if too large."""
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError('neither stored nor deflated')  # zipfile unpacks others without a bound
+        raise ValueError('neither stored nor deflated')  # of other methods a read unpacks all
     if info.file_size > max(limit, ENTRY_LIMIT):
-        raise ValueError(f'{name!r} claims to unpack to {info.file_size} bytes')
+        raise ValueError(f'claims to unpack to {info.file_size} bytes')
     return archive.open(info)
 
 
@@ -173,8 +173,7 @@ def probe(root, source):
     found = [read(root, source[k]) for k in sorted({k * len(source) // 64 for k in range(64)})]
     images = [image for image, _ in found if image]
     if not images:
-        raise ValueError(f'none of {len(found)} images can be read (first: {source[0]!r}: '
-                         f'{found[0][1]})')
+        raise ValueError(f'none of {len(found)} images can be read ({source[0]!r}: {found[0][1]})')
     grey = all(image.mode == 'L' or not np.ptp(np.asarray(image), axis=2).any() for image in images)
     return min(images[0].size), 1 if grey else 3
 
@@ -193,8 +192,7 @@ def read(root, entry):
             with ZIP_LOCK:
                 key = root, os.getpid()
                 archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
-                with open_entry(archive, entry, ENTRY_LIMIT) as file:
-                    packed = file.read(ENTRY_LIMIT)
+                packed = open_entry(archive, entry).read(ENTRY_LIMIT)
             image = Image.open(io.BytesIO(packed), formats=FORMATS)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in 'IF':  # convert() would clip these at 255
@@ -341,6 +339,5 @@ def glyphs(n=10_000, image_size=16, split='train'):
     fine = max(1, 64 // image_size)  # drawn this much larger and averaged, against jagged edges
     for k, m in zip(which.split(500), maps.split(500)):
         grid = F.affine_grid(m, (len(m), 1, *[image_size * fine] * 2), align_corners=False)
-        drawn = F.avg_pool2d(F.grid_sample(inks[k], grid, align_corners=False), fine)
-        parts.append(drawn[:, 0].round().to(torch.uint8))
-    return torch.cat(parts).numpy(), labels
+        parts.append(F.avg_pool2d(F.grid_sample(inks[k], grid, align_corners=False), fine))
+    return torch.cat(parts)[:, 0].round().to(torch.uint8).numpy(), labels

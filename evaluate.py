@@ -31,7 +31,7 @@ import data as datasets
 import pfgm
 from data import BadInput
 from sample import flow_flags, follow, load_flow, prior
-from train import Parser, above, memory_format, run, save_grid, setup, step_seed
+from train import Parser, above, run, save_grid, setup, step_seed
 from unet import read_checkpoint
 
 METRICS = {
@@ -278,7 +278,7 @@ def load_inception(path, device, rank=0, world=1):
         repool(getattr(net, f'Mixed_{name}'), inside)
     repool(net.Mixed_7c, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
     weight, net.fc = net.fc.weight.detach().double(), torch.nn.Identity()
-    return net.to(device, memory_format=memory_format(device)).eval().requires_grad_(False), weight
+    return net.to(device).eval().requires_grad_(False), weight
 
 
 def resize_tf1(x, size=299):

@@ -26,6 +26,7 @@ from PIL import Image
 from scipy import integrate, stats
 
 import data
+import evaluate
 import pfgm
 import sample
 import train
@@ -461,7 +462,7 @@ def test_truncated_and_absent_checkpoints(tmp_path):
 
 # ---------------------------------------------------------------- the scripts
 
-SCRIPTS = dict(train=train, sample=sample)
+SCRIPTS = dict(train=train, sample=sample, evaluate=evaluate)
 data.glyphs = functools.lru_cache(data.glyphs)  # drawn once for all tests
 TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
        '--sample_every 0 --device cpu --no-bf16'.split()
@@ -771,7 +772,7 @@ def test_processes_share_the_images(trained, tmp_path):
 def test_exact_samples_are_training_images(tmp_path, capsys):
     script(['sample.py', '--exact', '--n', 4, '--out', tmp_path / 'a.png', '--device', 'cpu'])
     said = capsys.readouterr().out
-    assert '4 of 4 samples are, to the grey level, images of glyphs' in said
+    assert '4 of 4 samples are images of glyphs to within a grey level' in said
     assert re.search(r'nfe \d+', said) and Image.open(tmp_path / 'a.png').size > (64, 64)
 
 
@@ -817,7 +818,8 @@ def readme_commands():
 def test_readme_commands_parse(command):
     words = shlex.split(command)
     if words[0] == 'pip':
-        return os.path.exists(HERE / words[words.index('-r') + 1])
+        assert (HERE / words[words.index('-r') + 1]).exists()
+        return
     at = next(i for i, word in enumerate(words) if word.endswith('.py') or word == 'pytest')
     assert words[at] == 'pytest' or (HERE / words[at]).exists()
     if words[at] in ('train.py', 'sample.py', 'evaluate.py'):
@@ -831,6 +833,125 @@ def test_official_checkpoint_samples(tmp_path, capsys):
     said = capsys.readouterr().out
     assert all(k in said for k in ('small_z official', 'tol 0.0001', 'upper_norm 3000', 'z_exp 5'))
     assert Image.open(tmp_path / 'a.png').size == (140, 140)
+
+
+# ---------------------------------------------------------------- measuring
+
+def test_frechet_of_gaussians():
+    a, b = (torch.rand(6, 6, generator=seeded(i), dtype=F64) for i in (0, 1))
+    mu = torch.arange(6, dtype=F64)
+    diagonal = [torch.diag(m.diagonal()) for m in (a, b)]
+    want = 6.0 * 4 + float((diagonal[0].sqrt() - diagonal[1].sqrt()).square().sum())
+    close(evaluate.frechet(mu, diagonal[0], mu + 2, diagonal[1]), want, rtol=1e-10)
+    a, b = a @ a.T, b[:, :2] @ b[:, :2].T  # b is singular
+    from scipy.linalg import sqrtm
+    want = float((a + b).trace()) - 2 * float(np.trace(sqrtm((a @ b).numpy())).real)
+    close(evaluate.frechet(mu, a, mu, b), want, atol=1e-6)
+
+
+def test_inception_score_kid_and_precision_recall():
+    one_hot = torch.eye(10, dtype=F64).repeat(50, 1) * 1e3
+    score, _ = evaluate.inception_score(one_hot, splits=1)
+    close(score, 10.0, rtol=1e-9)
+    x, y = (torch.randn(300, 16, generator=seeded(i)) for i in (0, 1))
+    mean, std, size = evaluate.kid(x, y, subsets=20)
+    assert size == 300 and abs(mean) < 0.1
+    k = [((u.double() @ v.double().T / 16 + 1) ** 3) for u, v in ((x, x), (y, y), (x, y))]
+    off = ~torch.eye(300, dtype=torch.bool)
+    close(mean, float(k[0][off].mean() + k[1][off].mean() - 2 * k[2].mean()), rtol=1e-9)
+    assert evaluate.precision_recall(x, x) == (1.0, 1.0)
+    assert evaluate.precision_recall(x, y + 100) == (0.0, 0.0)
+
+
+def test_tf1_resize_reads_from_the_corner():
+    x = torch.rand(1, 1, 5, 7, generator=seeded(), dtype=F64)
+    got, size = evaluate.resize_tf1(x, 11)[0, 0], 11
+    for i in range(size):
+        for j in range(size):
+            v, u = i * 5 / size, j * 7 / size
+            a, b, c, d = int(v), min(int(v) + 1, 4), int(u), min(int(u) + 1, 6)
+            top = x[0, 0, a, c] * (1 - u + c) + x[0, 0, a, d] * (u - c)
+            low = x[0, 0, b, c] * (1 - u + c) + x[0, 0, b, d] * (u - c)
+            close(got[i, j], top * (1 - v + a) + low * (v - a), atol=1e-12)
+
+
+def test_sliced_wasserstein_of_a_shift():
+    x = torch.randint(0, 200, (64, 1, 4, 4), generator=seeded()).to(torch.uint8)
+    shifted = evaluate.sliced_wasserstein(x, x + 20, projections=4000)
+    close(shifted, 20 / 127.5, rtol=0.05)  # |shift| / sqrt(N), the rms of its projections
+    assert evaluate.sliced_wasserstein(x, x) == 0
+
+
+def test_statistics_and_features(tmp_path, capsys):
+    place = (torch.device('cpu'), 0, 1)
+    net, weight = evaluate.load_inception('random', place[0])
+    assert 'the numbers mean nothing' in capsys.readouterr().out and weight.shape == (1008, 2048)
+    pixels = torch.randint(0, 256, (5, 1, 8, 8), generator=seeded()).to(torch.uint8)
+    got = evaluate.collect(iter(pixels.split(2)), 5, net, 'pytorch', {'features', 'pixels'}, place)
+    assert torch.equal(got.pixels, pixels) and got.features.std(0).max() > 1e-3
+    close(got.mu, got.features.double().mean(0), rtol=1e-5, atol=1e-5)
+    close(got.sigma, np.cov(got.features.double().numpy().T), atol=1e-5)
+    np.savez(tmp_path / 'a.npz', mu=got.mu, sigma=got.sigma)
+    read = evaluate.read_stats(str(tmp_path / 'a.npz'), 'any')
+    assert read.n is None and torch.equal(read.mu, got.mu) and torch.equal(read.sigma, got.sigma)
+    np.savez(tmp_path / 'b.npz', sigma=got.sigma)
+    refuses(['evaluate.py', '--fid', '--samples', 'x', '--ref', tmp_path / 'b.npz'], 'no such data set')
+    with pytest.raises(data.BadInput, match='mu None'):
+        evaluate.read_stats(str(tmp_path / 'b.npz'), 'any')
+
+
+def test_offline_measures_are_recorded(trained, tmp_path, capsys):
+    common = ['evaluate.py', '--ckpt', trained / 'ckpt.pt', '--device', 'cpu', '--results',
+              tmp_path / 'r.jsonl', '--out', tmp_path / 'a.png']
+    script([*common, '--swd', '--neighbours', '--n', 12, '--nfe', 3])
+    assert Image.open(tmp_path / 'a.png').size[0] > 200
+    script([*common, '--swd', '--n', 8, '--sweep', 'nfe=1,2,4', '--solvers', 'euler,heun'])
+    assert Image.open(tmp_path / 'a.png').size == (960, 640)
+    script([*common, '--bpd', '--n', 2, '--tol', '1e-3'])
+    rows = [json.loads(line) for line in open(tmp_path / 'r.jsonl')]
+    assert [(r['solver'], r['nfe']) for r in rows[1:7]] == [
+        (s, n) for s in ('euler', 'heun') for n in (1, 2, 4)]
+    for row in rows:
+        assert {'command', 'git', 'torch', 'hardware', 'seconds', 'seed', 'n'} <= row.keys()
+    assert rows[0]['swd'] > 0 and rows[0]['samples_min'] > 0 and rows[7]['bpd'] > 0
+    assert rows[7]['round_trip_mean'] < 0.3 and rows[7]['nfe'] > 10
+
+
+def test_bits_per_dim_of_a_known_flow():
+    # the method of images: log p is that of prior_logp with height h + z_min, up to z_max -> inf
+    class Net(torch.nn.Module):
+        def forward(self, x, z):
+            return images_net(16, 2.0)(x, z)
+    flow = dict(gamma=5.0, z_exp=0.0, small_z='exact', z_min=1e-3, z_max=1e4)
+    pixels = torch.randint(0, 256, (6, 1, 4, 4), generator=seeded()).to(torch.uint8)
+    args = evaluate.parse_args(['--bpd', '--tol', '1e-6', '--repeats', '2'])
+    got = evaluate.bits_per_dim(Net(), flow, pixels, 6, args, (torch.device('cpu'), 0, 1))
+    want = pfgm.prior_logp((pixels + 0.5) / 128 - 1, 2.0 + 1e-3)
+    want = (-want / math.log(2) / 16 + 7).mean()
+    assert abs(got['bpd'] - float(want)) < 0.3 and got['bpd_se'] > 0  # the probe's noise
+
+
+BAD_EVALUATE = [
+    ('', 'no metric asked'), ('--fid --n 100', 'needs 2049 images'), ('--kid --ref a.npz', 'a.npz'),
+    ('--fid --samples nothing --ref x', '--samples nothing: no such'), ('--sweep nfe=0 --swd', '0'),
+    ('--swd --sweep nfe=5 --solvers rk4', 'rk4'), ('--swd --results no/r.jsonl', 'mkdir'),
+    ('--is --n 20 --inception none.pth', 'no such file; get')]
+
+
+@pytest.mark.parametrize('flags, message', BAD_EVALUATE)
+def test_bad_evaluation_flags(trained, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    refuses(['evaluate.py', '--ckpt', trained / 'ckpt.pt', '--device', 'cpu', *flags.split()], message)
+    assert os.listdir(tmp_path) == []
+
+
+def test_absent_inception_says_what_to_fetch(trained, tmp_path, monkeypatch):
+    def offline(*args, **kw):
+        raise urllib.error.URLError('no network')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    refuses(['evaluate.py', '--is', '--n', 20, '--ckpt', trained / 'ckpt.pt', '--device', 'cpu'],
+            r'get https://\S+ by hand and put it at \S+, or give --inception FILE')
 
 
 # ---------------------------------------------------------------- data sets

@@ -268,7 +268,7 @@ def check_tensors(tensors):
     """ValueError unless all are float32 and held in full: a stride of 0 makes one number look like
     a terabyte, which the first copy would take."""
     for name, t in tensors.items():
-        if not (isinstance(name, (str, int)) and torch.is_tensor(t) and t.dtype == torch.float32
+        if not (isinstance(name, str) and torch.is_tensor(t) and t.dtype == torch.float32
                 and t.layout == torch.strided and t.device.type == 'cpu'
                 and t.untyped_storage().nbytes() >= t.nbytes):
             raise ValueError(f'{name!r} is not a float32 tensor held in full')
@@ -283,7 +283,7 @@ def check_contents(saved):
         raise ValueError(f'step {step!r}')
     if not args.get('official'):
         for key in ('z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma'):
-            if not (0 <= args[key] < 1e9 and args['z_min'] < args['z_max']):
+            if not (0 <= args[key] < 1e9 and 0 < args['z_min'] < args['z_max']):
                 raise ValueError(f'{key} {args[key]!r}')
 
 
@@ -361,7 +361,6 @@ def convert_official(saved, path):
     are stored (in, out) there, the transpose of a linear layer's weight."""
     shadow, state = saved['ema']['shadow_params'], saved['optimizer']['state']
     model = {k: v for k, v in saved['model'].items() if k != 'module.sigmas'}
-    check_tensors(model | dict(enumerate(shadow)))
     args = official_architecture({k: v.shape for k, v in model.items()}, path)
     net = blank(args, len(model), path)
     names = official_names(net)
@@ -372,12 +371,11 @@ def convert_official(saved, path):
     turned = [name.endswith('.W') for name in names.values()]
 
     def ours(tensors):
-        return {k: (t.T if turn else t).clone() for k, t, turn in zip(names, tensors, turned)}
-    moments = [{i: state[i][k] for i in range(len(names))} if state else {}
+        tensors = dict(zip(names, tensors))
+        check_tensors(tensors)
+        return {k: (t.T if turn else t).clone() for (k, t), turn in zip(tensors.items(), turned)}
+    moments = [ours([state[i][k] for i in range(len(names))]).values() if state else []
                for k in ('exp_avg', 'exp_avg_sq')]
-    check_tensors(moments[0])
-    check_tensors(moments[1])
-    moments = [ours(m.values()).values() for m in moments]
     opt = {'state': {i: dict(step=torch.as_tensor(state[i]['step'], dtype=torch.float32),
                              exp_avg=m, exp_avg_sq=v) for i, (m, v) in enumerate(zip(*moments))},
            'param_groups': [dict(g, lr=float(g['lr'])) for g in saved['optimizer']['param_groups']]}
