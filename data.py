@@ -159,10 +159,10 @@ def read_arrays(path, split):
 
 
 def open_entry(archive, name, limit=0):
-    """A zip's entry as a file, in which a read of n bytes unpacks no more; ValueError if too large."""
+    """A zip's entry as a file, of which no read unpacks more than was asked for; or ValueError."""
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError('neither stored nor deflated')  # of other methods a read unpacks all
+        raise ValueError('packed by other than deflate')  # a read of that unpacks all at once
     if info.file_size > max(limit, ENTRY_LIMIT):
         raise ValueError(f'claims to unpack to {info.file_size} bytes')
     return archive.open(info)
@@ -192,7 +192,8 @@ def read(root, entry):
             with ZIP_LOCK:
                 key = root, os.getpid()
                 archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
-                packed = open_entry(archive, entry).read(ENTRY_LIMIT)
+                file = open_entry(archive, entry)
+                packed = b''.join(iter(lambda: file.read(1 << 20), b''))
             image = Image.open(io.BytesIO(packed), formats=FORMATS)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in 'IF':  # convert() would clip these at 255

@@ -1,7 +1,7 @@
 """Measure samples of a Poisson flow, and the flow itself.
 
     python evaluate.py --fid                          # 50,000 images of out/ckpt.pt, its data set
-    torchrun --nproc_per_node=8 evaluate.py --fid --is --kid --prc       # one pass on all GPUs
+    torchrun --nproc_per_node=8 -- evaluate.py --fid --is --kid --prc    # one pass on all GPUs
     python evaluate.py --fid --samples images/ --ref cifar10.npz         # without a network
     python evaluate.py --swd --neighbours             # no Inception weights needed
     python evaluate.py --bpd --repeats 5              # likelihood of the test split
@@ -19,7 +19,6 @@ import platform
 import subprocess
 import sys
 import time
-import zipfile
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -337,21 +336,24 @@ def read_stats(path, convention):
     """Measured from a statistics file, or None for a .npz that is none: images."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {k: file[k] for k in ('mu', 'sigma', 'n', 'convention') if k in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            found = {k: np.lib.format.read_array(datasets.open_entry(file.zip, f'{k}.npy'))
+                     for k in ('mu', 'sigma', 'n', 'convention') if k in file.files}
+        n = int(found['n']) if 'n' in found else None
+    except Exception as error:  # a damaged or hostile file can fail in any way
         raise BadInput(f'--ref {path}: cannot be read ({error}); accepted: a folder, .zip or .npz '
                        'of images, or a .npz of mu and sigma') from error
     if not {'mu', 'sigma'} & found.keys():
         return None
     shapes = [found[k].shape if k in found else None for k in ('mu', 'sigma')]
-    if shapes != [(POOL,), (POOL, POOL)]:
-        raise BadInput(f'--ref {path}: mu {shapes[0]}, sigma {shapes[1]}; accepted: ({POOL},) and '
-                       f'({POOL}, {POOL}), as --save_stats writes')
+    if shapes != [(POOL,), (POOL, POOL)] or not all(
+            found[k].dtype.kind == 'f' and np.isfinite(found[k]).all() for k in ('mu', 'sigma')):
+        raise BadInput(f'--ref {path}: mu {shapes[0]}, sigma {shapes[1]}, or not finite; accepted: '
+                       f'({POOL},) and ({POOL}, {POOL}), as --save_stats writes')
     if str(found.get('convention', convention)) != convention:
         raise BadInput(f'--ref {path}: made with {found["convention"]}, not {convention}; give the '
                        'same --resize and --inception, or make it again with --save_stats')
     mu, sigma = (torch.from_numpy(found[k]).double() for k in ('mu', 'sigma'))
-    return Measured(int(found['n']) if 'n' in found else None, mu, sigma, None, None)
+    return Measured(n, mu, sigma, None, None)
 
 
 def write(flag, path, save):
@@ -448,7 +450,8 @@ def nearest(x, train, device='cpu'):
 
 def bits_per_dim(net, flow, images, n, args, place):
     """Bits/dim of n evenly spaced images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
-    the flow comes back down from their latents. RK45: few fixed steps would give any number."""
+    the flow comes back down from their latents. RK45: few fixed steps would give any number.
+    The noise of an image depends on --seed and its index, the probe on the batch it is in too."""
     device, rank, world = place
     exact = isinstance(net, pfgm.ExactField)
     if not exact:
@@ -611,35 +614,37 @@ def main(args):
     elif asked or not (args.ref or args.dataset):
         net, flow, train = load_flow(args, device)
         channels, size = flow['shape'][:2]
-    n = args.n or (len(source) if source else 1000 if wanted <= {'swd', 'neighbours'} else 50000)
+    inception_wanted = wanted & {'fid', 'is', 'kid', 'prc'}
+    n = args.n or (len(source) if source else 50000 if inception_wanted else 1000)
     if source and n > len(source):
         raise BadInput(f'--n {n}: --samples {args.samples} has {len(source)} images')
 
     # what it is compared with
-    convention = (f'{args.resize} resize, {"random" if args.inception == "random" else "2015-12-05"}'
-                  ' Inception')
+    which = 'random' if args.inception == 'random' else '2015-12-05'
+    convention = f'{args.resize} resize, {which} Inception'
     if args.ref and args.ref.lower().endswith('.npz'):
         stats = read_stats(args.ref, convention)
     if stats and (args.save_stats or wanted - {'fid', 'is'}):
         raise BadInput(f'--ref {args.ref}: statistics, which do for --fid only; give a folder, '
                        '.zip or .npz of images')
-    if args.ref and not stats:  # at its own size, as pytorch-fid reads it
-        train = load_images('--ref', args.ref, args)
-    elif not stats and not train and wanted - {'is'}:
-        train = load_images('--dataset', args.dataset or training_set_of(args), args, size, channels)
+    if args.ref:  # at its own size, as pytorch-fid reads it
+        train = None if stats else load_images('--ref', args.ref, args)
+    elif not train and wanted - {'is'}:
+        name = args.dataset or training_set_of(args)
+        train = load_images('--dataset', name, args, size, channels)
     if wanted & {'swd', 'neighbours', 'bpd'}:
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
         test = held_out(train, args)
-    least = min(n, len(train)) if train else n
+    least = min([n, *(len(images) for images in (train, test) if images)])
     check_counts(wanted, n if asked else None, len(train) if train else stats and stats.n)
     if least < world:
         raise BadInput(f'{least} images: fewer than the {world} processes; give more by --n')
 
     # one pass over the reference
     inception = weight = ref = None
-    if wanted & {'fid', 'is', 'kid', 'prc'}:
+    if inception_wanted:
         inception, weight = load_inception(args.inception, device, rank, world)
     if wanted & {'fid', 'kid', 'prc'}:
         keep = {'features'} if wanted & {'kid', 'prc'} else set()
@@ -694,7 +699,7 @@ def main(args):
             print('  '.join(f'{v:>10.5g}' if not isinstance(v, str) else f'{v:>10}'
                             for v in row.values()))
         plot(curves, 'network calls an image (NFE)', shown.upper() + f', {n} images', args.out)
-    if rank == 0:
+    if rank == 0 and asked:
         print(f'results are in {args.results}')
 
 

@@ -87,7 +87,8 @@ def posterior_mean(x, z, charges, D=1):
 
     def distance2(y):
         y = y.to(home, torch.float64)
-        return torch.addmm(x2 + y.square().sum(1), x, y.T, alpha=-2)
+        y2 = torch.linalg.vector_norm(y, dim=1).square()  # without y.square(), as large as y
+        return torch.addmm(x2 + y2, x, y.T, alpha=-2)
     d2 = torch.cat([distance2(y) for y in chunks], dim=1)  # (B, K), without z^2
     if D == math.inf:
         logits = -d2 / (2 * z2[:, None])

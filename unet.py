@@ -243,7 +243,7 @@ def read_checkpoint(path):
     except BadInput:
         raise
     except Exception as error:  # a damaged or hostile file can fail in any way, none of them ours
-        reason = str(error).strip().splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:150]
         raise BadInput(f'--ckpt {path}: damaged, or not a checkpoint of tensors and numbers '
                        f'({reason})') from error
     return saved
