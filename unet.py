@@ -197,7 +197,8 @@ def blank(args, tensors, path):
         with torch.device('meta'):
             return UNet(**{k: args[k] for k in ARCHITECTURE})
     except Exception as error:  # of the wrong type, it can fail anywhere in there
-        raise BadInput(f'--ckpt {path}: no usable architecture in its args ({error!r})') from error
+        raise BadInput(f'--ckpt {path}: no usable architecture in its args '
+                       f'({repr(error)[:150]})') from error
 
 
 def build(state, args, path):
