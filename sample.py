@@ -223,6 +223,8 @@ def check_out(out):
         raise BadInput(f'--out {out}: must end in .png, .gif or .npz, or be a folder')
     if os.path.isdir(out) and os.listdir(out):
         raise BadInput(f'--out {out}: a folder that is not empty; give a new one')
+    if not os.path.splitext(out)[1] and os.path.lexists(out) and not os.path.isdir(out):
+        raise BadInput(f'--out {out}: a file; must end in .png, .gif or .npz, or be a folder')
 
 
 def main(args):

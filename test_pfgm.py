@@ -2,6 +2,7 @@
 
 Reference numbers of the authors' code are read from ../shared/golden where that folder exists.
 """
+import contextlib
 import functools
 import io
 import json
@@ -9,14 +10,18 @@ import math
 import os
 import pickle
 import re
+import resource
 import shlex
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1329,3 +1334,625 @@ def test_mean_norm(tmp_path):
     np.save(tmp_path / 'a.npy', np.full((300, 4, 4, 3), 255, np.uint8))
     assert data.mean_norm(data.load(tmp_path / 'a.npy')) == pytest.approx(4)
     assert data.mean_norm(data.load(tmp_path / 'a.npy'), n=7) == pytest.approx(4)
+
+
+# ---------------------------------------------------------------- hostile input
+# Each case is one file, folder or flag that a stranger made: it is used rightly or refused in one
+# line. The default suite takes the first cases of each generator; `pytest -m slow` takes them all.
+
+def mutated(raw, rng):
+    """The bytes with one kind of damage."""
+    raw, n = bytearray(raw), len(raw)
+    at, size = int(rng.integers(n)), int(rng.integers(1, 64))
+    kind = rng.integers(7)
+    if kind == 0:
+        del raw[at:]
+    elif kind == 1:
+        del raw[at:at + size]
+    elif kind == 2:
+        raw[at:at] = rng.bytes(size)
+    elif kind == 3:
+        raw[at:at + 4] = b'\xff\xff\xff\x7f'
+    elif kind == 4:
+        start = int(rng.integers(n))
+        raw[at:at + size] = raw[start:start + size]
+    else:  # most readers look hardest at the beginning and the end
+        for k in rng.integers(n if kind == 5 else min(n, 100), size=size % 8 + 1):
+            raw[k * (-1) ** (size % 2)] ^= 1 << int(rng.integers(8))
+    return bytes(raw)
+
+
+def zipped(entries, packing=zipfile.ZIP_DEFLATED):
+    file = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(file, 'w', packing) as archive:
+        warnings.simplefilter('ignore')  # of a name that is there twice
+        for name, content in entries:
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def patched(raw, signature, offset, layout, *values):
+    """A zip's bytes with a field of its last header of that kind overwritten."""
+    raw = bytearray(raw)
+    struct.pack_into(layout, raw, raw.rindex(signature) + offset, *values)
+    return bytes(raw)
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def header(text):
+    """A .npy of that header and 64 bytes of pixels."""
+    text = text.encode() + b'\n'
+    return b'\x93NUMPY' + b'\1\0' + struct.pack('<H', len(text)) + text + bytes(64)
+
+
+def claims(shape, descr='|u1'):
+    return header(repr({'descr': descr, 'fortran_order': False, 'shape': shape}))
+
+
+def chunk(kind, content):
+    return (struct.pack('>I', len(content)) + kind + content
+            + struct.pack('>I', zlib.crc32(kind + content)))
+
+
+def png_of(width, height, content=b'', bits=8, colour=0):
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colour,
+                                                                 0, 0, 0))
+            + chunk(b'IDAT', zlib.compress(content)) + chunk(b'IEND', b''))
+
+
+def pictures():
+    """{name: bytes} of every kind of image file that is accepted."""
+    image, found = picture(1), {}
+    for name, kind, mode, options in (
+            ('rgb.png', 'PNG', 'RGB', {}), ('grey.jpg', 'JPEG', 'L', {}), ('a.webp', 'WEBP', 'RGB', {}),
+            ('cmyk.jpeg', 'JPEG', 'CMYK', {}), ('a.bmp', 'BMP', 'RGB', {}), ('a.pgm', 'PPM', 'L', {}),
+            ('a.tif', 'TIFF', 'RGB', dict(compression='tiff_lzw')), ('g4.tiff', 'TIFF', '1', dict(
+                compression='group4')), ('jpg.tif', 'TIFF', 'RGB', dict(compression='jpeg')),
+            ('alpha.png', 'PNG', 'P', dict(transparency=bytes(range(0, 256)))),
+            ('la.png', 'PNG', 'LA', {}), ('f.tif', 'TIFF', 'F', {}), ('i.tif', 'TIFF', 'I', {}),
+            ('16.png', 'PNG', 'I;16', {}),
+            ('film.gif', 'GIF', 'P', dict(save_all=True, append_images=[picture(2), picture(3)])),
+            ('film.webp', 'WEBP', 'RGB', dict(save_all=True, append_images=[picture(2)])),
+            ('film.png', 'PNG', 'RGB', dict(save_all=True, append_images=[picture(2)])),
+            ('pages.tif', 'TIFF', 'RGB', dict(save_all=True, append_images=[picture(2)])),
+            ('cmyk.tif', 'TIFF', 'CMYK', {}), ('lab.tif', 'TIFF', 'LAB', {})):
+        given = image.convert('L').convert(mode) if mode in ('I;16', 'F', 'I') else (
+            image if mode == 'LAB' else image.convert(mode))
+        if mode == 'LAB':
+            given = Image.frombytes('LAB', image.size, image.tobytes())
+        found[name] = encoded(given, kind, **options)
+    return found
+
+
+def odd_pictures():
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    whole = encoded(picture())
+    return {
+        'one.png': encoded(picture(0, 1)), 'long.png': encoded(Image.new('L', (30000, 1), 7)),
+        'exif.jpg': encoded(picture(), 'JPEG', exif=exif), 'empty.png': b'', 'half.png': whole[:80],
+        'half.jpg': encoded(picture(0, 64), 'JPEG')[:900], 'jpeg.png': encoded(picture(), 'JPEG'),
+        'text.jpg': b'hello\n' * 99, 'zip.png': zipped([('a.png', whole)]), 'zero.png': png_of(0, 0),
+        'bomb.png': png_of(60000, 60000), 'wide.png': png_of(2 ** 31 - 1, 1), 'short.png': png_of(9, 9),
+        'flat.bmp': b'BM' + struct.pack('<IHHIIiiHHIIiiII', 54, 0, 0, 54, 40, 8, 0, 1, 24, 0, 0, 0, 0,
+                                        0, 0), 'none.pgm': b'P5 0 0 255\n', 'huge.pgm': b'P5 99999 99999 255\n',
+        'a\nb.png': b'two\nlines', 'flat.gif': b'GIF89a' + bytes(7) + b',' + bytes(9) + b'\2\0;',
+        'eps.png': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\n',
+        'text.png': whole[:33] + chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(2 ** 21))) + whole[33:],
+        'nan.tif': encoded(Image.fromarray(np.full((8, 8), np.nan, np.float32)), 'TIFF'),
+    }
+
+
+def archives():
+    """{name: bytes} of zips, .npy and .npz that lie, or are odd."""
+    whole, grey = encoded(picture()), np.zeros((3, 8, 8), np.uint8)
+    one, npz = zipped([('a.png', whole)]), zipped([('x.npy', npy(grey))])
+    central, local, end = b'PK\x01\x02', b'PK\x03\x04', b'PK\x05\x06'
+    secret = patched(patched(one, central, 8, '<H', 1), local, 6, '<H', 1)
+    lying = patched(zipped([('a.png', bytes(2 ** 24))]), central, 24, '<I', 100)
+    found = {
+        'good.zip': one, 'nested.zip': zipped([('b.zip', one)]), 'secret.zip': secret, 'lying.zip': lying,
+        'inner.zip': zipped([('b.png', one)]), 'twice.zip': zipped([('a.png', whole), ('a.png', b'')]),
+        'up.zip': zipped([('../a.png', whole), ('/etc/a.png', whole), ('b/../../c.png', whole)]),
+        'drive.zip': zipped([('C:\\a.png', whole), ('a\0.png', whole), ('\n.png', whole)]),
+        'crc.zip': patched(one, central, 16, '<I', 1), 'half.zip': one[:len(one) // 2],
+        'big.zip': patched(one, central, 20, '<II', 2 ** 32 - 2, 2 ** 32 - 2), 'none.zip': zipped([]),
+        'huge.zip': patched(one, central, 24, '<I', 2 ** 31), 'tail.zip': one + bytes(70_000),
+        'many.zip': patched(one, end, 8, '<HH', 65534, 65534), 'new.zip': patched(one, central, 6, '<H', 99),
+        'far.zip': patched(one, central, 42, '<I', 2 ** 31), 'method.zip': patched(one, central, 10, '<H', 97),
+        'disk.zip': patched(one, end, 4, '<HH', 7, 7), 'front.zip': b'MZ' * 50 + one,
+        'bz.zip': zipped([('a.png', whole)], zipfile.ZIP_BZIP2), 'png.zip': whole,
+        'lzma.zip': zipped([('a.png', whole)], zipfile.ZIP_LZMA), 'folders.zip': zipped([('a.png/', b'')]),
+        'good.npz': npz, 'crc.npz': patched(npz, central, 16, '<I', 1), 'empty.npz': zipped([]),
+        'raw.npz': zipped([('x.npy', bytes(999))]), 'plain.npz': zipped([('x', npy(grey))]),
+        'bz.npz': zipped([('x.npy', npy(grey))], zipfile.ZIP_BZIP2), 'is.npz': npy(grey), 'is.npy': npz,
+        'liar.npz': zipped([('x.npy', claims((10 ** 12, 32, 32)))]),
+        'labels.npz': zipped([('x.npy', npy(grey)), ('y.npy', npy(np.array([{}, 1, 2], object)))]),
+        'text.npz': zipped([('x.npy', npy(grey)), ('y.npy', npy(np.array(['a', 'b', 'c'])))]),
+        'few.npz': zipped([('x.npy', npy(grey)), ('y.npy', b'')]),
+        'pickle.npy': pickle.dumps(Payload()), 'pickle.npz': zipped([('x.npy', pickle.dumps(Payload()))]),
+        'payload.npy': npy(np.array([[[Payload()]]], object)), 'empty.npy': b'', 'half.npy': npy(grey)[:150],
+        'deep.npy': header('(' * 9000), 'eval.npy': header('__import__("os").system("touch hacked")'),
+        'long.npy': header('{"descr": "|u1"' + ' ' * 60000 + '}'), 'nul.npy': header('\0'),
+        'keys.npy': header("{'descr': '|u1', 'fortran_order': False, 'shape': (1, 8, 8), 'x': 1}"),
+        'mixed.npy': claims((4,), [('a', '<u1'), ('b', '<f4')]), 'sub.npy': claims((1, 8, 1), ('|u1', (8,))),
+    }
+    for k, shape in enumerate([(10 ** 12, 32, 32), (2 ** 62, 4, 4), (2 ** 32, 2 ** 32), (-1, 8, 8), (1, -8, -8),
+                               (1.5, 8, 8), (True, 8, 8), '8', None, (), (64,), (0, 8, 8), (1,) * 40, (1, 8, 8)]):
+        found[f'claim{k}.npy'] = claims(shape)
+        found[f'claim{k}.npz'] = zipped([('x.npy', claims(shape))])
+    for k, descr in enumerate(['|O', '|V1', '<f2', '>f8', '<c8', '<M8[s]', '<U1', '|b1', '|i1', '<u2', '<f16',
+                               '|V1000000000', '?', '', 'x', None, 7, [], '|S0']):
+        found[f'type{k}.npy'] = claims((1, 2, 2), descr)
+    floats = np.zeros((2, 4, 4), np.float32)
+    for k, value in enumerate([np.nan, np.inf, -np.inf, 1.001, -1.001, 3e38]):
+        floats[1, 2, 3] = value
+        found[f'float{k}.npy'] = npy(floats)
+    return found
+
+
+def special(folder, kind):
+    """A folder with something in it that is not an image file, alone or beside one that is."""
+    if 'beside' in kind:
+        picture().save(folder / 'good.png')
+    path = folder / 'a.png'
+    if 'folder' in kind:
+        path.mkdir()
+    elif 'dangling' in kind:
+        path.symlink_to(folder / 'absent')
+    elif 'loop' in kind:
+        path.symlink_to(path)
+    elif 'pipe' in kind:
+        os.mkfifo(path)
+    elif 'device' in kind:
+        path.symlink_to('/dev/zero')
+    elif 'socket' in kind:
+        with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as s:
+            s.bind('a.png')
+    elif 'cycle' in kind:
+        path.symlink_to('..', target_is_directory=True)
+    elif 'elsewhere' in kind:  # images elsewhere, linked to, are a common way to make a set
+        (folder.parent / 'away').mkdir(exist_ok=True)
+        picture().save(folder.parent / 'away' / 'b.png')
+        path.symlink_to('../away/b.png')
+    elif 'bytes' in kind:
+        with open(os.fsencode(folder) + b'/\xff\xfe.png', 'wb') as file:
+            file.write(b'no')
+
+
+SPECIAL = [f'{kind} {where}' for where in ('alone', 'beside') for kind in (
+    'folder', 'dangling', 'loop', 'pipe', 'device', 'socket', 'cycle', 'elsewhere', 'bytes')]
+
+
+def data_cases(root, seed, count):
+    """Yield (path, label) of count inputs: each kind there is, then damaged ones of all kinds."""
+    rng, images = np.random.default_rng(seed), pictures()
+    files = {**images, **odd_pictures(), **archives()}
+    whole = {**images, 'a.zip': zipped([(f'{k % 2}/{k}.png', encoded(picture(k))) for k in range(3)]),
+             'a.npy': npy(np.zeros((3, 8, 8, 3), np.uint8)),
+             'a.npz': zipped([('x.npy', npy(np.zeros((3, 8, 8)))), ('y.npy', npy(np.arange(3)))])}
+    weights = [4 if name in ('a.zip', 'a.npy', 'a.npz') else 1 for name in whole]
+    named = [*files, *SPECIAL]
+    for k in range(count):
+        folder = root / str(k)
+        folder.mkdir()
+        label = named[k] if k < len(named) else str(rng.choice(list(whole), p=np.divide(
+            weights, sum(weights))))
+        if label in SPECIAL:
+            special(folder, label)
+        else:
+            (folder / label).write_bytes(files[label] if k < len(named) else mutated(whole[label], rng))
+        path = folder / label if label.endswith(('.zip', '.npy', '.npz')) else folder
+        yield path, label if k < len(named) else f'damaged {label}'
+
+
+class TooSlow(BaseException):
+    """Past every `except Exception`."""
+
+
+@contextlib.contextmanager
+def limited(seconds, gib):
+    """An end to what takes for ever, or memory without bound."""
+    def stop(*_):
+        raise TooSlow
+    with open('/proc/self/statm') as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (now + (gib << 30), before[1]))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class Watch:
+    """Notes every file that is opened and every program that is started while it is on."""
+    on, seen = False, []
+
+    def __call__(self, event, args):
+        if not self.on:
+            return
+        if event in ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork'):
+            self.seen.append((event, args))
+        if event == 'open' and isinstance(args[0], str):
+            self.seen.append((args[0], args[1] or '', args[2]))
+
+
+@pytest.fixture(scope='module')
+def watch():
+    found = Watch()
+    sys.addaudithook(found)  # there is no way to take it off again
+    for name, raw in pictures().items():  # Pillow imports its plugins when it first needs them
+        Image.open(io.BytesIO(raw)).load()
+    yield found
+    found.on = False
+
+
+def used(path, watch):
+    """Whether the set is used, rather than refused in one line; nothing else is touched."""
+    watch.seen = []
+    try:
+        with limited(20, 3), warnings.catch_warnings(record=True) as warned:
+            watch.on = True
+            set_ = data.load(path)
+            watch.on = False
+    except data.BadInput as error:
+        message = str(error)
+        assert '\n' not in message and message.startswith('--'), message
+        assert f'--dataset {" ".join(str(path).split())}' in message, message
+        return False
+    finally:
+        watch.on = False
+        for _, archive in data.ZIPS.items():
+            archive.close()
+        data.ZIPS.clear()
+        here = str(path.parent if path.is_file() else path)
+        for seen in watch.seen:
+            assert seen[0].startswith((here, sys.prefix, sys.base_prefix)), seen
+            assert not set(seen[1]) & set('wax+') and not seen[2] & (os.O_WRONLY | os.O_RDWR), seen
+    assert not warned, [str(w.message) for w in warned]
+    side = set_.image_size
+    assert len(set_) > 0 and set_.pixels.shape == (len(set_), set_.channels, side, side)
+    assert set_.pixels.dtype == torch.uint8 and set_.channels in (1, 3)
+    assert set_.labels is None or set_.labels.shape == (len(set_),)
+    return True
+
+
+KNOWN = {'good.zip': True, 'good.npz': True, 'secret.zip': False, 'nested.zip': False, 'up.zip': True,
+         'bomb.png': False, 'eps.png': False, 'lying.zip': False, 'crc.zip': False, 'crc.npz': False,
+         'long.png': True, 'one.png': True, 'jpeg.png': True, 'film.gif': True, 'cmyk.jpeg': True,
+         'claim13.npy': True, 'claim13.npz': True, 'bz.zip': False, 'pickle.npy': False,
+         'labels.npz': False, 'text.npz': False, 'elsewhere alone': True, 'pipe alone': False,
+         'tail.zip': False, 'front.zip': True, '16.png': True, 'alpha.png': True}
+
+
+def fuzz_data(tmp_path, watch, capsys, seed, count):
+    outcomes = []
+    for path, label in data_cases(tmp_path, seed, count):
+        outcomes.append(used(path, watch))
+        assert outcomes[-1] == KNOWN.get(label, outcomes[-1]), label
+        assert outcomes[-1] or not label.endswith('beside'), label
+        assert len(capsys.readouterr().err.splitlines()) <= 1, label
+    assert set(os.listdir(tmp_path)) <= {'away', *map(str, range(count))}
+    with capsys.disabled():
+        print(f'\n{count} data sets: {sum(outcomes)} used, {count - sum(outcomes)} refused')
+
+
+def test_hostile_data(tmp_path, watch, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_data(tmp_path, watch, capsys, 0, 240)
+
+
+@pytest.mark.slow
+def test_hostile_data_at_length(tmp_path, watch, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_data(tmp_path, watch, capsys, 1, 1500)
+
+
+BOMBS = '''
+import resource, sys
+sys.path.insert(0, sys.argv.pop(1))
+import data
+data.load()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for path in sys.argv[1:]:
+    try:
+        data.load(path)
+        print('used', path)
+    except data.BadInput as error:
+        assert len(str(error).splitlines()) == 1
+print((peak() - before) >> 10)
+'''
+
+
+def packed_zeros(path, name, packing, start=b''):
+    """A zip of one entry: `start`, then 640 MB of zeros; and the same zip, which says 100 bytes."""
+    with zipfile.ZipFile(path, 'w', packing) as archive, archive.open(name, 'w') as file:
+        file.write(start)
+        for _ in range(40):
+            file.write(bytes(2 ** 24))
+    liar = path.with_stem(f'{path.stem}_lying')
+    liar.write_bytes(patched(path.read_bytes(), b'PK\x01\x02', 24, '<I', 100))
+    return path, liar
+
+
+@pytest.mark.slow
+def test_bombs_take_no_memory(tmp_path):
+    start = claims((40 << 18, 8, 8))[:-64]
+    paths = [path for packing in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2) for path in (
+        *packed_zeros(tmp_path / f'{packing}.zip', 'a.png', packing),
+        *packed_zeros(tmp_path / f'{packing}.npz', 'x.npy', packing, start))]
+    for name, raw in odd_pictures().items():
+        if name in ('bomb.png', 'wide.png', 'text.png', 'huge.pgm'):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / name).write_bytes(raw)
+            paths.append(tmp_path / name)
+    done = subprocess.run([sys.executable, '-c', BOMBS, HERE, *paths], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    *others, grown = done.stdout.split()
+    assert not others and int(grown) < 300, done.stdout
+    print(f'\n{len(paths)} bombs: all refused, {grown} MB')
+
+
+# ---------------------------------------------------------------- checkpoints of strangers
+
+RUBBISH = [None, 'x', '8', -1, 0, 1.5, math.nan, math.inf, 10 ** 6, 2 ** 31, 10 ** 30, [], {}, [1] * 1000,
+           [10 ** 9], [[1]], ['a'], True, {'a': {'b': [1, {}]}}, torch.zeros(3), b'\0', (8, 8), {1: 2}]
+
+
+def bad_tensor(t, kind):
+    return [5, None, t.tolist(), t.half(), t.int(), t.to_sparse(), t.to('meta'), t.new_zeros(()),
+            t.to(torch.complex64), t[:0], t.flatten()[:1].clone().expand(10 ** 12), t[None], t.bool(),
+            t.new_zeros(1).as_strided(t.shape, [0] * t.dim())][kind]
+
+
+def bad_contents(saved, rng):
+    """Something in the dict is not what it should be."""
+    def rubbish():
+        return RUBBISH[rng.integers(len(RUBBISH))]
+    part = str(rng.choice(list(saved)))
+    kind, inside = rng.integers(6), saved[part]
+    if kind == 0:
+        saved[part] = rubbish()
+    elif kind == 1:
+        del saved[part]
+    elif kind == 2 and 'args' in saved:
+        key = str(rng.choice([*unet.ARCHITECTURE, 'z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma']))
+        saved['args'] = {**saved['args'], key: rubbish()}
+        if rng.random() < 0.2:
+            del saved['args'][key]
+    elif kind == 3 or 'args' in saved and kind == 2:
+        while isinstance(inside, dict) and inside:  # somewhere down
+            key = list(inside)[rng.integers(len(inside))]
+            if not isinstance(inside[key], dict) or rng.random() < 0.2:
+                inside[key] = rubbish()
+                break
+            inside = inside[key]
+    else:
+        tensors = saved['ema'] if 'args' in saved else saved[['model', 'ema'][rng.integers(2)]]
+        tensors = tensors.get('shadow_params', tensors)
+        keys = list(tensors) if isinstance(tensors, dict) else range(len(tensors))
+        key = keys[rng.integers(len(keys))]
+        if kind == 5 and isinstance(tensors, dict):
+            tensors[['a\nb', 7, (1, 2), None, 'module.all_modules.x.W'][rng.integers(5)]] = tensors.pop(key)
+        else:
+            tensors[key] = bad_tensor(tensors[key], rng.integers(14))
+
+
+def rewritten(raw, rng):
+    """The zip again with a part of it gone, emptied, exchanged, packed or huge."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        entries = [[name, archive.read(name)] for name in archive.namelist()]
+    kind, k = rng.integers(6), rng.integers(len(entries))
+    if kind == 0:
+        del entries[k]
+    elif kind == 1:
+        entries[k][1] = b''
+    elif kind == 2:
+        j = rng.integers(len(entries))
+        entries[k][1], entries[j][1] = entries[j][1], entries[k][1]
+    elif kind == 3:
+        entries[k][1] = mutated(entries[k][1] or b'0', rng)
+    elif kind == 4:
+        entries[k][1] += bytes(2 ** 20)
+    return zipped(entries, zipfile.ZIP_DEFLATED if kind >= 4 else zipfile.ZIP_STORED)
+
+
+def checkpoint_cases(raws, seed, count):
+    """Yield (which file's weights it may hold: None for any, bytes)."""
+    rng = np.random.default_rng(seed)
+    for k in range(count):
+        raw, kind = raws[k % len(raws)], rng.integers(8)
+        if kind < 3:
+            yield k % len(raws), mutated(raw, rng)
+        elif kind == 3:  # the head of one, the tail of another
+            cut = int(rng.integers(len(raw)))
+            yield k % len(raws), raw[:cut] + raws[(k + 1) % len(raws)][-cut:]
+        elif kind == 4:
+            yield None, rewritten(raw, rng)  # with new checksums
+        else:
+            saved, file = torch.load(io.BytesIO(raw), weights_only=False), io.BytesIO()
+            bad_contents(saved, rng)
+            torch.save(saved, file)
+            yield k % len(raws), file.getvalue()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def fuzz_checkpoints(trained, tmp_path, capsys, seed, count):
+    tiny_official(tmp_path / 'official.pth')
+    files, used = [trained / 'ckpt.pt', tmp_path / 'official.pth'], 0
+    nets = [[unet.load_checkpoint(path, weights)[0].state_dict() for weights in ('ema', 'raw')]
+            for path in files]
+    for which, raw in checkpoint_cases([path.read_bytes() for path in files], seed, count):
+        (tmp_path / 'a.pt').write_bytes(raw)
+        try:
+            with limited(20, 2), warnings.catch_warnings():
+                warnings.simplefilter('error')
+                net, args = unet.load_checkpoint(tmp_path / 'a.pt')
+            assert which is None or any(same(net.state_dict(), known) for known in nets[which])
+            assert {*unet.ARCHITECTURE} <= args.keys()
+            used += 1
+        except data.BadInput as error:
+            message = str(error)
+            assert '\n' not in message and message.startswith('--ckpt') and 'a.pt' in message
+            assert len(message) < 1000
+    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'official.pth']
+    with capsys.disabled():
+        print(f'\n{count} checkpoints: {used} used, {count - used} refused')
+
+
+def test_hostile_checkpoints(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_checkpoints(trained, tmp_path, capsys, 0, 30)
+
+
+@pytest.mark.slow
+def test_hostile_checkpoints_at_length(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_checkpoints(trained, tmp_path, capsys, 1, 300)
+
+
+# ---------------------------------------------------------------- flags
+
+WORDS = ['', 'x', 'nan', 'inf', '-inf', '-1', '0', '1e400', '-1e400', str(2 ** 70), '1e3', ' 5', '5 ', '1_0',
+         '\u0663', '\u2460', '1.5', '0x10', '9' * 5000, 'None', 'True', '[]', 'a\nb', '\udcff', '--', '-x', '%s',
+         '{}', '1,2', 'nfe=', 'nfe=0', 'nfe=1,,2', ',', 'a' * 10000, '\t', '1e-400', '+3', '..', '\x1b[31m']
+MODULES = [train, sample, evaluate]
+
+
+def options(module, monkeypatch):
+    """The flags of a script, as its parser knows them."""
+    parsers = []
+    whole = train.Parser.parse_args
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Parser, 'parse_args',
+                      lambda self, argv=None: parsers.append(self) or whole(self, argv))
+        module.parse_args([])
+    return [action for action in parsers[-1]._actions if action.dest != 'help']
+
+
+def parsed(module, argv):
+    """The arguments, or None where they are refused with code 2 and one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, \
+            contextlib.redirect_stdout(io.StringIO()) as stdout:
+        try:
+            return module.parse_args(argv)
+        except SystemExit as stop:
+            assert stop.code == 2, argv
+    text = stderr.getvalue()
+    assert text.count('\n') == 1 and not stdout.getvalue(), (argv, text)
+    return None
+
+
+def fuzz_words(module, monkeypatch, capsys, every):
+    count, taken = 0, 0
+    for k, action in enumerate(options(module, monkeypatch)):
+        flag, words = action.option_strings[0], WORDS[k % every::every]
+        joined = [[f'{flag}={word}'] for word in words if word != '--']  # to Python 3.12: []
+        for argv in ([flag], *joined, *([flag, word] for word in words)):
+            args = parsed(module, argv)
+            count, taken = count + 1, taken + (args is not None)
+            value = getattr(args, action.dest, None)
+            assert not isinstance(value, float) or math.isfinite(value), argv
+            if action.choices and args and action.nargs not in ('*', '+'):
+                assert value in (None, *action.choices), argv
+    for argv in (['--unknown'], ['x'], ['--', 'x'], ['-n', '3'], ['--hel'], ['--seed', '1', '2']):
+        assert parsed(module, argv) is None
+    with capsys.disabled():
+        print(f'\n{module.__name__}: {count} command lines, {taken} parsed')
+
+
+@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__)
+def test_words_as_flags(module, monkeypatch, capsys):
+    fuzz_words(module, monkeypatch, capsys, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__)
+def test_all_words_as_flags(module, monkeypatch, capsys):
+    fuzz_words(module, monkeypatch, capsys, 1)
+
+
+ABSURD = ['1', '1000000', str(2 ** 40), str(2 ** 70), '1e-300', '1e300', '/proc/self/mem', '/', 'no/such/x']
+BASE = {'train': [*TINY, '--steps', 1], 'sample': ['--n', 2, '--nfe', 3, '--device', 'cpu'],
+        'evaluate': ['--swd', '--n', 2, '--nfe', 3, '--device', 'cpu']}
+FOR_EVER = {'steps', 'n', 'nfe', 'repeats', 'sweep', 'timeout'}  # more of them only takes longer
+
+
+def absurd_cases(module, monkeypatch):
+    """Yield (flag, value) that the parser takes, but that no one can mean."""
+    for action in options(module, monkeypatch):
+        if action.nargs == 0:
+            continue
+        for word in ABSURD:
+            if action.choices or action.dest == 'device':
+                continue
+            if parsed(module, [f'--{action.dest}={word}']) is not None:
+                yield action.dest, word
+
+
+def ends_well(module, argv, dest):
+    """Whether a script runs to its end, rather than ending in one line with code 2."""
+    stderr = io.StringIO()
+    try:
+        with limited(20, 3), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr), \
+                warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            script([f'{module.__name__}.py', *argv])
+        return True
+    except TooSlow:
+        assert dest in FOR_EVER, argv
+        return True
+    except SystemExit as stop:
+        assert stop.code == 2 and stderr.getvalue().count('\n') == 1, (argv, stderr.getvalue())
+        return False
+
+
+def fuzz_absurd(module, trained, tmp_path, monkeypatch, capsys, every):
+    monkeypatch.chdir(tmp_path)
+    outcomes = []
+    for k, (dest, word) in enumerate(absurd_cases(module, monkeypatch)):
+        if k % every:
+            continue
+        out = ['--out_dir', f'o{k}'] if module is train else ['--ckpt', trained / 'ckpt.pt']
+        outcomes.append(ends_well(module, [*BASE[module.__name__], *out, f'--{dest}={word}'], dest))
+    with capsys.disabled():
+        print(f'\n{module.__name__}: {len(outcomes)} absurd runs, {sum(outcomes)} ended, the rest refused')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__)
+def test_absurd_flags(module, trained, tmp_path, monkeypatch, capsys):
+    fuzz_absurd(module, trained, tmp_path, monkeypatch, capsys, 1)
+
+
+@pytest.mark.parametrize('module', [train, sample], ids=lambda module: module.__name__)
+def test_a_few_absurd_flags(module, trained, tmp_path, monkeypatch, capsys):
+    fuzz_absurd(module, trained, tmp_path, monkeypatch, capsys, 37)
+
+
+@pytest.mark.parametrize('part, value', [
+    ('opt', {}), ('opt', [1]), ('opt', {'state': {0: 5}, 'param_groups': []}), ('rng', 5),
+    ('rng', [[torch.zeros(3)]]), ('opt', 'moments')])
+def test_rubbish_beside_the_weights_ends_training_in_one_line(trained, tmp_path, part, value):
+    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
+    if value == 'moments':
+        value = saved['opt']
+        value['state'][0]['exp_avg'] = torch.zeros(3)
+    (tmp_path / 'o').mkdir()
+    torch.save({**saved, part: value}, tmp_path / 'o' / 'ckpt.pt')
+    refuses(['train.py', *TINY, '--dropout', 0.1, '--steps', 12, '--out_dir', tmp_path / 'o'], 'damaged')

@@ -58,11 +58,12 @@ class Parser(argparse.ArgumentParser):
                          **kw)
 
     def error(self, message):
-        print(f'{message.removeprefix("argument ")} (see {self.prog} --help)', file=sys.stderr)
+        message = ' '.join(message.removeprefix('argument ').split())
+        print(f'{message} (see {self.prog} --help)', file=sys.stderr)
         sys.exit(2)
 
 
-def above(low, kind=float, below=math.inf):
+def above(low, kind=float, below=2 ** 31):
     """An argparse type: a number of that kind with low < number < below."""
     def convert(text):
         try:
@@ -71,8 +72,8 @@ def above(low, kind=float, below=math.inf):
             number = math.nan
         if not low < number < below:
             word = 'a whole number' if kind is int else 'a number'
-            limit = f' and below {below}' if below < math.inf else ''
-            raise argparse.ArgumentTypeError(f'{text}: must be {word} above {low}{limit}')
+            raise argparse.ArgumentTypeError(
+                f'{text}: must be {word} above {low} and below {below}')
         return number
     return convert
 
@@ -82,7 +83,7 @@ def count_or_all(text):
 
 
 def parse_args(argv=None):
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre = Parser(add_help=False)
     pre.add_argument('--dataset', default='glyphs', help='a folder, .zip, .npy or .npz of images, '
                      f'or one of {", ".join(datasets.SETS)}')
     pre.add_argument('--preset', choices=PRESETS, help='row of defaults (by data set, else size)')
@@ -108,9 +109,9 @@ def parse_args(argv=None):
     flag('bf16', None, None, 'bfloat16 autocast (default: where it is fast)')
     flag('compile', None, False, 'torch.compile the network')
     flag('workers', above(-1, int), 4, 'processes that read a set too large for memory')
-    flag('nf', above(0, int), None, 'channels of the first level')
-    flag('ch_mult', above(0, int), None, 'their multiple at each level', nargs='+')
-    flag('num_blocks', above(0, int), None, 'residual blocks a level')
+    flag('nf', above(0, int, 1025), None, 'channels of the first level')
+    flag('ch_mult', above(0, int, 17), None, 'their multiple at each level', nargs='+')
+    flag('num_blocks', above(0, int, 33), None, 'residual blocks a level')
     flag('attn', above(0, int), None, 'image sizes with attention', nargs='*')
     flag('dropout', above(-1e-9, below=1), None, 'in residual blocks')
     flag('steps', above(0, int), None, 'updates in all')
@@ -122,13 +123,13 @@ def parse_args(argv=None):
     flag('grad_clip', above(0), 1.0, 'largest gradient norm')
     flag('ema_decay', above(-1e-9, below=1), None, 'of the averaged weights')
     flag('loss', str, None, 'half the sum over components, or mean', choices=('sum', 'mean'))
-    flag('M', above(0, int), None, 'largest exponent of the perturbation')
+    flag('M', above(0, int, 10 ** 6), None, 'largest exponent of the perturbation')
     flag('z_max', above(0), None, 'where sampling starts')
     flag('upper_norm', above(0), None, 'largest |x| there')
     flag('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted')
     flag('z_min', above(0), 1e-3, 'where sampling ends')
-    flag('sigma', above(0), 0.01, 'noise at m = 0')
-    flag('tau', above(0), 0.03, 'growth of the noise, (1 + tau)^m')
+    flag('sigma', above(1e-9), 0.01, 'noise at m = 0')
+    flag('tau', above(1e-9), 0.03, 'growth of the noise, (1 + tau)^m')
     flag('gamma', above(-1e-9), 5.0, 'added to the norm of the field')
     flag('log_every', above(0, int), 50, 'steps between log lines')
     flag('sample_every', above(-1, int), None, 'steps between sample grids; 0: none')
@@ -299,6 +300,23 @@ def rng_state(device):
         states = [None] * dist.get_world_size()
         dist.all_gather_object(states, mine)
     return states
+
+
+def restore(opt, saved, device, rank):
+    """The states of the optimizer and of this rank's generators, as they were."""
+    try:
+        opt.load_state_dict(saved['opt'])
+        for p, state in opt.state.items():
+            for key in ('exp_avg', 'exp_avg_sq'):
+                if state[key].shape != p.shape:
+                    raise ValueError(f'{key} is {tuple(state[key].shape)}, not {tuple(p.shape)}')
+        if rank < len(saved.get('rng', [])):
+            torch.set_rng_state(saved['rng'][rank][0])
+            if device.type == 'cuda' and len(saved['rng'][rank]) > 1:
+                torch.cuda.set_rng_state(saved['rng'][rank][1], device)
+    except Exception as error:  # load_state_dict checks next to nothing itself
+        raise BadInput(f'the checkpoint is damaged: opt or rng do not fit '
+                       f'({repr(error)[:150]})') from error
 
 
 def complete(path):
@@ -515,11 +533,7 @@ def main(args):
     opt = torch.optim.Adam(raw.parameters(), lr=args.lr, fused=device.type != 'mps')
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if saved:
-        opt.load_state_dict(saved['opt'])
-        if rank < len(saved.get('rng', [])):
-            torch.set_rng_state(saved['rng'][rank][0])
-            if device.type == 'cuda' and len(saved['rng'][rank]) > 1:
-                torch.cuda.set_rng_state(saved['rng'][rank][1], device)
+        restore(opt, saved, device, rank)
 
     # folder
     if dist.is_initialized():
