@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data as datasets
 import pfgm
 from data import BadInput
-from sample import flow_flags, follow, load_flow, prior
+from sample import OFFICIAL_BY_SIZE, flow_flags, follow, load_flow, prior
 from train import Parser, above, run, save_grid, setup, step_seed
 from unet import read_checkpoint
 
@@ -189,8 +189,7 @@ def load_images(flag, name, args, size=None, channels=None, split='train'):
 def training_set_of(args):
     """The name of what --ckpt was trained on."""
     saved = read_checkpoint(args.ckpt)['args']
-    by_size = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
-    return saved.get('dataset') or by_size.get(saved['image_size'])
+    return saved.get('dataset') or OFFICIAL_BY_SIZE.get(saved['image_size'])
 
 
 def held_out(train, args):

@@ -23,6 +23,9 @@ from train import (PRESETS, Parser, above, flow_constants, run, save_grid, setup
 from unet import load_checkpoint
 
 
+OFFICIAL_BY_SIZE = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}  # the authors' data sets
+
+
 def flow_flags(p):
     """The flags that say which flow to follow and how, shared with evaluate.py."""
     p.add_argument('--ckpt', default='out/ckpt.pt', help='ours or an official one')
@@ -75,8 +78,7 @@ def load_flow(args, device):
         net, saved = load_checkpoint(args.ckpt, args.weights)
         net.to(device, memory_format=torch.channels_last)
         if saved.get('official'):
-            size = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
-            name = args.dataset or size.get(saved['image_size'])
+            name = args.dataset or OFFICIAL_BY_SIZE.get(saved['image_size'])
             if name not in PRESETS or PRESETS[name]['M'] is None:
                 raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
                                + ', '.join(k for k, row in PRESETS.items() if row['M']))
