@@ -33,6 +33,7 @@ ACCEPTED = (f"{', '.join(SETS)}, a folder or .zip of images, a .npy or .npz of a
 MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access instead
 ENTRY_LIMIT = 256 << 20  # bytes that one zip entry may claim to unpack to
 SIZE_LIMIT = 1024  # pixels a side
+CLASS_LIMIT = 10_000  # classes of labels
 ZIP_LOCK, ZIPS = Lock(), {}  # archives by (path, process): forked ones share one file position
 
 
@@ -221,6 +222,10 @@ class Images(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.source if self.pixels is None else self.pixels)
+
+    def class_of(self, indices):
+        """int64 (b,): each image's class, 0 to the number of different labels - 1."""
+        return torch.searchsorted(self.labels.unique(), self.labels[indices.cpu()])
 
     def __getitem__(self, index):
         """uint8 (C, S, S), or (b, C, S, S) for a list. A large set serves the next readable image

@@ -11,26 +11,32 @@
 Every result is also a line of results.jsonl. FID: arXiv 1706.08500, IS: 1606.03498, KID:
 1801.01401, precision and recall: 1904.06991, sliced Wasserstein: Bonneel et al. 2015.
 """
+import contextlib
+import copy
 import functools
 import json
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
 from typing import NamedTuple, Optional
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
 import pfgm
+import unet
 from data import BadInput
-from sample import OFFICIAL_BY_SIZE, flow_flags, follow, load_flow, prior
-from train import Parser, above, run, save_grid, setup, step_seed
+from sample import OFFICIAL_BY_SIZE, flow_flags, follow, labels_of, load_flow, prior
+from train import Parser, above, field_loss, flow_constants, run, save_grid, setup, step_seed
 from unet import read_checkpoint
 
 METRICS = {
@@ -43,7 +49,7 @@ METRICS = {
     'bpd': 'bits/dim of the test split, uniform dequantisation, always rk45 (--tol: 1e-5)',
 }
 POOL = 2048  # features an image
-SOLVERS = ('rk45', 'euler', 'heun')
+SOLVERS = ('rk45', *pfgm.SOLVERS)
 INCEPTION = 'pt_inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}'
 
@@ -56,6 +62,9 @@ def parse_args(argv=None):
     p = Parser(description=__doc__)
     for name, text in METRICS.items():
         p.add_argument(f'--{name}', action='store_true', help=text)
+    p.add_argument('--solver_bench', action='store_true', help='all solvers of --solvers at the '
+                   'NFEs of --sweep, in the exact field of --dataset: share of right ends')
+    p.add_argument('--bench', action='store_true', help='time the field and the CIFAR-10 network')
     flow_flags(p)
     p.set_defaults(tol=None)
     p.add_argument('--n', type=above(0, int), default=None, help='images (default: all of '
@@ -86,13 +95,15 @@ def parse_args(argv=None):
 def check_flags(args, asked):
     """Whatever can be known before any work is done, and where to write."""
     solvers = ','.join(args.solvers or ())
+    alone = 'bench' if args.bench else 'solver_bench' if args.solver_bench else ''
     for wrong, message in (
-        (not asked and not args.save_stats, 'no metric asked; give one or more of '
+        (not asked and not args.save_stats and not alone, 'no metric asked; give one or more of '
          + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz'),
         (not set(args.solvers or ()) <= set(SOLVERS),
          f'--solvers {solvers}: accepted: {",".join(SOLVERS)}, or some of them'),
-        (solvers and not args.sweep, f'--solvers {solvers}: belongs to --sweep nfe=5,10,20'),
-        (args.sweep and (not asked or {'bpd', 'neighbours'} & set(asked)), '--sweep: give some '
+        (solvers and not args.sweep and not args.solver_bench, f'--solvers {solvers}: belongs to --sweep nfe=5,10,20'),
+        (alone and asked, f'--{alone}: runs alone; leave --{asked[0]} out' if asked else ''),
+        (args.sweep and not args.solver_bench and (not asked or {'bpd', 'neighbours'} & set(asked)), '--sweep: give some '
          'of --fid --is --kid --prc --swd to sweep; --bpd and --neighbours run alone'),
         (args.sweep and (args.nfe or args.solver), '--sweep: says itself how many calls; leave '
          '--nfe out, and give --solvers in place of --solver'),
@@ -108,10 +119,11 @@ def check_flags(args, asked):
         folder = os.path.dirname(path)
         if folder and not os.path.isdir(folder):
             raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
-    home = '' if args.samples or args.exact else os.path.dirname(args.ckpt)
+    home = '' if args.samples or args.exact or args.solver_bench else os.path.dirname(args.ckpt)
     args.results = args.results or os.path.join(home, 'results.jsonl')
     args.out = args.out or os.path.join(os.path.dirname(args.results),
-                                        'sweep.png' if args.sweep else 'neighbours.png')
+                                        'sweep.png' if args.sweep else
+                                        'solvers.png' if args.solver_bench else 'neighbours.png')
 
 
 def check_counts(asked, n, n_ref):
@@ -161,7 +173,8 @@ def generated(net, flow, n, args, place, calls):
     """This rank's share of n samples, uint8; what each batch spent is appended to calls."""
     device, rank, world = place
     for indices in torch.tensor(share(n, rank, world)).split(args.batch_size):
-        x, nfe = follow(net, flow, prior(flow, args.seed, indices.tolist()), device)
+        x, nfe = follow(net, flow, prior(flow, args.seed, indices.tolist()), device,
+                        labels_of(flow, indices.tolist(), device))
         calls.append(nfe)
         yield datasets.to_uint8(x)
 
@@ -461,6 +474,8 @@ def bits_per_dim(net, flow, images, n, args, place):
     chunks = (torch.tensor(share(n, rank, world)) * len(images) // n).split(args.batch_size)
     for chunk in watch(chunks, len(share(n, rank, world)), 'bits/dim', rank):
         pixels, repeats = images[chunk.tolist()].cpu(), []
+        if flow['classes'] and images.labels is not None:
+            how['labels'] = images.class_of(chunk).to(device)
         for repeat in range(args.repeats):
             seeds = [step_seed(args.seed, i + repeat * 2 ** 32) for i in chunk.tolist()]
             draws = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -468,7 +483,7 @@ def bits_per_dim(net, flow, images, n, args, place):
                                  for g in draws])
             x = ((pixels + noise) / 128 - 1).to(device, torch.float64 if exact else torch.float32)
             try:
-                up = pfgm.log_likelihood(net, x, *ends, generator=draws[0], **how)
+                up = pfgm.log_likelihood(net, x, *ends, D=flow['D'], generator=draws[0], **how)
                 with torch.no_grad():
                     back, _ = pfgm.sample_ode(net, up.latent, *ends[::-1], 'rk45', **how)
             except pfgm.SolverError as error:
@@ -527,6 +542,139 @@ def measure(asked, made, ref, weight, train, test, args, device):
                 grid = save_grid(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), None, 8)
                 write('--out', args.out, lambda file: grid.save(file, 'PNG'))
     return found
+
+
+# ---------------------------------------------------------------- solvers, without a network
+
+def solver_bench(args):
+    """How many samples end at the training image that RK45 at 1e-8 leads them to, and the RMSE, for
+    each solver, schedule and NFE, in the exact field of --dataset: a table and a plot."""
+    device, _, world = setup(args.device)
+    images = load_images('--dataset', args.dataset or 'glyphs', args, args.image_size)
+    published = (images.channels, images.image_size) == (3, 32)
+    flow = flow_constants(images, 'cifar10' if published else args.dataset)
+    charges = datasets.to_float(images.pixels.to(device)).double()
+    net, n = pfgm.ExactField(charges), args.n or 256
+    start = pfgm.sample_prior((n, *charges.shape[1:]), flow['z_max'], flow['upper_norm'],
+                              generator=torch.Generator().manual_seed(args.seed),
+                              device=device, dtype=torch.float64)
+    clock, z_last = time.time(), pfgm.deciding_z(charges)
+
+    def follow(*how, **more):
+        parts = [pfgm.sample_ode(net, x, flow['z_max'], *how, z_exp=0, **more)
+                 for x in start.split(args.batch_size)]
+        return torch.cat([x for x, _ in parts]), max(calls for _, calls in parts)
+
+    def which(x):
+        return torch.cat([distance2(part, charges.flatten(1)).argmin(1)
+                          for part in x.flatten(1).split(64)])
+    end, calls = follow(1e-3, 'rk45', rtol=1e-8, atol=1e-8)
+    right = which(end)
+    print(f'{n} starts on z = {flow["z_max"]:.4g}, |x| <= {flow["upper_norm"]:.4g}, {len(charges)} '
+          f'images; RK45 at 1e-8: {calls} calls; the weights decide above z = {z_last:.3g}; '
+          f'{time.time() - clock:.0f} s', flush=True)
+    curves = {}
+    for name, *how in [(s, *p) for s in args.solvers or ('rk45', *pfgm.SOLVERS) for p in (
+            (('log', z_last), ('radius', z_last), ('rho7', 1e-3)) if s != 'rk45' else (('', 1e-3),))]:
+        row = []
+        for nfe in args.sweep or (5, 10, 20, 35):
+            x, nfe = (follow(1e-3, 'rk45') if name == 'rk45' else
+                      follow(how[1], name, nfe, schedule_name=how[0], to_data=True))
+            same = (which(x) == right).double().mean().item()
+            error = (x - charges[right]).square().mean().sqrt().item()
+            row.append(f'nfe {nfe}: {same:.3f} {error:.3f}')
+            curves.setdefault(f'{name} {how[0]}', []).append((nfe, same))
+            record(args, device, world, time.time() - clock, dict(
+                solver=name, schedule=how[0], z_min=how[1], nfe=nfe, same_image=same, rmse=error,
+                n=n, reference=images.name))
+            if name == 'rk45':
+                break
+        print(f'{name:>6} {how[0]:6}  ' + '   '.join(row), flush=True)
+    plot(curves, 'network calls an image (NFE)', 'share at the right image', args.out)
+
+
+# ---------------------------------------------------------------- speed
+
+def seconds(work, device, repeats=5):
+    """Median time of work(), after one run that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        clock = time.perf_counter()
+        work()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - clock)
+    return float(np.median(times[1:]))
+
+
+def product_rate(device, dtype, n=4096):
+    """Floating-point operations a second of a large matrix product."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n ** 3 / seconds(lambda: a @ a, device, 3)
+
+
+def training_step(net, x, z, target, bf16):
+    """A function that makes one update of net as train.py does: loss, clip, Adam, EMA."""
+    ema = copy.deepcopy(net).requires_grad_(False)
+    opt = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            field_loss(net, 'sum', x, z, *target, torch.ones_like(z)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1e-4)
+    return step
+
+
+def bench(args):
+    """The field and the CIFAR-10 network at their real sizes: medians, memory, ratios to the plain
+    way in the same run, and the share of the measured rate of matrix products."""
+    device, *_ = setup(args.device)
+    big = device.type == 'cuda'
+    plain = [patch.object(unet.Norm, 'forward', torch.nn.GroupNorm.forward),
+             patch.object(unet, 'dropout', F.dropout)]  # float32, channels first, PyTorch's kernels
+
+    def peak():  # GB
+        return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if big else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for K in (4096, 50000):
+        y = torch.rand(K, 3, 32, 32, generator=generator, device=device) * 2 - 1
+        x, z = pfgm.perturb(y[:128], 291, generator=generator)
+        before = peak()
+        t = seconds(lambda: pfgm.poisson_field(x, z, y), device)
+        exact = pfgm.poisson_field(x.double(), z.double(), y.double())
+        error = max((a - b).norm() / b.norm() for a, b in zip(pfgm.poisson_field(x, z, y), exact))
+        floor = 2 * 2 * 128 * K * 3072 / product_rate(device, torch.float64, 2048)
+        print(f'field, 128 points, {K} charges: {t:.3f} s, {peak() - before:.2f} GB more, relative '
+              f'error {error:.1e}, {floor / t:.0%} of the float64 product rate', flush=True)
+    rates = {kind: product_rate(device, kind) for kind in (torch.float32, torch.bfloat16)}
+    print('matrix products, TFLOP/s: ' + ', '.join(f'{k} {v / 1e12:.2f}' for k, v in rates.items()))
+    for what, B in (('forward', 128 if big else 16), ('training step', 128 if big else 8)):
+        x, z = pfgm.perturb(y[:B], 291, generator=generator)
+        target = pfgm.poisson_field(x, z, y[:4096])
+        times = []
+        for bf16 in (False, True):
+            net = unet.UNet().to(device).train(what != 'forward')
+            net.to(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
+            step = training_step(net, x, z, target, bf16)
+
+            def forward():
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    net(x, z)
+            work = forward if what == 'forward' else step
+            with contextlib.ExitStack() as stack:
+                for change in [] if bf16 else plain:
+                    stack.enter_context(change)
+                times.append(seconds(work, device, 3))
+        with FlopCounterMode(display=False) as flops:
+            work()
+        share = flops.get_total_flops() / times[1] / rates[torch.bfloat16]
+        print(f'{what}, {B} images of CIFAR-10: {times[1]:.3f} s in bfloat16, plain float32 '
+              f'{times[0]:.3f} s, ratio {times[0] / times[1]:.2f}; {share:.0%} of the bfloat16 '
+              f'product rate; peak {peak():.1f} GB', flush=True)
 
 
 # ---------------------------------------------------------------- plots and records
@@ -602,6 +750,8 @@ def main(args):
     asked = [name for name in METRICS if vars(args)[name]]
     wanted = set(asked) | ({'fid'} if args.save_stats else set())
     check_flags(args, asked)
+    if args.solver_bench or args.bench:
+        return (bench if args.bench else solver_bench)(args)
     device, rank, world = place = setup(args.device)
 
     # what is evaluated

@@ -51,6 +51,11 @@ def hyperparameters(data_norm, N, sigma=0.01, tau=0.03):
     return Hyperparameters(M, math.sqrt(2 / math.pi) * growth, math.sqrt(N) * growth)
 
 
+def column(values, x):
+    """values (B,) in x's type, ready to multiply x (B, ...)."""
+    return values.to(x).view((-1,) + (1,) * (x.dim() - 1))
+
+
 # ---------------------------------------------------------------- where the field is learned
 
 def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
@@ -60,7 +65,7 @@ def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
     that, with m ~ U[0, M]; with `limit_norm`, m ~ U[0, int(0.7 M)] where |eps_z| < sigma / 2.
     `generator` must live on the device of x."""
     draw = dict(generator=generator, device=x.device)
-    B, column = len(x), (-1,) + (1,) * (x.dim() - 1)
+    B = len(x)
     m = M * torch.rand(B, **draw)
     eps_z = sigma * torch.randn(B, **draw).abs().clamp_min(1e-7)  # float32 randn can be exactly 0
     m_low = int(0.7 * M) * torch.rand(B, **draw)
@@ -69,41 +74,79 @@ def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
     growth = (1 + tau) ** m
     # |eps_x| u, a Gaussian's norm times an independent uniform direction, is again that Gaussian.
     eps_x = sigma * torch.randn(x.shape, **draw, dtype=x.dtype)
-    return x + growth.view(column).to(x.dtype) * eps_x, (growth * eps_z).to(x.dtype)
+    return x + column(growth, x) * eps_x, (growth * eps_z).to(x.dtype)
 
 
-def posterior_mean(x, z, charges, D=1):
-    """xhat, the mean of the data that a line through (x, z) can end at. PFGM++ Eq. 5.
+def kernel(shape, z, D=1, generator=None):
+    """Draws (B, ...) of density p(x) ~ (|x|^2 + z^2)^(-(N+D)/2), z (B,). PFGM++ Eq. 4.
 
-    x (B, ...), z (B,), charges (K, ...) -> (B, N) in float64:
-    w_k = softmax_k(-(N+D)/2 log d_k^2), d_k^2 = |x - y_k|^2 + z^2;  xhat = sum_k w_k y_k.
-    Memory: (B, K) and CHUNK charges in float64, never (B, K, N)."""
+    x = z eps / sqrt(chi2_D), a Student-t with D degrees of freedom; D = inf is z eps."""
+    x = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)
+    if D != math.inf:
+        half = torch.full_like(z, D / 2, dtype=torch.float64)
+        chi2 = 2 * torch._standard_gamma(half, generator=generator)
+        # Below 1e-60 (a draw of probability 1e-30) the quotient would leave float32's range.
+        z = z / chi2.clamp_min(1e-60).sqrt()
+    return column(z, x) * x
+
+
+def charge_weights(x, z, charges, D=1, among=None):
+    """The share of each charge in the field at each point: (B, K), float64. PFGM++ Eq. 5.
+
+    x (B, ...), z (B,), charges (K, ...):  w_k = softmax_k(-(N+D)/2 log d_k^2),
+    d_k^2 = |x - y_k|^2 + z^2;  D = inf: softmax_k(-|x - y_k|^2 / (2 z^2)).
+    among (B, K) bool: the charges that count for each point (of its class), at least one."""
     # d^2 by one matrix product: |x|^2 + |y|^2 - 2 x.y cancels where x is near a charge, and a 1e-3
     # error in d changes a weight 22-fold at N = 3072, so all of it in float64. MPS has none.
     home = 'cpu' if x.device.type == 'mps' else x.device
     x, z2 = x.flatten(1).to(home, torch.float64), z.to(home, torch.float64).square()
     N, x2 = x.shape[1], x.square().sum(1, keepdim=True)
-    chunks = charges.flatten(1).split(CHUNK)
 
     def distance2(y):
         y = y.to(home, torch.float64)
         y2 = torch.linalg.vector_norm(y, dim=1).square()  # without y.square(), as large as y
         return torch.addmm(x2 + y2, x, y.T, alpha=-2)
-    d2 = torch.cat([distance2(y) for y in chunks], dim=1)  # (B, K), without z^2
+    d2 = torch.cat([distance2(y) for y in charges.flatten(1).split(CHUNK)], dim=1)  # without z^2
     if D == math.inf:
         logits = -d2 / (2 * z2[:, None])
     else:  # on a charge rounding can leave d^2 < 0; any tiny number in its place wins the softmax
         logits = -(N + D) / 2 * (d2 + z2[:, None]).clamp_min(1e-300).log()
-    weights = logits.softmax(dim=1).split(CHUNK, dim=1)
-    return sum(w @ y.to(home, torch.float64) for w, y in zip(weights, chunks))
+    if among is not None:
+        logits = logits.masked_fill(~among.to(home), -math.inf)
+    return logits.softmax(dim=1)
 
 
-def poisson_field(x, z, charges, gamma=5.0, D=1):
+def posterior_mean(x, z, charges, D=1, among=None):
+    """xhat = sum_k w_k y_k, the mean of the data that a line through (x, z) can end at: (B, N) in
+    float64. Memory: (B, K) and CHUNK charges in float64, never (B, K, N)."""
+    weights = charge_weights(x, z, charges, D, among).split(CHUNK, dim=1)
+    return sum(w @ y.to(w) for w, y in zip(weights, charges.flatten(1).split(CHUNK)))
+
+
+def deciding_z(charges, D=1, nats=0.02, points=128):
+    """The z below which a line is bound for one charge: where the entropy of the weights, ln K far
+    away, has fallen to `nats`, on average over points at the distance of z from a charge.
+
+    charges (K, ...) -> float: the last plane of schedule 'radius' for the exact field."""
+    generator = torch.Generator().manual_seed(0)
+    y = charges[torch.randint(len(charges), (points,), generator=generator).to(charges.device)]
+    noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    low, high = 1e-4, 1e4
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
+        z = torch.full((points,), middle, dtype=torch.float64, device=y.device)
+        w = charge_weights(y + middle * noise, z, charges, D)
+        entropy = -torch.xlogy(w, w).sum(1).mean()
+        low, high = (middle, high) if entropy < nats else (low, middle)
+    return low
+
+
+def poisson_field(x, z, charges, gamma=5.0, D=1, among=None):
     """The normalised field of `charges`, pointing toward them. PFGM Eq. 5 and Algorithm 1.
 
-    x (B, ...), z (B,), charges (K, ...) -> (v_x like x, v_z (B,)):
+    x (B, ...), z (B,), charges (K, ...), among as above -> (v_x like x, v_z (B,)):
     v = -sqrt(N) E / (|E| + gamma), E = (x - xhat, z), computed in float64, returned in x.dtype."""
-    xhat = posterior_mean(x, z, charges, D)
+    xhat = posterior_mean(x, z, charges, D, among)
     E_x = x.flatten(1).to(xhat) - xhat
     E_z = z.to(xhat)
     scale = -math.sqrt(E_x.shape[1]) / (torch.hypot(E_x.norm(dim=1), E_z) + gamma)
@@ -122,27 +165,63 @@ class ExactField:
         return poisson_field(x, z, self.charges, self.gamma, self.D)
 
 
+class Denoiser(torch.nn.Module):
+    """A network F as the mean of the data, xhat = c_skip x + c_out F(c_in x, c_noise), called like
+    a field: net(x, z) -> (xhat - x, -z). EDM Table 1 and PFGM++ Section 3.
+
+    The noise level is sigma = z / sqrt(D), for D = inf z. Student-t tails make |x| of any size at
+    small D, and no c_in of sigma alone bounds it; so where |x| shows that the noise is larger,
+    sigma is what it shows, sqrt((|x|^2 - N + z^2) / (N + D)) (no data has |y|^2 > N). So |c_in x|^2
+    stays below max(N / sigma_data^2, N + D), and at D = inf sigma is always EDM's own."""
+    mean, std = -1.2, 1.2  # of ln sigma in training
+    low, high = 0.002, 80.0  # sigma in sampling
+
+    def __init__(self, net, D=math.inf, sigma_data=0.5):
+        super().__init__()
+        self.net, self.D, self.sigma_data = net, D, sigma_data
+        self.unit = 1.0 if D == math.inf else math.sqrt(D)  # z of sigma = 1
+
+    def sigma(self, x, z):
+        if self.D == math.inf:
+            return z
+        r2, N = x.flatten(1).square().sum(1) + z * z, x[0].numel()
+        return torch.maximum(z / self.unit, ((r2 - N) / (N + self.D)).clamp_min(0).sqrt())
+
+    def coefficients(self, sigma):
+        """c_skip, c_out, c_in, c_noise, each (B,)."""
+        total = (sigma ** 2 + self.sigma_data ** 2).sqrt()
+        return ((self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total,
+                sigma.log() / 4)
+
+    def draw(self, B, generator=None, device='cpu'):
+        """z (B,) of a training step."""
+        noise = torch.randn(B, generator=generator, device=device)
+        return self.unit * torch.exp(self.mean + self.std * noise)
+
+    def weight(self, x, z):
+        """(B,): the squared error of xhat times it is the squared error of F."""
+        return 1 / self.coefficients(self.sigma(x, z))[1] ** 2
+
+    def forward(self, x, z, labels=None):
+        c_skip, c_out, c_in, c_noise = self.coefficients(self.sigma(x, z))
+        F, _ = self.net(column(c_in, x) * x, c_noise, *([] if labels is None else [labels]))
+        return column(c_skip - 1, x) * x + column(c_out, x) * F, -z
+
+
 # ---------------------------------------------------------------- the prior on z = z_max
 
 def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu',
                  dtype=torch.float32):
     """Draw x on the plane z = z_max, where the flow starts. PFGM Section 3.2, Appendix B.2.1.
 
-    shape (B, ...) -> x of that shape; x = z_max eps / sqrt(chi2_D), a Student-t with D degrees of
-    freedom; D = 1 is the hemisphere seen from the data; D = inf is z_max eps. Drawn in float64 on
-    the CPU, so that a seed means the same noise on every machine.
+    shape (B, ...) -> x of that shape, from kernel(); D = 1 is the hemisphere seen from the data.
+    Drawn in float64 on the CPU, so that a seed means the same noise on every machine.
     `upper_norm` clips |x| to [1, upper_norm], as published (54 % of CIFAR-10 draws are clipped)."""
-    draw = dict(generator=generator, dtype=torch.float64)
-    x = torch.randn(shape, **draw) * z_max
-    column = (-1,) + (1,) * (x.dim() - 1)
-    if D != math.inf:
-        half = torch.full((len(x),), D / 2, dtype=torch.float64)
-        chi2 = 2 * torch._standard_gamma(half, generator=generator)
-        # Below 1e-60 (a draw of probability 1e-30) the quotient would leave float32's range.
-        x = x / chi2.clamp_min(1e-60).sqrt().view(column)
+    z = torch.full(shape[:1], z_max, dtype=torch.float64)
+    x = kernel(shape, z, D, generator)
     if upper_norm is not None:
         radius = x.flatten(1).norm(dim=1)
-        x = x * (radius.clamp(1.0, upper_norm) / radius).view(column)
+        x = x * column(radius.clamp(1.0, upper_norm) / radius, x)
     return x.to(device, dtype)
 
 
@@ -160,13 +239,19 @@ def prior_logp(x, z_max, D=1):
 
 # ---------------------------------------------------------------- the flow
 
-def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact'):
+def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidance=1.0):
     """dx/dlog z = z v_x / v_z along the field line through (x, z). PFGM Eq. 7, Appendix B.2.3.
 
-    x (B, ...), z (B,) -> like x. Where z < z_exp the network's v_z, by then nearly 0, is replaced
+    x (B, ...), z (B,) -> like x; it is x - xhat for any D. labels (B,): classes, -1 for none, of
+    a net(x, z, labels); guidance w: f_none + w (f_label - f_none), arXiv 2207.12598, in two calls.
+     Where z < z_exp the network's v_z, by then nearly 0, is replaced
     by the one that |v_x| implies. small_z='exact' solves for it; 'official' is the published
     approximation (3.9 % off at z = 5, N = 48), with its 1e-5 added to v_z. z_exp=0: never."""
-    v_x, v_z = net(x, z)
+    if labels is not None and guidance != 1:
+        with_label, without = (drift(net, x, z, gamma, z_exp, small_z, which)
+                               for which in (labels, torch.full_like(labels, -1)))
+        return without + guidance * (with_label - without)
+    v_x, v_z = net(x, z) if labels is None else net(x, z, labels)
     if z_exp > 0:
         N = x[0].numel()
         n, z64 = (v_x.flatten(1).norm(dim=1) / math.sqrt(N)).to(z), z
@@ -179,30 +264,121 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact'):
         v_z = torch.where(known, -math.sqrt(N) * z / (s + gamma), v_z)
     if small_z == 'official':
         v_z = v_z + 1e-5
-    return v_x * (z / v_z).view((-1,) + (1,) * (x.dim() - 1))
+    return v_x * column(z / v_z, x)
 
 
-def euler(f, x, grid, nfe, callback=None):
-    """Euler in z on the grid, one call a step: dx/dz = f / z."""
+def schedule(name, x, z_from, z_to, steps, D=1):
+    """The planes of a fixed-step solver for x (B, ...) on z_from: (steps + 1, B), float64, CPU.
+
+    'log' even in log z; 'rho7' even in z^(1/7) (EDM Eq. 5); 'radius' even in log z down to a
+    z_to of each sample's own, z_to sqrt((N + D) / D) z_from / sqrt(|x|^2 + z_from^2): the weights
+    of the field depend on that distance, so lines that start nearer the axis decide at larger z."""
+    last = torch.full((len(x),), z_to, dtype=torch.float64)
+    if name == 'radius' and D != math.inf:
+        distance = torch.hypot(x.flatten(1).double().norm(dim=1).cpu(), last.new_tensor(z_from))
+        last = last * math.sqrt((x[0].numel() + D) / D) * z_from / distance
+    elif name not in ('log', 'rho7', 'radius'):
+        raise ValueError(f'schedule {name!r}: one of {", ".join(SCHEDULES)}')
+    part = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
+    if name == 'rho7':
+        return (z_from ** (1 / 7) + part * (last ** (1 / 7) - z_from ** (1 / 7))) ** 7
+    return z_from * (last / z_from) ** part
+
+
+# A solver takes f(x, z) = dx/dlog z and a grid of planes to x on the last of them in `calls` calls.
+
+def euler(f, x, grid, calls, callback=None):
+    """Euler in z, one call a step: dx/dz = f / z."""
     for z, z_next in zip(grid[:-1], grid[1:]):
-        x = x + (z_next / z - 1) * f(x, x.new_full((len(x),), z))
+        x = x + column(z_next / z - 1, x) * f(x, z.to(x))
         if callback:
             callback(z_next, x)
     return x
 
 
-def heun(f, x, grid, nfe, callback=None):
-    """Heun in z, two calls a step; where nfe is odd the last step is Euler's. EDM Algorithm 1."""
+def heun(f, x, grid, calls, callback=None):
+    """Heun in z, two calls a step; where `calls` is odd the last step is Euler's. EDM Algorithm 1."""
     for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
-        slope = f(x, x.new_full((len(x),), z)) / z
-        x_next = x + (z_next - z) * slope
-        if 2 * i + 1 < nfe:
-            slope_next = f(x_next, x.new_full((len(x),), z_next)) / z_next
-            x_next = x + (z_next - z) * 0.5 * (slope + slope_next)
+        slope = f(x, z.to(x)) / column(z, x)
+        x_next = x + column(z_next - z, x) * slope
+        if 2 * i + 1 < calls:
+            slope_next = f(x_next, z_next.to(x)) / column(z_next, x)
+            x_next = x + column(z_next - z, x) * 0.5 * (slope + slope_next)
         x = x_next
         if callback:
             callback(z_next, x)
     return x
+
+
+def ipndm(f, x, grid, calls, callback=None):
+    """Adams-Bashforth in z with the coefficients of equal steps, up to order 4. PNDM, arXiv
+    2202.09778 Eq. 9, warmed up by lower orders as in DEIS, arXiv 2204.13902."""
+    rows = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
+            (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    slopes = []
+    for z, z_next in zip(grid[:-1], grid[1:]):
+        slopes = [f(x, z.to(x)) / column(z, x), *slopes[:3]]
+        step = sum(c * slope for c, slope in zip(rows[len(slopes) - 1], slopes))
+        x = x + column(z_next - z, x) * step
+        if callback:
+            callback(z_next, x)
+    return x
+
+
+def dpm2m(f, x, grid, calls, callback=None):
+    """DPM-Solver++(2M), arXiv 2211.01095 Algorithm 2, with lambda = -log z."""
+    old = h_old = None
+    for z, z_next in zip(grid[:-1], grid[1:]):
+        xhat, h = x - f(x, z.to(x)), (z / z_next).log()
+        ahead = xhat if old is None else xhat + column(h / (2 * h_old), x) * (xhat - old)
+        x = column(z_next / z, x) * x + column(1 - z_next / z, x) * ahead
+        old, h_old = xhat, h
+        if callback:
+            callback(z_next, x)
+    return x
+
+
+def along_polynomial(x, z, z_next, nodes, xhats):
+    """x on z_next from x on z, exactly, where xhat is a polynomial in t = log z through xhats[j] at
+    t = nodes[j]: x(t1) = e^h x(t0) - int e^(t1 - t) xhat(t) dt, h = t1 - t0."""
+    h, s = (z_next / z).log(), torch.stack(nodes) - z.log()          # (B,), (k, B)
+    moments = [1 - h.exp()]             # m_n = -int e^(h - s) s^n ds over [0, h] = h^n + n m_(n-1)
+    for n in range(1, len(nodes)):
+        moments.append(h ** n + n * moments[-1])
+    powers = torch.stack([s ** n for n in range(len(nodes))])        # (n, k, B)
+    weights = torch.linalg.solve(powers.permute(2, 0, 1), torch.stack(moments, -1))  # (B, k)
+    return column(h.exp(), x) * x + sum(column(w, x) * xhat for w, xhat in zip(weights.T, xhats))
+
+
+def multistep(f, x, grid, calls, callback=None, order=3, correct=False):
+    """Exponential Adams-Bashforth: xhat interpolated in log z through the last `order` calls.
+
+    `correct` makes every step again once the call at its end is known, at no further call; where
+    the grid has one step more than `calls`, its first is made with xhat = 0 and then corrected."""
+    nodes, xhats = [], []
+    free = len(grid) - 1 > calls
+    for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
+        xhats.append(torch.zeros_like(x) if free and i == 0 else x - f(x, z.to(x)))
+        nodes.append(z.log())
+        if free and i == 1:  # the guess has served
+            del nodes[0], xhats[0]
+        if correct and i > 0:
+            x = along_polynomial(start, grid[i - 1], z, nodes, xhats)
+        nodes, xhats, start = nodes[-order:], xhats[-order:], x
+        x = along_polynomial(x, z, z_next, nodes, xhats)
+        if callback:
+            callback(z_next, x)
+    return x
+
+
+def dpm3m(f, x, grid, calls, callback=None):
+    """DPM-Solver++(3M), arXiv 2211.01095, its integrals exact: multistep of order 3."""
+    return multistep(f, x, grid, calls, callback)
+
+
+def unipc(f, x, grid, calls, callback=None):
+    """UniPC-3, arXiv 2302.04867: multistep of order 3 with the corrector of order 4."""
+    return multistep(f, x, grid, calls, callback, correct=True)
 
 
 def _solve_ivp(f, y, z_from, z_to, rtol, atol, keep_steps=False):
@@ -265,7 +441,8 @@ def rk45_each(f, x, z_from, z_to, rtol, atol):
                 if asked:
                     batch = torch.from_numpy(np.stack([y for _, _, y in asked]))
                     z = torch.tensor([math.exp(log_z) for _, log_z, _ in asked]).to(x)
-                    slopes = f(batch.view(-1, *x.shape[1:]).to(x), z).flatten(1).double().cpu()
+                    slopes = f(batch.view(-1, *x.shape[1:]).to(x), z, [q[0] for q in asked])
+                    slopes = slopes.flatten(1).double().cpu()
                     nfe += 1
                     for (i, _, _), slope in zip(asked, slopes.numpy()):
                         answers[i].put(slope)
@@ -287,7 +464,7 @@ def _adaptive(f, x, z_from, z_to, rtol, atol, official, each, callback):
         return rk45(f, x, z_from, z_to, rtol, atol, callback)
 
     def f_and_z(y, z):
-        slope_z = z.view((-1,) + (1,) * (x.dim() - 1)).expand_as(y[:, -1:])
+        slope_z = column(z, y).expand_as(y[:, -1:])
         return torch.cat([f(y[:, :-1], z), slope_z], dim=1)
     y = torch.cat([x, torch.full_like(x[:, :1], z_from)], dim=1)
     report = callback and (lambda z, y: callback(z, y[:, :-1]))
@@ -295,25 +472,48 @@ def _adaptive(f, x, z_from, z_to, rtol, atol, official, each, callback):
     return y[:, :-1], nfe
 
 
-def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, gamma=5.0, z_exp=5.0,
-               small_z='exact', rtol=1e-4, atol=1e-4, each=False, callback=None):
+SOLVERS = dict(euler=euler, heun=heun, ipndm=ipndm, dpm2m=dpm2m, dpm3m=dpm3m, unipc=unipc)
+SCHEDULES = ('log', 'rho7', 'radius')
+
+
+def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, z_exp=5.0,
+               small_z='exact', labels=None, guidance=1.0, rtol=1e-4, atol=1e-4, each=False,
+               schedule_name='log', to_data=False, callback=None):
     """Follow the field lines of `net` from the plane z_from to z_to: generate with z_to < z_from,
     encode with z_to > z_from. PFGM Section 3.3, Appendix B.2.
 
     x (B, ...) on z_from -> (x on z_to, network calls spent per image).
     solver 'rk45' meets rtol, atol with a float64 state, step sizes shared by the batch or, with
-    `each`, per sample; 'euler' and 'heun' make exactly `nfe` calls on a grid even in log z.
-    callback(z, x) after each step. The network works in x.dtype, on x.device.
+    `each`, per sample; those in SOLVERS make exactly `nfe` calls on schedule(schedule_name).
+    `to_data`: the last call is made on z_to and leads straight to z = 0, x = xhat.
+    callback(z (B,), x) after each step. The network works in x.dtype, on x.device; D matters to the
+    schedule only; labels (B,) and guidance as in drift().
     Raises ValueError for an unknown solver or nfe < 1, SolverError where RK45 cannot go on."""
-    def f(x, z):
-        return drift(net, x, z, gamma, z_exp, small_z)
+    def f(x, z, rows=slice(None)):  # rows: which of the batch are asked for
+        which = None if labels is None else labels[rows]
+        return drift(net, x, z, gamma, z_exp, small_z, which, guidance)
+    if solver != 'rk45' and (solver not in SOLVERS or nfe < 1):
+        raise ValueError(f'solver {solver!r}, nfe {nfe}: rk45 or one of {", ".join(SOLVERS)}, '
+                         'and nfe of 1 or more')
     if solver == 'rk45':
-        return _adaptive(f, x, z_from, z_to, rtol, atol, small_z == 'official', each, callback)
-    if solver not in ('euler', 'heun') or nfe < 1:
-        raise ValueError(f'solver {solver!r}, nfe {nfe}: rk45, euler or heun, and nfe of 1 or more')
-    steps = nfe if solver == 'euler' else (nfe + 1) // 2
-    grid = np.geomspace(z_from, z_to, steps + 1).tolist()
-    return (euler if solver == 'euler' else heun)(f, x, grid, nfe, callback), nfe
+        report = callback and (lambda z, x: callback(x.new_full((len(x),), z), x))
+        x, nfe = _adaptive(f, x, z_from, z_to, rtol, atol, small_z == 'official', each, report)
+        nfe += to_data
+    else:
+        calls = nfe - to_data
+        # From far away a first step needs no call: |xhat| <= 1 is lost in x, and unipc corrects it.
+        free = solver == 'unipc' and calls > 0 and to_data and z_from > 10
+        steps = (calls + 1) // 2 if solver == 'heun' else calls + free
+        if steps:
+            grid = schedule(schedule_name, x, z_from, z_to, steps, D)
+            x, z_to = SOLVERS[solver](f, x, grid, calls, callback), grid[-1]
+        else:
+            z_to = z_from
+    if to_data:
+        x = x - f(x, torch.as_tensor(z_to).to(x).expand(len(x)))
+        if callback:
+            callback(x.new_zeros(len(x)), x)
+    return x, nfe
 
 
 # ---------------------------------------------------------------- likelihood
@@ -326,7 +526,7 @@ class Likelihood(NamedTuple):
 
 
 def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=5.0, z_exp=5.0,
-                   small_z='exact', rtol=1e-5, atol=1e-5, generator=None):
+                   small_z='exact', labels=None, rtol=1e-5, atol=1e-5, generator=None):
     """log p(x) = log p_prior(x(z_max)) + integral of div f dlog z, f = dx/dlog z. PFGM Section 3.3.
 
     x (B, ...) on z = z_min -> Likelihood. divergence 'hutchinson' (one Rademacher probe, kept for
@@ -341,7 +541,7 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
     def f(state, z):  # state (B, N + 1): x and the integral so far; z (B,)
         with torch.enable_grad():
             at = state[:, :N].reshape(x.shape).detach().requires_grad_()
-            slope = drift(net, at, z, gamma, z_exp, small_z).flatten(1)
+            slope = drift(net, at, z, gamma, z_exp, small_z, labels).flatten(1)
             if divergence == 'hutchinson':  # div f = E[probe . d(probe . f)/dx]
                 grad, = torch.autograd.grad(slope, at, probe)
                 div = (grad.flatten(1) * probe).sum(1)

@@ -7,6 +7,7 @@
 --out ends in .png (one grid), .gif (the flow from noise to images), .npz (arr_0, uint8 NHWC), or
 is a folder. Image i depends on --seed and i alone, however the work is split.
 """
+import argparse
 import math
 import os
 import time
@@ -18,12 +19,16 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from data import BadInput
-from train import (PRESETS, Parser, above, flow_constants, run, save_grid, setup,
+from train import (PRESETS, Parser, above, fast_bf16, flow_constants, run, save_grid, setup,
                    step_seed)
 from unet import load_checkpoint
 
 
 OFFICIAL_BY_SIZE = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}  # the authors' data sets
+
+
+def class_list(text):
+    return [] if text == 'none' else [above(-1, int)(part) for part in text.split(',')]
 
 
 def flow_flags(p):
@@ -36,12 +41,26 @@ def flow_flags(p):
     p.add_argument('--data_dir', default='data')
     p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
     p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
-    p.add_argument('--solver', choices=('rk45', 'euler', 'heun'), default=None,
-                   help='default: rk45, or heun where --nfe is given')
-    p.add_argument('--nfe', type=above(0, int), default=None, help='network calls an image, of euler and heun')
+    p.add_argument('--solver', choices=('rk45', *pfgm.SOLVERS), default=None,
+                   help='default: rk45, or where --nfe is given unipc (official checkpoints: heun)')
+    p.add_argument('--nfe', type=above(0, int), default=None,
+                   help='network calls an image, of all solvers but rk45 (default: 100)')
+    p.add_argument('--schedule', choices=pfgm.SCHEDULES, default=None, help='planes of the steps '
+                   '(default: radius; official checkpoints: log)')
+    p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
+                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2)')
+    p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
+                   'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
+                   'for official checkpoints)')
+    p.add_argument('--classes', type=class_list, default=None, metavar='0,7,...', help='labels of '
+                   'the images, in turn, or none (default: all, of a network trained with them)')
+    p.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0, help='classifier-free; '
+                   'other than 1 it takes two calls for each (default: 1)')
     p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
     p.add_argument('--small_z', choices=('exact', 'official'), default=None,
                    help='v_z below z_exp (default: exact; official for official checkpoints)')
+    p.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='bfloat16 '
+                   'autocast (default: with --nfe, where it is fast; never with rk45)')
     p.add_argument('--seed', type=above(-1, int), default=0)
     p.add_argument('--device', default='auto')
 
@@ -66,15 +85,16 @@ def load_flow(args, device):
     """(net, flow, images or None); flow is what sample_ode needs to know beside the network."""
     if args.solver == 'rk45' and args.nfe:
         print(f'--nfe {args.nfe} is not used: rk45 makes the calls that --tol {args.tol} asks for')
+    images, saved = None, {}
     if args.exact:
         images = datasets.load(args.dataset or 'glyphs', args.data_dir, args.image_size)
         if images.pixels is None:
             raise BadInput(f'--exact --dataset {args.dataset}: does not fit in memory')
         flow = flow_constants(images, args.dataset)
         net = pfgm.ExactField(datasets.to_float(images.pixels.to(device)).double())
-        flow.update(z_exp=0.0, shape=tuple(images.pixels.shape[1:]))  # its v_z needs no help
+        flow.update(z_exp=0.0, D=1.0, classes=0,  # its v_z needs no help
+                    shape=tuple(images.pixels.shape[1:]))
     else:
-        images = None
         net, saved = load_checkpoint(args.ckpt, args.weights)
         net.to(device, memory_format=torch.channels_last)
         if saved.get('official'):
@@ -83,33 +103,68 @@ def load_flow(args, device):
                 raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
                                + ', '.join(k for k, row in PRESETS.items() if row['M']))
             saved = {**saved, **PRESETS[name], 'z_min': 1e-3, 'gamma': 5.0}
-        flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma')}
+        flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
         flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
-        args.small_z = args.small_z or ('official' if saved.get('official') else 'exact')
-    flow.update(small_z=args.small_z or 'exact', solver=args.solver or
-                ('heun' if args.nfe else 'rk45'), nfe=args.nfe or 100, tol=args.tol)
+        flow['classes'] = saved['classes']
+    official = saved.get('official', False)
+    solver = args.solver or ('rk45' if not args.nfe else 'heun' if official else 'unipc')
+    flow.update(small_z=args.small_z or ('official' if official else 'exact'), solver=solver,
+                nfe=args.nfe or 100, tol=args.tol, guidance=args.guidance)
+    flow['schedule'] = args.schedule or ('log' if official else 'radius')
+    flow['to_data'] = False if official and args.to_data is None else args.to_data
+    # Where the last call is made. Of charges the lines are straight below the deciding z; for
+    # networks 5 / nfe^2 is near the best of each nfe on our own (glyphs and MNIST).
+    flow['z_min'] = args.z_min or flow['z_min']
+    flow['bf16'] = not args.exact and (fast_bf16(device) if args.bf16 is None else args.bf16)
+    flow['z_last'] = args.z_min or (pfgm.deciding_z(net.charges) if args.exact else None)
+    if (args.z_min or 0) >= flow['z_max']:
+        raise BadInput(f'--z_min {args.z_min}: must be below z_max {flow["z_max"]:.4g}')
+    wanted = range(flow['classes']) if args.classes is None else args.classes
+    if max(wanted, default=-1) >= flow['classes']:
+        raise BadInput(f'--classes {max(wanted)}: the network knows '
+                       + (f'0 to {flow["classes"] - 1}' if flow['classes'] else 'none'))
+    flow['classes'] = list(wanted)
     return net, flow, images
 
 
 def prior(flow, seed, indices, upper_norm=None):
     """The starts of images `indices`, each drawn from (seed, its index) alone."""
     return torch.cat([pfgm.sample_prior(
-        (1, *flow['shape']), flow['z_max'], flow['upper_norm'],
+        (1, *flow['shape']), flow['z_max'], flow['upper_norm'], flow['D'],
         generator=torch.Generator().manual_seed(step_seed(seed, i))) for i in indices])
 
 
+def labels_of(flow, indices, device):
+    """The classes (b,) of images `indices`, or None for a network without."""
+    chosen = flow['classes']
+    return torch.tensor([chosen[i % len(chosen)] for i in indices], device=device) if chosen else None
+
+
 @torch.no_grad()
-def follow(net, flow, x, device, up=False, callback=None):
-    """x down from z_max to z_min, or up -> (x, nfe), in float32 (float64 for an exact field)."""
-    ends = (flow['z_min'], flow['z_max']) if up else (flow['z_max'], flow['z_min'])
+def follow(net, flow, x, device, labels=None, up=False, callback=None):
+    """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an exact
+    field)."""
+    to_data = flow['solver'] != 'rk45' if flow['to_data'] is None else flow['to_data']
+    z_min = flow['z_min']
+    if to_data and not up and flow['solver'] != 'rk45':
+        unit = 1.0 if flow['D'] == math.inf else math.sqrt(flow['D'])
+        z_min = flow['z_last'] or max(z_min, 5 * unit / flow['nfe'] ** 2)
+    ends = (z_min, flow['z_max']) if up else (flow['z_max'], z_min)
     dtype = torch.float64 if isinstance(net, pfgm.ExactField) else torch.float32
+    twice = labels is not None and flow['guidance'] != 1
+    how = {k: flow[k] for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
+    bf16 = flow['bf16'] and flow['solver'] != 'rk45'  # whose tolerance is finer than bfloat16
     try:
-        return pfgm.sample_ode(
-            net, x.to(device, dtype), *ends, flow['solver'], flow['nfe'], gamma=flow['gamma'],
-            z_exp=flow['z_exp'], small_z=flow['small_z'], rtol=flow['tol'], atol=flow['tol'],
-            each=callback is None and flow['small_z'] != 'official', callback=callback)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x, nfe = pfgm.sample_ode(
+                net, x.to(device, dtype), *ends, flow['solver'], flow['nfe'], labels=labels, **how,
+                rtol=flow['tol'], atol=flow['tol'],
+                each=callback is None and flow['small_z'] != 'official',
+                schedule_name='log' if up else flow['schedule'], to_data=to_data and not up,
+                callback=callback)
     except pfgm.SolverError as error:
         raise BadInput(f'--tol {flow["tol"]}: {error}; try a larger one, or --nfe 100') from error
+    return x, nfe * (1 + twice)
 
 
 def generate(net, flow, n, seed, batch_size, device, rank=0, world=1, starts=None):
@@ -121,7 +176,7 @@ def generate(net, flow, n, seed, batch_size, device, rank=0, world=1, starts=Non
     for first in range(share.start, share.stop, batch_size):
         indices = range(first, min(first + batch_size, share.stop))
         x = prior(flow, seed, indices) if starts is None else starts[first:indices.stop]
-        x, nfe = follow(net, flow, x, device)
+        x, nfe = follow(net, flow, x, device, labels_of(flow, indices, device))
         if rank == 0:
             done = indices.stop - share.start
             seconds = time.time() - clock
@@ -155,7 +210,7 @@ def write_flow_gif(net, flow, args, device):
         frames.append(datasets.to_uint8(shown.float()).cpu())
     x = prior(flow, args.seed, range(args.n))
     keep(flow['z_max'], x)
-    _, nfe = follow(net, flow, x, device, callback=keep)
+    _, nfe = follow(net, flow, x, device, labels_of(flow, range(args.n), device), callback=keep)
     frames = frames[::-(-len(frames) // 40)] + frames[-1:]
     grids = [save_grid(frame, None) for frame in frames]
     grids[0].save(args.out, save_all=True, append_images=grids[1:], loop=0,
@@ -193,10 +248,10 @@ def field_lines(path):
     i = torch.arange(n, dtype=torch.float64) + 0.5  # a Fibonacci lattice: even on the hemisphere
     z, angle = 1 - i / n, math.pi * (1 + 5 ** 0.5) * i
     x = torch.stack([angle.cos(), angle.sin()], 1) * (z_max * (1 - z * z).sqrt() / z)[:, None]
-    path_x, path_z = [x], [z_max]
+    planes = [(torch.full((n,), z_max, dtype=x.dtype), x)]
     pfgm.sample_ode(pfgm.ExactField(charges), x, z_max, 1e-3, 'heun', 799, z_exp=0,
-                    callback=lambda z, x: (path_x.append(x), path_z.append(z)))
-    x, z = torch.stack(path_x), torch.tensor(path_z).view(-1, 1)     # (steps, n, 2), (steps, 1)
+                    callback=lambda z, x: planes.append((z, x)))
+    z, x = (torch.stack(parts) for parts in zip(*planes))            # (steps, n), (steps, n, 2)
     drawn = torch.hypot(x.norm(dim=2), z) <= 2.2                     # inside this hemisphere
 
     def project(x, z):  # seen from the front and above

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 import data as datasets
 import pfgm
+from baselines import METHODS, as_flow
 from data import BadInput
 from unet import ARCHITECTURE, UNet, build, read_checkpoint, save
 
@@ -43,6 +44,7 @@ PRESETS = {name: dict(zip(('nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'ba
     'cifar10':      (128, S,     4, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
     'cifar10_deep': (128, S,     8, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
     'celeba64':     (128, S,     4, (16,), 0.1, 128, 512,  2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 60.0, 6e3,  1.0),
+    'cifar10_pp':   (128, (2,) * 3, 4, (16,), 0.13, 512, 4096, 1e-3, 19531, 0.99929, 390625, 5000, 'sum', None, None, None, None),  # EDM's
     'lsun_bedroom': (128, L,     2, (16,), 0.0, 32,  32,   2e-5, 5000, 0.9999, 2400000, 5000, 'mean', 356, 100., 3e4,  0.1),
 }.items()}
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'accum', 'bf16', 'compile', 'workers',
@@ -82,6 +84,10 @@ def count_or_all(text):
     return text if text == 'all' else above(0, int)(text)
 
 
+def dimensions(text):
+    return math.inf if text == 'inf' else above(1 - 1e-9)(text)
+
+
 def parse_args(argv=None):
     pre = Parser(add_help=False)
     pre.add_argument('--dataset', default='glyphs', help='a folder, .zip, .npy or .npz of images, '
@@ -103,6 +109,10 @@ def parse_args(argv=None):
     flag('out_dir', str, 'out', 'where the checkpoint, log and sample grids go')
     flag('image_size', above(0, int), None, 'pixels a side (default: as the data is)')
     flag('channels', int, None, 'grey or colour (default: as the data is)', choices=(1, 3))
+    flag('method', str, None, 'what is trained (default: pfgm, with --D pfgmpp)', choices=METHODS)
+    flag('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)')
+    flag('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance')
+    flag('flip', None, None, 'mirror half of the images (default: as the data is)')
     flag('init_from', str, None, 'go on from this checkpoint, ours or an official one')
     flag('seed', above(-1, int), 0, 'of the weights, the order of images and all noise')
     flag('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps')
@@ -127,7 +137,8 @@ def parse_args(argv=None):
     flag('z_max', above(0), None, 'where sampling starts')
     flag('upper_norm', above(0), None, 'largest |x| there')
     flag('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted')
-    flag('z_min', above(0), 1e-3, 'where sampling ends')
+    flag('z_min', above(0), None, 'where sampling ends (default: 1e-3; pfgmpp: 0.002 sqrt(D))')
+    flag('sigma_data', above(0, below=1e3), 0.5, 'spread of the data, of pfgmpp')
     flag('sigma', above(1e-9), 0.01, 'noise at m = 0')
     flag('tau', above(1e-9), 0.03, 'growth of the noise, (1 + tau)^m')
     flag('gamma', above(-1e-9), 5.0, 'added to the norm of the field')
@@ -200,15 +211,34 @@ def resolve(args, images, saved, world):
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
     by_size = next(name for size, name in sizes if images.image_size <= size)
     name = args.preset or args.dataset
-    row = {**PRESETS[name if name in PRESETS else by_size], **flow_constants(
-        images, name, args.sigma, args.tau, args.gamma, args.z_min)}
+    args.method = args.method or ('pfgmpp' if args.D else 'pfgm')
+    if args.D and args.method != 'pfgmpp':
+        raise BadInput(f'--D {args.D:g}: belongs to --method pfgmpp, not {args.method}')
+    args.D = args.D or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
+    row = dict(PRESETS[name if name in PRESETS else by_size])
+    if args.method == 'pfgm':
+        row.update(flow_constants(images, name, args.sigma, args.tau, args.gamma))
+    else:  # no charges beside the images themselves, and constants that do not depend on the data
+        flow = as_flow(None, vars(args))
+        row.update(field_batch=args.batch_size or row['batch_size'], M=0, upper_norm=None,
+                   z_exp=0.0, z_min=flow.low * flow.unit, z_max=flow.high * flow.unit)
+        if args.field_batch:
+            raise BadInput(f'--field_batch {args.field_batch}: belongs to --method pfgm; '
+                           f'{args.method} needs no charges')
     if saved:
         row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
-    args.image_size, args.channels, args.flip = images.image_size, images.channels, images.flip
+    args.image_size, args.channels = images.image_size, images.channels
+    args.flip = images.flip if args.flip is None else args.flip
+    if args.classes and images.labels is None:
+        raise BadInput(f'--classes: {images.name} has no labels; give a folder with one folder a '
+                       'class, or leave it out')
+    args.classes = len(images.labels.unique()) if args.classes else 0
+    if args.classes > datasets.CLASS_LIMIT:
+        raise BadInput(f'--classes: {args.classes} different labels; {datasets.CLASS_LIMIT} at most')
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.field_batch != 'all' and args.field_batch >= len(images):
+    if args.method == 'pfgm' and args.field_batch != 'all' and args.field_batch >= len(images):
         args.field_batch = 'all'
     if args.z_min >= args.z_max:
         raise BadInput(f'--z_min {args.z_min}: must be below --z_max {args.z_max:.4g}')
@@ -249,42 +279,67 @@ def gather(parts):
     return whole
 
 
-def training_steps(images, args, step, device, rank, world):
-    """Endless (moved, z, target_x, target_z) for this rank. The step's images, flips, noise and
-    charges depend on seed and step alone; each rank takes its slice of the points."""
-    every = args.field_batch == 'all'
-    if every:
-        if images.pixels is None:
-            raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
-                           'give a number of charges')
-        charges = datasets.to_float(images.pixels.to(device))
-        if args.flip:
-            charges = torch.cat([charges, charges.flip(-1)])
-    count = args.batch_size if every else args.field_batch
-    share = args.batch_size // world
+def shuffled_images(images, count, args, step, device, rank, world):
+    """Endless (x (count, C, S, S) in [-1, 1], classes or None, generator) of step, step + 1, ...,
+    mirrored at random: the same on every rank, from seed and step alone."""
     indices = image_order(len(images), count, args.seed, step)
     split = images.pixels is None and world > 1
     if split:
         if count % world:
             raise BadInput(f'--field_batch {count}: must be a multiple of {world} processes')
         indices = (block.chunk(world)[rank] for block in indices)
-    for block in datasets.batches(images, indices, device, args.workers):
+    blocks = datasets.batches(images, indices, device, args.workers)
+    for block, order in zip(blocks, image_order(len(images), count, args.seed, step)):
         x = datasets.to_float(gather(block) if split else block)
         generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
         if args.flip:
             flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
             x = torch.where(flipped, x.flip(-1), x)
-        moved, z = pfgm.perturb(x[:args.batch_size], args.M, args.sigma, args.tau,
-                                generator=generator)
-        moved, z = moved[rank * share:][:share], z[rank * share:][:share]
-        yield (moved, z, *pfgm.poisson_field(moved, z, charges if every else x, args.gamma))
+        yield x, images.class_of(order).to(device) if args.classes else None, generator
         step += 1
 
 
-def field_loss(net, moved, z, target_x, target_z, reduce):
-    """(B,) half the squared error summed over the N + 1 components, or its mean (LSUN)."""
-    v_x, v_z = net(moved, z)
-    error = (v_x - target_x).square().flatten(1).sum(1) + (v_z - target_z).square()
+def training_steps(images, flow, args, step, device, rank, world):
+    """Endless (moved, z, target_x, target_z, weight[, classes]) for this rank, its slice of the
+    points. flow: the Denoiser whose z and weight they have, or None for the field of charges."""
+    every = args.field_batch == 'all'
+    if every:
+        if images.pixels is None:
+            raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
+                           'give a number of charges')
+        charges = datasets.to_float(images.pixels.to(device))
+        kinds = images.class_of(torch.arange(len(images))).to(device) if args.classes else None
+        if args.flip:
+            charges = torch.cat([charges, charges.flip(-1)])
+            kinds = kinds.repeat(2) if args.classes else None
+    B = args.batch_size
+    mine = slice(rank * B // world, (rank + 1) * B // world)
+    blocks = shuffled_images(images, B if every else args.field_batch, args, step, device, rank, world)
+    for x, kind, generator in blocks:
+        if not every:
+            charges, kinds = x, kind
+        labels, among, clean = [], None, x[:B]
+        if args.classes:
+            dropped = torch.rand(B, generator=generator, device=device) < 0.1
+            labels = [torch.where(dropped, -1, kind[:B])[mine]]
+            among = (labels[0][:, None] == kinds) | (labels[0] < 0)[:, None]
+        if flow is None:
+            moved, z = pfgm.perturb(clean, args.M, args.sigma, args.tau, generator=generator)
+            moved, z = moved[mine], z[mine]
+            target = pfgm.poisson_field(moved, z, charges, args.gamma, among=among)
+            weight = torch.ones_like(z)
+        else:
+            z = flow.draw(B, generator, device)
+            moved = (clean + pfgm.kernel(clean.shape, z, args.D, generator))[mine]
+            z = z[mine]
+            target, weight = (clean[mine] - moved, -z), flow.weight(moved, z)
+        yield (moved, z, *target, weight, *labels)
+
+
+def field_loss(net, reduce, moved, z, target_x, target_z, weight, *labels):
+    """(B,) half the weighted squared error summed over the N + 1 components, or its mean (LSUN)."""
+    v_x, v_z = net(moved, z, *labels)
+    error = (v_x - target_x).square().flatten(1).sum(1) * weight + (v_z - target_z).square()
     return error / 2 if reduce == 'sum' else error / (moved[0].numel() + 1)
 
 
@@ -386,7 +441,7 @@ def keep_older(path, step, keep):
 
 def check_resume(args, old):
     """A flag that changes what is trained must be what it was."""
-    for key in vars(args).keys() & old.keys() - FREE_ON_RESUME:
+    for key in (key for key in vars(args) if key in old and key not in FREE_ON_RESUME):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
         if a != b:
             raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
@@ -405,13 +460,15 @@ def open_log(args, start):
 
 
 def sample_grid(net, args, device, path):
-    """A PNG of what the network makes now: 36 images from fixed noise, 35 calls."""
+    """A PNG of what the network makes now: 36 images from fixed noise, 20 calls."""
     shape = (36, args.channels, args.image_size, args.image_size)
-    x = pfgm.sample_prior(shape, args.z_max, args.upper_norm, device=device,
+    x = pfgm.sample_prior(shape, args.z_max, args.upper_norm, args.D, device=device,
                           generator=torch.Generator().manual_seed(args.seed))
+    labels = torch.arange(36, device=device) % args.classes if args.classes else None
     with torch.no_grad():
-        x, _ = pfgm.sample_ode(net, x, args.z_max, args.z_min, 'heun', 35, gamma=args.gamma,
-                               z_exp=args.z_exp)
+        x, _ = pfgm.sample_ode(as_flow(net, vars(args)), x, args.z_max, args.z_min, 'unipc', 20,
+                               D=args.D, gamma=args.gamma, z_exp=args.z_exp, labels=labels,
+                               schedule_name='radius', to_data=True)
     save_grid(datasets.to_uint8(x), path)
 
 
@@ -431,10 +488,10 @@ def save_grid(pixels, path, nrow=None):
 
 # ---------------------------------------------------------------- the run
 
-def new_meter(device):
-    """What is known of the steps since the last log line, on the device."""
+def new_meter(device, unit=1.0):
+    """What is known of the steps since the last log line, on the device; z is binned in `unit`s."""
     zero = torch.zeros((), device=device)
-    return dict(edges=torch.tensor(Z_BINS, device=device), peak=zero, peak_step=zero, bad=zero,
+    return dict(edges=unit * torch.tensor(Z_BINS, device=device), peak=zero, peak_step=zero, bad=zero,
                 sums=torch.zeros(len(Z_BINS) + 1, 2, device=device), bad_z=None, bad_loss=None)
 
 
@@ -481,7 +538,7 @@ def progress(args, step, meter, seen, seconds, device):
           f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  {memory:.1f} GB  loss by z '
           + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
     return dict(step=step, loss=total / count, lr=lr, img_per_s=rate, memory_gb=memory,
-                loss_by_z=by_z, z_bins=Z_BINS, peak=peak, peak_step=peak_step)
+                loss_by_z=by_z, z_bins=meter['edges'].tolist(), peak=peak, peak_step=peak_step)
 
 
 def heard(signals, step, device, world):
@@ -524,7 +581,8 @@ def main(args):
     raw.to(device, memory_format=torch.channels_last).train()
     ema = build(saved['ema'], vars(args), path) if saved else copy.deepcopy(raw)
     ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    net = torch.compile(raw) if args.compile else raw
+    net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
+    flow = None if args.method == 'pfgm' else net
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -546,17 +604,19 @@ def main(args):
         except OSError as error:
             raise BadInput(f'--out_dir {args.out_dir}: cannot write there ({error})') from error
         count = sum(p.numel() for p in raw.parameters())
+        how = (f'M {args.M}, upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}, field of '
+               f'{args.field_batch} charges' if args.method == 'pfgm' else f'D {args.D:g}')
         print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
-              f'{args.channels}; {count:,} parameters; M {args.M}, z_max {args.z_max:.3g}, '
-              f'upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}; field of '
-              f'{args.field_batch} charges; {world} x {device}{", bf16" * args.bf16}'
+              f'{args.channels}; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
+              f'; {world} x {device}{", bf16" * args.bf16}'
               + (f'; going on from step {start}' if saved else ''), flush=True)
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, lambda number, frame: signals.append(number))
-    meter, clock, seen, last_saved = new_meter(device), time.time(), 0, start
-    batches = training_steps(images, args, start, device, rank, world)
+    unit = flow.unit if flow else 1.0
+    meter, clock, seen, last_saved = new_meter(device, unit), time.time(), 0, start
+    batches = training_steps(images, flow, args, start, device, rank, world)
     for step in range(start + 1, args.steps + 1):
         # lr
         for group in opt.param_groups:
@@ -568,7 +628,7 @@ def main(args):
             last = i == args.accum - 1
             with contextlib.nullcontext() if last or world == 1 else net.no_sync(), \
                     torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                loss = field_loss(net, *micro, args.loss)
+                loss = field_loss(net, args.loss, *micro)
                 (loss.mean() / args.accum).backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
@@ -595,7 +655,7 @@ def main(args):
             if rank == 0:
                 log.write(json.dumps(progress(args, step, meter, seen, time.time() - clock,
                                               device)) + '\n')
-            meter, clock, seen = new_meter(device), time.time(), 0
+            meter, clock, seen = new_meter(device, unit), time.time(), 0
         if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:
             sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'))
         if saves:

@@ -20,7 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import SIZE_LIMIT, BadInput
+from baselines import METHODS, as_flow
+from data import CLASS_LIMIT, SIZE_LIMIT, BadInput
 
 
 def initialise(layer, scale=1.0):
@@ -110,10 +111,11 @@ class UNet(nn.Module):
     """net(x, z): x (B, channels, S, S) in units of the data, z (B,) > 0 -> v_x like x, v_z (B,).
 
     nf x ch_mult channels and num_blocks residual blocks at each level, attention where the image
-    has one of the sizes `attn`. Raises BadInput where S cannot be halved at every level."""
+    has one of the sizes `attn`. With classes > 0 it takes labels (B,) too, -1 meaning none.
+    Raises BadInput where S cannot be halved at every level."""
 
     def __init__(self, image_size=32, channels=3, nf=128, ch_mult=(1, 2, 2, 2), num_blocks=4,
-                 attn=(16,), dropout=0.1):
+                 attn=(16,), dropout=0.1, classes=0):
         super().__init__()
         last = len(ch_mult) - 1
         if image_size % 2 ** last or image_size < 2 ** last:
@@ -121,6 +123,7 @@ class UNet(nn.Module):
                            f'take a multiple of {2 ** last}')
         self.nf = nf
         self.embed = nn.ModuleList([linear(nf, 4 * nf), linear(4 * nf, 4 * nf)])
+        self.label = linear(classes, 4 * nf) if classes else None
         self.conv_in = conv(channels, nf)
 
         def res(c_in, c_out, resample=None):
@@ -148,12 +151,17 @@ class UNet(nn.Module):
                 self.up.append(nn.ModuleList(stage))
         self.norm_out, self.conv_out = norm(c), conv(c, channels + 1, scale=0)
 
-    def forward(self, x, z):
+    def forward(self, x, z, labels=None):
         half = self.nf // 2
         freq = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=x.device))
         angle = z.to(x.dtype)[:, None] * freq.to(x.dtype)                     # (B, nf/2)
         emb = torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B, nf)
-        emb = self.embed[1](F.silu(self.embed[0](emb)))                      # (B, 4 nf)
+        emb = self.embed[0](emb)
+        if self.label is not None:  # one-hot of variance 1, and 0 for the label -1
+            k = self.label.in_features
+            labels = torch.full(z.shape, -1, device=x.device) if labels is None else labels
+            emb = emb + self.label(F.one_hot(labels + 1, k + 1)[:, 1:].to(x.dtype) * k ** 0.5)
+        emb = self.embed[1](F.silu(emb))                                     # (B, 4 nf)
         skips = [self.conv_in(x)]                                            # (B, nf, S, S)
         for stage in self.down:
             h = skips[-1]
@@ -174,25 +182,29 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------- checkpoints
 
-ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout')
+ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
+                'classes')
+BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5)  # of files that do not say
 
 
 def load_checkpoint(path, weights='ema'):
-    """A trained network and the arguments it was trained with: (net in eval mode, args dict).
+    """A trained network and the arguments it was trained with: (net in eval mode, args dict); a
+    denoiser comes as a pfgm.Denoiser, called the same way.
 
     Reads our files and the authors', told apart by content; nothing in a file is executed.
     Raises BadInput where the file is absent, truncated, of another kind or another architecture."""
     saved, part = read_checkpoint(path), {'ema': 'ema', 'raw': 'net'}[weights]
     if part not in saved:
         raise BadInput(f'--weights {weights}: {path} holds the EMA only; use --weights ema')
-    return build(saved[part], saved['args'], path), saved['args']
+    return as_flow(build(saved[part], saved['args'], path), saved['args']).eval(), saved['args']
 
 
 def blank(args, tensors, path):
     """The UNet of `args` without memory for its weights, of which a file has that many tensors."""
     try:
         if not (args['num_blocks'] * len(args['ch_mult']) <= tensors and args['channels'] in (1, 3)
-                and args['image_size'] <= SIZE_LIMIT and 0 <= args['dropout'] < 1):
+                and args['image_size'] <= SIZE_LIMIT and 0 <= args['dropout'] < 1
+                and 0 <= args['classes'] <= CLASS_LIMIT):
             raise ValueError('a value out of range')  # building it could take forever
         with torch.device('meta'):
             return UNet(**{k: args[k] for k in ARCHITECTURE})
@@ -240,6 +252,7 @@ def read_checkpoint(path):
         elif not {'ema', 'args', 'step'} <= keys:
             raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, '
                            'args), nor an official one (model, ema, optimizer, step)')
+        saved['args'] = {**BEFORE_D, **saved['args']}
         check_contents(saved)
     except BadInput:
         raise
@@ -282,8 +295,14 @@ def check_contents(saved):
         check_tensors(saved[part])
     if type(step) is not int or step < 0:
         raise ValueError(f'step {step!r}')
+    if args['method'] not in METHODS:
+        raise ValueError(f'method {args["method"]!r}')
+    if not (args['D'] >= 1 and 0 < args['sigma_data'] < 1e9):
+        raise ValueError(f'D {args["D"]!r}, sigma_data {args["sigma_data"]!r}')
     if not args.get('official'):
         for key in ('z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma'):
+            if key == 'upper_norm' and args[key] is None:  # a prior that is not clipped
+                continue
             if not (0 <= args[key] < 1e9 and 0 < args['z_min'] < args['z_max']):
                 raise ValueError(f'{key} {args[key]!r}')
 
@@ -351,7 +370,7 @@ def official_architecture(shapes, path):
     attended = [i for i, level in enumerate(levels) if 'attention' in level]
     if not attended or not all(levels):
         raise BadInput(f'--ckpt {path}: not a DDPM++ of the authors (levels {levels})')
-    return dict(image_size=16 << attended[0], channels=width(f'{indices[-1]}.bias') - 1, nf=nf,
+    return dict(image_size=16 << attended[0], channels=width(f'{indices[-1]}.bias') - 1, nf=nf, classes=0,
                 ch_mult=[level[0] for level in levels], attn=[16],
                 dropout=0.0 if attended[0] == 4 else 0.1,  # LSUN was trained without
                 num_blocks=len([block for block in levels[0] if block != 'attention']))
