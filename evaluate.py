@@ -36,7 +36,8 @@ import pfgm
 import unet
 from data import BadInput
 from sample import OFFICIAL_BY_SIZE, flow_flags, follow, labels_of, load_flow, prior
-from train import Parser, above, field_loss, flow_constants, run, save_grid, setup, step_seed
+from train import (Parser, above, field_loss, flow_constants, grid_of, run, setup, step_seed,
+                   write)
 from unet import read_checkpoint
 
 METRICS = {
@@ -368,17 +369,6 @@ def read_stats(path, convention):
     return Measured(n, mu, sigma, None, None)
 
 
-def write(flag, path, save):
-    """save(file), whole or not at all: under a temporary name, then renamed."""
-    try:
-        with open(f'{path}.part', 'wb') as file:
-            save(file)
-        os.replace(f'{path}.part', path)
-    except OSError as error:
-        raise BadInput(f'{flag} {path}: cannot be written ({error}); give another') from error
-    print(f'wrote {path}', flush=True)
-
-
 # ---------------------------------------------------------------- metrics
 
 def frechet(mu1, sigma1, mu2, sigma2):
@@ -539,8 +529,9 @@ def measure(asked, made, ref, weight, train, test, args, device):
                    f'{kind}_copies': int((distances == 0).sum())})
             if kind == 'samples':  # the 32 closest, each left of its neighbour
                 first = distances.argsort()[:32]
-                grid = save_grid(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), None, 8)
+                grid = grid_of(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), 8)
                 write('--out', args.out, lambda file: grid.save(file, 'PNG'))
+                print(f'wrote {args.out}')
     return found
 
 
@@ -583,14 +574,15 @@ def solver_bench(args):
             same = (which(x) == right).double().mean().item()
             error = (x - charges[right]).square().mean().sqrt().item()
             row.append(f'nfe {nfe}: {same:.3f} {error:.3f}')
-            curves.setdefault(f'{name} {how[0]}', []).append((nfe, same))
+            if how[0] in ('', 'radius') or (name, how[0]) == ('euler', 'rho7'):
+                curves.setdefault(f'{name} {how[0]}', []).append((nfe, error))
             record(args, device, world, time.time() - clock, dict(
                 solver=name, schedule=how[0], z_min=how[1], nfe=nfe, same_image=same, rmse=error,
                 n=n, reference=images.name))
             if name == 'rk45':
                 break
         print(f'{name:>6} {how[0]:6}  ' + '   '.join(row), flush=True)
-    plot(curves, 'network calls an image (NFE)', 'share at the right image', args.out)
+    plot(curves, 'network calls an image (NFE)', 'RMSE to the right image', args.out)
 
 
 # ---------------------------------------------------------------- speed
@@ -714,16 +706,18 @@ def plot(curves, xlabel, ylabel, path):
     turned = Image.new('L', (bottom - top, 30))
     ImageDraw.Draw(turned).text(((bottom - top) / 2, 15), ylabel, 255, font, 'mm')
     image.paste('black', (8, top), turned.rotate(90, expand=True))
-    colours = ('#1f5fbf', '#d1402f', '#2c8a3d', '#8a4fbf', '#c78a00', '#00899b')
+    colours = ('#1f5fbf', '#d1402f', '#2c8a3d', '#8a4fbf', '#c78a00', '#00899b', '#777777', '#000000')
+    legend = right - 20 - max(font.getlength(name) for name in curves)
     for k, (name, points) in enumerate(curves.items()):
         colour, v = colours[k % len(colours)], top + 24 + 28 * k
         spots = [(across(x), up(y)) for x, y in sorted(points)]
         draw.line(spots, colour, 3)
         for x, y in spots:
             draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
-        draw.line([right - 130, v, right - 95, v], colour, 3)
-        draw.text((right - 85, v), name, 'black', font, 'lm')
+        draw.line([legend - 45, v, legend - 10, v], colour, 3)
+        draw.text((legend, v), name, 'black', font, 'lm')
     write('--out', path, lambda file: image.save(file, 'PNG'))
+    print(f'wrote {path}')
 
 
 def record(args, device, world, seconds, values):
@@ -803,6 +797,7 @@ def main(args):
     if args.save_stats and rank == 0:
         write('--save_stats', args.save_stats, lambda file: np.savez(
             file, mu=ref.mu.numpy(), sigma=ref.sigma.numpy(), n=ref.n, convention=convention))
+        print(f'wrote {args.save_stats}', flush=True)
 
     # bits/dim
     if 'bpd' in asked:

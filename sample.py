@@ -19,8 +19,8 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from data import BadInput
-from train import (PRESETS, Parser, above, fast_bf16, flow_constants, run, save_grid, setup,
-                   step_seed)
+from train import (PRESETS, Parser, above, fast_bf16, flow_constants, grid_of, run, setup,
+                   step_seed, write)
 from unet import load_checkpoint
 
 
@@ -212,9 +212,10 @@ def write_flow_gif(net, flow, args, device):
     keep(flow['z_max'], x)
     _, nfe = follow(net, flow, x, device, labels_of(flow, range(args.n), device), callback=keep)
     frames = frames[::-(-len(frames) // 40)] + frames[-1:]
-    grids = [save_grid(frame, None) for frame in frames]
-    grids[0].save(args.out, save_all=True, append_images=grids[1:], loop=0,
-                  duration=[80] * (len(grids) - 1) + [2000])
+    grids = [grid_of(frame) for frame in frames]
+    write('--out', args.out, lambda file: grids[0].save(
+        file, 'GIF', save_all=True, append_images=grids[1:], loop=0,
+        duration=[80] * (len(grids) - 1) + [2000]))
     print(f'{args.out}: {args.n} images, {len(grids)} frames, {flow["solver"]} nfe {nfe}')
 
 
@@ -234,7 +235,8 @@ def encode(net, flow, args, device):
           f'(one grey level is 7.8e-3), nfe {nfe_up} up, {nfe_down} down')
     shown = latent / latent.abs().amax((1, 2, 3), keepdim=True)
     row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)
-    save_grid(datasets.to_uint8(row.flatten(0, 1)), args.out, nrow=4)
+    picture = grid_of(datasets.to_uint8(row.flatten(0, 1)), nrow=4)
+    write('--out', args.out, lambda file: picture.save(file, 'PNG'))
 
 
 def field_lines(path):
@@ -268,7 +270,8 @@ def field_lines(path):
         draw.ellipse([u - 6, v - 6, u + 6, v + 6], (40, 90, 200))
     for u, v in project(charges, torch.zeros(())).tolist():
         draw.ellipse([u - 6, v - 6, u + 6, v + 6], (215, 30, 50))
-    image.resize((800, 720), Image.Resampling.LANCZOS).save(path)
+    image = image.resize((800, 720), Image.Resampling.LANCZOS)
+    write('--out', path, lambda file: image.save(file, 'PNG'))
     print(f'{path}: {n} field lines of {len(charges)} charges')
 
 
@@ -282,12 +285,22 @@ def check_out(out):
         raise BadInput(f'--out {out}: a folder that is not empty; give a new one')
     if not os.path.splitext(out)[1] and os.path.lexists(out) and not os.path.isdir(out):
         raise BadInput(f'--out {out}: a file; must end in .png, .gif or .npz, or be a folder')
+    try:  # now, not after an hour of sampling
+        if os.path.splitext(out)[1]:
+            with open(f'{out}.part', 'wb'):
+                pass
+            os.remove(f'{out}.part')
+        else:
+            os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f'--out {out}: cannot be written ({error}); give another') from error
 
 
 def main(args):
     if args.gif and not args.out.endswith('.gif'):
         args.out = os.path.splitext(args.out)[0] + '.gif'
-    check_out(args.out)
+    if os.environ.get('RANK', '0') == '0':
+        check_out(args.out)
     if args.field_lines:
         return field_lines(args.out)
     device, rank, world = setup(args.device)
@@ -308,9 +321,9 @@ def main(args):
         made.append(pixels)
         if folder:
             from PIL import Image
-            os.makedirs(args.out, exist_ok=True)
             for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy(), first):
-                Image.fromarray(image.squeeze()).save(os.path.join(args.out, f'{i:06d}.png'))
+                write('--out', os.path.join(args.out, f'{i:06d}.png'),
+                      lambda file: Image.fromarray(image.squeeze()).save(file, 'PNG'))
     made = torch.cat(made) if made else torch.empty(0, *flow['shape'], dtype=torch.uint8)
     if images is not None and len(made):
         found = images.pixels.cpu().flatten(1)
@@ -326,12 +339,11 @@ def main(args):
     if rank > 0:
         return
     if args.out.endswith('.npz'):
-        part = args.out + '.part'
-        with open(part, 'wb') as file:
-            np.savez(file, arr_0=made.permute(0, 2, 3, 1).numpy())
-        os.replace(part, args.out)
+        write('--out', args.out,
+              lambda file: np.savez(file, arr_0=made.permute(0, 2, 3, 1).numpy()))
     elif not folder:
-        save_grid(made, args.out, nrow=8 if special is not None else None)
+        picture = grid_of(made, nrow=8 if special is not None else None)
+        write('--out', args.out, lambda file: picture.save(file, 'PNG'))
     print(f'{args.out}: {n} images')
 
 

@@ -899,6 +899,17 @@ def test_class_conditional_field(tmp_path):
     refuses(['sample.py', '--ckpt', tmp_path / 'o' / 'ckpt.pt', '--classes', '-2'], '-2')
 
 
+@pytest.mark.skipif(not Path('/proc/self').exists(), reason='no /proc: no folder refuses root')
+def test_places_that_cannot_be_written_are_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, 'generate', None)  # found out before any work
+    ckpt = ['--ckpt', trained / 'ckpt.pt', '--device', 'cpu']
+    for out in ('x.png', 'x.gif', 'x.npz', 'x'):
+        refuses(['sample.py', *ckpt, '--out', f'/proc/{out}'], f'--out /proc/{out}: cannot be written')
+    refuses(['train.py', *TINY, '--out_dir', '/proc/x'], '--out_dir /proc/x: cannot write there')
+    refuses(['evaluate.py', *ckpt, '--swd', '--n', 2, '--nfe', 1, '--results', '/proc/x'],
+            '--results /proc/x: cannot be written')
+
+
 def test_heavy_tailed_starts_stay_finite():
     net = ExactField(torch.rand(20, 3, 4, 4, generator=seeded()) * 2 - 1)
     x = pfgm.sample_prior((8, 3, 4, 4), 40.0, generator=seeded())
@@ -2032,7 +2043,7 @@ def fuzz_words(module, monkeypatch, capsys, every):
             args = parsed(module, argv)
             count, taken = count + 1, taken + (args is not None)
             value = getattr(args, action.dest, None)
-            assert not isinstance(value, float) or math.isfinite(value), argv
+            assert not isinstance(value, float) or math.isfinite(value) or action.dest == 'D', argv
             if action.choices and args and action.nargs not in ('*', '+'):
                 assert value in (None, *action.choices), argv
     for argv in (['--unknown'], ['x'], ['--', 'x'], ['-n', '3'], ['--hel'], ['--seed', '1', '2']):

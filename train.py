@@ -469,21 +469,28 @@ def sample_grid(net, args, device, path):
         x, _ = pfgm.sample_ode(as_flow(net, vars(args)), x, args.z_max, args.z_min, 'unipc', 20,
                                D=args.D, gamma=args.gamma, z_exp=args.z_exp, labels=labels,
                                schedule_name='radius', to_data=True)
-    save_grid(datasets.to_uint8(x), path)
+    picture = grid_of(datasets.to_uint8(x))
+    write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
 
 
-def save_grid(pixels, path, nrow=None):
-    """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more; saved at path
-    where one is given, and returned."""
+def grid_of(pixels, nrow=None):
+    """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more."""
     from PIL import Image
     from torchvision.utils import make_grid
     pixels = pixels.cpu().repeat_interleave(k := -(-64 // pixels.shape[-1]), 2)
     grid = make_grid(pixels.repeat_interleave(k, 3), nrow or math.ceil(len(pixels) ** 0.5),
                      padding=4, pad_value=128)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    if path:
-        picture.save(path)
-    return picture
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+def write(flag, path, save):
+    """save(file), whole or not at all: under a temporary name, then renamed."""
+    try:
+        with open(f'{path}.part', 'wb') as file:
+            save(file)
+        os.replace(f'{path}.part', path)
+    except OSError as error:
+        raise BadInput(f'{flag} {path}: cannot be written ({error}); give another') from error
 
 
 # ---------------------------------------------------------------- the run
