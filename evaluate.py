@@ -5,8 +5,10 @@
     python evaluate.py --fid --samples images/ --ref cifar10.npz         # without a network
     python evaluate.py --swd --neighbours             # no Inception weights needed
     python evaluate.py --bpd --repeats 5              # likelihood of the test split
-    python evaluate.py --fid --sweep nfe=5,10,20,50 --solvers euler,heun # a table and a plot
+    python evaluate.py --fid --sweep nfe=5,10,20,50 --solvers euler,unipc # a table, a plot
     python evaluate.py --dataset cifar10 --save_stats cifar10.npz        # for pytorch-fid, EDM
+    python evaluate.py --solver_bench --dataset images.zip               # solvers, no network
+    python evaluate.py --bench                                           # speed
 
 Every result is also a line of results.jsonl. FID: arXiv 1706.08500, IS: 1606.03498, KID:
 1801.01401, precision and recall: 1904.06991, sliced Wasserstein: Bonneel et al. 2015.
@@ -35,7 +37,7 @@ import data as datasets
 import pfgm
 import unet
 from data import BadInput
-from sample import OFFICIAL_BY_SIZE, flow_flags, follow, labels_of, load_flow, prior
+from sample import OFFICIAL_BY_SIZE, SOLVERS, flow_flags, follow, load_flow, prior
 from train import (Parser, above, field_loss, flow_constants, grid_of, run, setup, step_seed,
                    write)
 from unet import read_checkpoint
@@ -50,7 +52,6 @@ METRICS = {
     'bpd': 'bits/dim of the test split, uniform dequantisation, always rk45 (--tol: 1e-5)',
 }
 POOL = 2048  # features an image
-SOLVERS = ('rk45', *pfgm.SOLVERS)
 INCEPTION = 'pt_inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}'
 
@@ -83,7 +84,7 @@ def parse_args(argv=None):
                    'and a Hutchinson probe of its own (default: 1)')
     p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
     p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
-                   f'of {",".join(SOLVERS)} (default: heun); rk45 is one point, at --tol')
+                   f'of {",".join(SOLVERS)} (default: unipc); rk45 is one point, at --tol')
     p.add_argument('--out', default=None, help='picture of --sweep or --neighbours (default: '
                    'sweep.png or neighbours.png beside --results)')
     p.add_argument('--results', default=None, help='a line is appended to it (default: '
@@ -102,10 +103,12 @@ def check_flags(args, asked):
          + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz'),
         (not set(args.solvers or ()) <= set(SOLVERS),
          f'--solvers {solvers}: accepted: {",".join(SOLVERS)}, or some of them'),
-        (solvers and not args.sweep and not args.solver_bench, f'--solvers {solvers}: belongs to --sweep nfe=5,10,20'),
+        (args.solver_bench and 'ddim' in (args.solvers or ()), '--solvers ddim: it is euler'),
+        (solvers and not args.sweep and not args.solver_bench,
+         f'--solvers {solvers}: belongs to --sweep nfe=5,10,20 or --solver_bench'),
         (alone and asked, f'--{alone}: runs alone; leave --{asked[0]} out' if asked else ''),
-        (args.sweep and not args.solver_bench and (not asked or {'bpd', 'neighbours'} & set(asked)), '--sweep: give some '
-         'of --fid --is --kid --prc --swd to sweep; --bpd and --neighbours run alone'),
+        (args.sweep and not alone and (not asked or {'bpd', 'neighbours'} & set(asked)),
+         '--sweep: give some of --fid --is --kid --prc --swd to sweep; the others run alone'),
         (args.sweep and (args.nfe or args.solver), '--sweep: says itself how many calls; leave '
          '--nfe out, and give --solvers in place of --solver'),
         (args.samples and (args.sweep or args.bpd or args.exact), f'--samples {args.samples}: '
@@ -174,8 +177,8 @@ def generated(net, flow, n, args, place, calls):
     """This rank's share of n samples, uint8; what each batch spent is appended to calls."""
     device, rank, world = place
     for indices in torch.tensor(share(n, rank, world)).split(args.batch_size):
-        x, nfe = follow(net, flow, prior(flow, args.seed, indices.tolist()), device,
-                        labels_of(flow, indices.tolist(), device))
+        indices = indices.tolist()
+        x, nfe = follow(net, flow, prior(flow, args.seed, indices), device, indices)
         calls.append(nfe)
         yield datasets.to_uint8(x)
 
@@ -565,8 +568,9 @@ def solver_bench(args):
           f'images; RK45 at 1e-8: {calls} calls; the weights decide above z = {z_last:.3g}; '
           f'{time.time() - clock:.0f} s', flush=True)
     curves = {}
-    for name, *how in [(s, *p) for s in args.solvers or ('rk45', *pfgm.SOLVERS) for p in (
-            (('log', z_last), ('radius', z_last), ('rho7', 1e-3)) if s != 'rk45' else (('', 1e-3),))]:
+    grids = (('log', z_last), ('radius', z_last), ('rho7', 1e-3))
+    for name, *how in [(solver, *grid) for solver in args.solvers or SOLVERS[:-1]
+                       for grid in (grids if solver != 'rk45' else (('', 1e-3),))]:
         row = []
         for nfe in args.sweep or (5, 10, 20, 35):
             x, nfe = (follow(1e-3, 'rk45') if name == 'rk45' else
@@ -706,7 +710,7 @@ def plot(curves, xlabel, ylabel, path):
     turned = Image.new('L', (bottom - top, 30))
     ImageDraw.Draw(turned).text(((bottom - top) / 2, 15), ylabel, 255, font, 'mm')
     image.paste('black', (8, top), turned.rotate(90, expand=True))
-    colours = ('#1f5fbf', '#d1402f', '#2c8a3d', '#8a4fbf', '#c78a00', '#00899b', '#777777', '#000000')
+    colours = '#1f5fbf #d1402f #2c8a3d #8a4fbf #c78a00 #00899b #777777 #000000'.split()
     legend = right - 20 - max(font.getlength(name) for name in curves)
     for k, (name, points) in enumerate(curves.items()):
         colour, v = colours[k % len(colours)], top + 24 + 28 * k
@@ -813,7 +817,7 @@ def main(args):
     # one pass over the samples, for each point of a sweep
     points, curves, table = [(None, None)] if set(asked) - {'bpd'} else [], {}, []
     if args.sweep:
-        points = [(solver, nfe) for solver in args.solvers or ['heun']
+        points = [(solver, nfe) for solver in args.solvers or ['unipc']
                   for nfe in (args.sweep if solver != 'rk45' else [100])]
     keep = ({'features'} if wanted & {'is', 'kid', 'prc'} else set()) | (
         {'pixels'} if wanted & {'swd', 'neighbours'} else set())

@@ -272,7 +272,10 @@ def schedule(name, x, z_from, z_to, steps, D=1):
 
     'log' even in log z; 'rho7' even in z^(1/7) (EDM Eq. 5); 'radius' even in log z down to a
     z_to of each sample's own, z_to sqrt((N + D) / D) z_from / sqrt(|x|^2 + z_from^2): the weights
-    of the field depend on that distance, so lines that start nearer the axis decide at larger z."""
+    of the field depend on that distance, so lines that start nearer the axis decide at larger z;
+    or a function (z_from, z_to, steps) -> (steps + 1,)."""
+    if callable(name):
+        return name(z_from, z_to, steps)[:, None].expand(-1, len(x))
     last = torch.full((len(x),), z_to, dtype=torch.float64)
     if name == 'radius' and D != math.inf:
         distance = torch.hypot(x.flatten(1).double().norm(dim=1).cpu(), last.new_tensor(z_from))
@@ -297,7 +300,7 @@ def euler(f, x, grid, calls, callback=None):
 
 
 def heun(f, x, grid, calls, callback=None):
-    """Heun in z, two calls a step; where `calls` is odd the last step is Euler's. EDM Algorithm 1."""
+    """Heun in z, two calls a step; if `calls` is odd the last step is Euler's. EDM Algorithm 1."""
     for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
         slope = f(x, z.to(x)) / column(z, x)
         x_next = x + column(z_next - z, x) * slope
@@ -484,7 +487,8 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, 
 
     x (B, ...) on z_from -> (x on z_to, network calls spent per image).
     solver 'rk45' meets rtol, atol with a float64 state, step sizes shared by the batch or, with
-    `each`, per sample; those in SOLVERS make exactly `nfe` calls on schedule(schedule_name).
+    `each`, per sample; those in SOLVERS, or a function like them, make exactly `nfe` calls on
+    schedule(schedule_name).
     `to_data`: the last call is made on z_to and leads straight to z = 0, x = xhat.
     callback(z (B,), x) after each step. The network works in x.dtype, on x.device; D matters to the
     schedule only; labels (B,) and guidance as in drift().
@@ -492,7 +496,7 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, 
     def f(x, z, rows=slice(None)):  # rows: which of the batch are asked for
         which = None if labels is None else labels[rows]
         return drift(net, x, z, gamma, z_exp, small_z, which, guidance)
-    if solver != 'rk45' and (solver not in SOLVERS or nfe < 1):
+    if solver != 'rk45' and (solver not in SOLVERS and not callable(solver) or nfe < 1):
         raise ValueError(f'solver {solver!r}, nfe {nfe}: rk45 or one of {", ".join(SOLVERS)}, '
                          'and nfe of 1 or more')
     if solver == 'rk45':
@@ -506,7 +510,7 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, 
         steps = (calls + 1) // 2 if solver == 'heun' else calls + free
         if steps:
             grid = schedule(schedule_name, x, z_from, z_to, steps, D)
-            x, z_to = SOLVERS[solver](f, x, grid, calls, callback), grid[-1]
+            x, z_to = SOLVERS.get(solver, solver)(f, x, grid, calls, callback), grid[-1]
         else:
             z_to = z_from
     if to_data:

@@ -18,12 +18,14 @@ import torch.distributed as dist
 
 import data as datasets
 import pfgm
+from baselines import ancestral
 from data import BadInput
 from train import (PRESETS, Parser, above, fast_bf16, flow_constants, grid_of, run, setup,
                    step_seed, write)
 from unet import load_checkpoint
 
 
+SOLVERS = ('rk45', *pfgm.SOLVERS, 'ddim')
 OFFICIAL_BY_SIZE = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}  # the authors' data sets
 
 
@@ -41,12 +43,15 @@ def flow_flags(p):
     p.add_argument('--data_dir', default='data')
     p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
     p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
-    p.add_argument('--solver', choices=('rk45', *pfgm.SOLVERS), default=None,
+    p.add_argument('--solver', choices=SOLVERS, default=None,
                    help='default: rk45, or where --nfe is given unipc (official checkpoints: heun)')
+    p.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0, help='fresh noise of ddim:'
+                   ' 0 none (it is euler), 1 ancestral sampling of DDPM (default: 0)')
     p.add_argument('--nfe', type=above(0, int), default=None,
                    help='network calls an image, of all solvers but rk45 (default: 100)')
-    p.add_argument('--schedule', choices=pfgm.SCHEDULES, default=None, help='planes of the steps '
-                   '(default: radius; official checkpoints: log)')
+    p.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None, help='planes of '
+                   'the steps (default: radius; official checkpoints: log); time: even in the t of '
+                   'vp, subvp, ddpm and rf')
     p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
                    'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2)')
     p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
@@ -60,7 +65,8 @@ def flow_flags(p):
     p.add_argument('--small_z', choices=('exact', 'official'), default=None,
                    help='v_z below z_exp (default: exact; official for official checkpoints)')
     p.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='bfloat16 '
-                   'autocast (default: with --nfe, where it is fast; never with rk45)')
+                   'autocast (default: where it is fast, not for official checkpoints; '
+                   'never with rk45)')
     p.add_argument('--seed', type=above(-1, int), default=0)
     p.add_argument('--device', default='auto')
 
@@ -73,9 +79,9 @@ def parse_args(argv=None):
     kind = p.add_mutually_exclusive_group()
     kind.add_argument('--gif', action='store_true', help='like --out samples.gif')
     kind.add_argument('--interpolate', action='store_true',
-                      help='rows of 8: slerp between two directions, both of norm upper_norm')
+                      help='rows of 8: slerp between two directions, both of the prior\'s norm')
     kind.add_argument('--rescale', action='store_true',
-                      help='rows of 8: one direction, norms from upper_norm / 3 to 2 upper_norm')
+                      help='rows of 8: one direction, norms from a third to twice the prior\'s')
     kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
     kind.add_argument('--field_lines', action='store_true', help='the figure: a heart of charges')
     return p.parse_args(argv)
@@ -109,13 +115,24 @@ def load_flow(args, device):
     official = saved.get('official', False)
     solver = args.solver or ('rk45' if not args.nfe else 'heun' if official else 'unipc')
     flow.update(small_z=args.small_z or ('official' if official else 'exact'), solver=solver,
-                nfe=args.nfe or 100, tol=args.tol, guidance=args.guidance)
+                nfe=args.nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta, seed=args.seed)
     flow['schedule'] = args.schedule or ('log' if official else 'radius')
+    if args.schedule == 'time':
+        if not hasattr(net, 'planes'):
+            raise BadInput('--schedule time: only vp, subvp, ddpm and rf have a time; give one of '
+                           + ', '.join(pfgm.SCHEDULES))
+        flow['schedule'] = net.planes
+    if args.eta and solver != 'ddim':
+        raise BadInput(f'--eta {args.eta}: belongs to --solver ddim, not {solver}')
+    if solver == 'ddim' and flow['D'] != math.inf:
+        raise BadInput('--solver ddim: adds Gaussian noise, for D = inf only (vp, subvp, ddpm, rf, '
+                       'pfgmpp with --D inf)')
     flow['to_data'] = False if official and args.to_data is None else args.to_data
     # Where the last call is made. Of charges the lines are straight below the deciding z; for
     # networks 5 / nfe^2 is near the best of each nfe on our own (glyphs and MNIST).
     flow['z_min'] = args.z_min or flow['z_min']
-    flow['bf16'] = not args.exact and (fast_bf16(device) if args.bf16 is None else args.bf16)
+    flow['bf16'] = not args.exact and (fast_bf16(device) and not official
+                                        if args.bf16 is None else args.bf16)
     flow['z_last'] = args.z_min or (pfgm.deciding_z(net.charges) if args.exact else None)
     if (args.z_min or 0) >= flow['z_max']:
         raise BadInput(f'--z_min {args.z_min}: must be below z_max {flow["z_max"]:.4g}')
@@ -127,7 +144,7 @@ def load_flow(args, device):
     return net, flow, images
 
 
-def prior(flow, seed, indices, upper_norm=None):
+def prior(flow, seed, indices):
     """The starts of images `indices`, each drawn from (seed, its index) alone."""
     return torch.cat([pfgm.sample_prior(
         (1, *flow['shape']), flow['z_max'], flow['upper_norm'], flow['D'],
@@ -135,15 +152,25 @@ def prior(flow, seed, indices, upper_norm=None):
 
 
 def labels_of(flow, indices, device):
-    """The classes (b,) of images `indices`, or None for a network without."""
+    """The classes (b,) of images `indices`, or None for none."""
     chosen = flow['classes']
-    return torch.tensor([chosen[i % len(chosen)] for i in indices], device=device) if chosen else None
+    if chosen and len(indices):
+        return torch.tensor([chosen[i % len(chosen)] for i in indices], device=device)
+
+
+def noise_of(flow, indices):
+    """The fresh noise of ddim: noise(step) like x, each image from its own generator."""
+    draws = [torch.Generator().manual_seed(step_seed(flow['seed'], 2 ** 33 + i)) for i in indices]
+    return lambda step: torch.stack([torch.randn(flow['shape'], generator=g) for g in draws])
 
 
 @torch.no_grad()
-def follow(net, flow, x, device, labels=None, up=False, callback=None):
+def follow(net, flow, x, device, indices=(), up=False, callback=None):
     """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an exact
-    field)."""
+    field). indices: which images these are, for their classes and fresh noise."""
+    labels = labels_of(flow, indices, device)
+    solver = flow['solver'] if flow['solver'] != 'ddim' else ancestral(
+        flow['eta'], noise_of(flow, indices))
     to_data = flow['solver'] != 'rk45' if flow['to_data'] is None else flow['to_data']
     z_min = flow['z_min']
     if to_data and not up and flow['solver'] != 'rk45':
@@ -157,7 +184,7 @@ def follow(net, flow, x, device, labels=None, up=False, callback=None):
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x, nfe = pfgm.sample_ode(
-                net, x.to(device, dtype), *ends, flow['solver'], flow['nfe'], labels=labels, **how,
+                net, x.to(device, dtype), *ends, solver, flow['nfe'], labels=labels, **how,
                 rtol=flow['tol'], atol=flow['tol'],
                 each=callback is None and flow['small_z'] != 'official',
                 schedule_name='log' if up else flow['schedule'], to_data=to_data and not up,
@@ -176,7 +203,7 @@ def generate(net, flow, n, seed, batch_size, device, rank=0, world=1, starts=Non
     for first in range(share.start, share.stop, batch_size):
         indices = range(first, min(first + batch_size, share.stop))
         x = prior(flow, seed, indices) if starts is None else starts[first:indices.stop]
-        x, nfe = follow(net, flow, x, device, labels_of(flow, indices, device))
+        x, nfe = follow(net, flow, x, device, indices)
         if rank == 0:
             done = indices.stop - share.start
             seconds = time.time() - clock
@@ -193,11 +220,14 @@ def special_starts(args, flow):
     x = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
     a, b = x[0::2, None], x[1::2, None]                         # (rows, 1, C, H, W), unit length
     t = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1, 1)
+    # a prior that is not clipped: the norm of z_max eps / sqrt(chi2_D) at the mean of chi2_D
+    D = 1 if flow['D'] == math.inf else flow['D']
+    norm = flow['upper_norm'] or flow['z_max'] * math.sqrt(a[0].numel() / D)
     if args.rescale:
-        x = a * flow['upper_norm'] * (1 / 3 + 5 / 3 * t)
+        x = a * norm * (1 / 3 + 5 / 3 * t)
     else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b
         w = (a * b).sum((2, 3, 4), keepdim=True).acos()
-        x = flow['upper_norm'] * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
+        x = norm * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
     return x.flatten(0, 1).float()
 
 
@@ -210,7 +240,7 @@ def write_flow_gif(net, flow, args, device):
         frames.append(datasets.to_uint8(shown.float()).cpu())
     x = prior(flow, args.seed, range(args.n))
     keep(flow['z_max'], x)
-    _, nfe = follow(net, flow, x, device, labels_of(flow, range(args.n), device), callback=keep)
+    _, nfe = follow(net, flow, x, device, range(args.n), callback=keep)
     frames = frames[::-(-len(frames) // 40)] + frames[-1:]
     grids = [grid_of(frame) for frame in frames]
     write('--out', args.out, lambda file: grids[0].save(

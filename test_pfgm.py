@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 from scipy import integrate, stats
 
+import baselines
 import data
 import evaluate
 import pfgm
@@ -421,6 +422,81 @@ def test_inputs_stay_bounded_under_heavy_tails(D):
     assert v_x.isfinite().all() and flow.weight(x, z).isfinite().all()
     assert x.abs().max() > (300 if D < 3 else 10)  # the tails are there
     assert seen[0] <= 1.01 * max(4 * N, N + D)
+
+
+def gaussian_rival(method, spread=0.6):
+    """The rival flow of data N(0, spread^2), from the network output that is exact for it."""
+    flow = baselines.METHODS[method](None)
+    def F(x, c_noise, labels=None):
+        t = c_noise / flow.scale
+        z = flow.z_of(1 - t if method == 'rf' else t)
+        c_skip, c_out, c_in, _ = flow.coefficients(z)
+        xhat = spread ** 2 / (spread ** 2 + z ** 2) * (x.flatten(1).T / c_in)
+        return ((xhat - c_skip * x.flatten(1).T / c_in) / c_out).T.view_as(x), None
+    flow.net = F
+    return flow
+
+
+RIVALS = [name for name in baselines.METHODS if not name.startswith('pfgm')]
+
+
+@pytest.mark.parametrize('method', RIVALS)
+def test_rival_flows_of_a_gaussian_are_exact(method):
+    flow, spread = gaussian_rival(method), 0.6
+    z_min, z_max = flow.low, flow.high
+    x = pfgm.sample_prior((5, 6), z_max, D=math.inf, generator=seeded(), dtype=F64)
+    shrink = math.sqrt((spread ** 2 + z_min ** 2) / (spread ** 2 + z_max ** 2))
+    tight = dict(z_exp=0, rtol=1e-9, atol=1e-9)
+    end, _ = pfgm.sample_ode(flow, x, z_max, z_min, **tight)
+    close(end, x * shrink, atol=1e-5)
+    got = pfgm.log_likelihood(flow, end, z_min, z_max, 'exact', D=math.inf, **tight)
+    normal = torch.distributions.Normal(0, math.sqrt(spread ** 2 + z_min ** 2))
+    top = torch.distributions.Normal(0, math.sqrt(spread ** 2 + z_max ** 2))
+    gap = top.log_prob(got.latent).sum(1) - pfgm.prior_logp(got.latent, z_max, math.inf)
+    close(got.logp + gap, normal.log_prob(end).sum(1), atol=1e-5)
+    for solver, schedule, atol in (('unipc', 'log', 0.01), ('euler', flow.planes, 0.3)):
+        few, nfe = pfgm.sample_ode(flow, x, z_max, z_min, solver, 40, D=math.inf, z_exp=0,
+                                   schedule_name=schedule)
+        assert nfe == 40
+        close(few, end, atol=atol)
+
+
+def test_the_time_of_each_rival():
+    """z(t) against the papers' own formulas, and t(z) inverting it."""
+    t = torch.linspace(1e-3, 1, 20, dtype=F64)
+    lmc = -0.25 * t ** 2 * 19.9 - 0.05 * t  # log mean coefficient, arXiv 2011.13456
+    alpha = lmc.exp()
+    for name, z in (('vp', (1 - alpha ** 2).sqrt() / alpha), ('subvp', (1 - alpha ** 2) / alpha)):
+        flow = baselines.METHODS[name](None)
+        close(flow.z_of(t), z, rtol=1e-9)
+        close(flow.t_of(z), t, rtol=1e-9)
+        close(flow.alpha(z), alpha, rtol=1e-9)
+        close(flow.planes(z[-1].item(), z[0].item(), 19), z.flip(0), rtol=1e-9)
+    bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=F64), 0)
+    flow, levels = baselines.METHODS['ddpm'](None), torch.arange(1000, dtype=F64)
+    close(flow.z_of(levels), ((1 - bar) / bar).sqrt(), rtol=1e-9)
+    close(flow.t_of(((1 - bar) / bar).sqrt()), levels, atol=1e-6)
+    close(flow.coefficients(flow.z_of(levels))[3], levels, atol=1e-6)
+    rf, y, eps = baselines.METHODS['rf'](None), torch.randn(20, dtype=F64), torch.randn(20, dtype=F64)
+    z = rf.z_of(1 - t[:-1])
+    c_skip, c_out, c_in, c_noise = rf.coefficients(z)
+    y, eps = y[:-1], eps[:-1]
+    close(c_in * (y + z * eps), t[:-1] * y + (1 - t[:-1]) * eps, atol=1e-12)
+    close((y - c_skip * (y + z * eps)) / c_out, y - eps, atol=1e-9)
+    close(c_noise, 999 * t[:-1], atol=1e-9)
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_ddim_keeps_the_variance_of_a_gaussian(eta):
+    flow, spread = gaussian_rival('ddpm'), 0.6
+    x = pfgm.sample_prior((20000, 1), flow.high, D=math.inf, generator=seeded(), dtype=F64)
+    generator = seeded(1)
+    solver = baselines.ancestral(eta, lambda i: torch.randn(x.shape, generator=generator, dtype=F64))
+    out, nfe = pfgm.sample_ode(flow, x, flow.high, flow.low, solver, 999, z_exp=0, schedule_name=flow.planes)
+    assert nfe == 999 and stats.kstest(out[:, 0].numpy() / math.hypot(spread, flow.low), 'norm').pvalue > 0.01
+    if eta == 0:
+        close(out, pfgm.sample_ode(flow, x, flow.high, flow.low, 'euler', 999, z_exp=0,
+                                   schedule_name=flow.planes)[0], atol=1e-9)
 
 
 def test_classes_have_fields_of_their_own_and_guidance_mixes_them():
@@ -890,6 +966,18 @@ def test_any_d_trains_samples_and_has_a_likelihood(D, tmp_path, capsys):
     refuses(['train.py', *TINY_PP, '--D', '5', '--classes', '--lr', '1e-2', '--steps', 20,
              '--out_dir', out], '--D 5.0: the run .* has')
     refuses(['sample.py', *ckpt, '--classes', '10'], '--classes 10: the network knows 0 to 9')
+
+
+@pytest.mark.parametrize('method', RIVALS)
+def test_rivals_train_and_sample(method, tmp_path):
+    out = tmp_path / 'o'
+    script(['train.py', *TINY_PP, '--method', method, '--steps', 12, '--lr', '1e-2', '--out_dir', out])
+    assert np.isfinite(losses(out)).all() and losses(out)[-1] < losses(out)[0]
+    for flags in ([], ['--schedule', 'time'], ['--solver', 'ddim', '--eta', '1']):
+        script(['sample.py', '--ckpt', out / 'ckpt.pt', '--nfe', 6, '--n', 3, '--device', 'cpu', *flags,
+                '--out', tmp_path / 's.npz'])
+        assert np.load(tmp_path / 's.npz')['arr_0'].shape == (3, 16, 16, 1)
+    refuses(['train.py', *TINY_PP, '--method', method, '--D', 3, '--out_dir', tmp_path / 'p'], '--D 3: belongs')
 
 
 def test_class_conditional_field(tmp_path):

@@ -32,20 +32,24 @@ from data import BadInput
 from unet import ARCHITECTURE, UNet, build, read_checkpoint, save
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
-# of the official code. M, z_max, upper_norm of None: by pfgm.hyperparameters, from the data;
-# z_exp of None: 10 gamma / sqrt(N), where the field's norm still tells |E| to a few per cent.
-S, L = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4)
-PRESETS = {name: dict(zip(('nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size',
-                           'field_batch', 'lr', 'warmup', 'ema_decay', 'steps', 'sample_every',
-                           'loss', 'M', 'z_max', 'upper_norm', 'z_exp'), row)) for name, row in {
-    # name        nf   mult   bl attn  drop  batch field  lr   warm  ema      steps   grids  loss   M    z_max upper  z_exp
-    'glyphs':       (32,  S[:2], 1, (8,),  0.0, 64,  'all', 2e-3, 100, 0.995,  600,     200,  'sum', None, None, None, None),
-    'mnist':        (32,  S[:3], 1, (7,),  0.0, 64,  4096, 2e-3, 100,  0.999,  20000,   1000, 'sum', None, None, None, None),
-    'cifar10':      (128, S,     4, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
-    'cifar10_deep': (128, S,     8, (16,), 0.1, 128, 4096, 2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 40.0, 3e3,  5.0),
-    'celeba64':     (128, S,     4, (16,), 0.1, 128, 512,  2e-4, 5000, 0.9999, 1300000, 5000, 'sum',  291, 60.0, 6e3,  1.0),
-    'cifar10_pp':   (128, (2,) * 3, 4, (16,), 0.13, 512, 4096, 1e-3, 19531, 0.99929, 390625, 5000, 'sum', None, None, None, None),  # EDM's
-    'lsun_bedroom': (128, L,     2, (16,), 0.0, 32,  32,   2e-5, 5000, 0.9999, 2400000, 5000, 'mean', 356, 100., 3e4,  0.1),
+# of the official code, cifar10_pp EDM's for PFGM++. By the data: M, z_max and upper_norm by
+# pfgm.hyperparameters, z_exp = 10 gamma / sqrt(N), where |v| still tells |E| to a few per cent.
+S, L, LONG, BY_DATA = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999), (None,) * 4
+PRESETS = {name: dict(zip((
+    'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
+    'ema_decay', 'steps', 'sample_every', 'loss', 'M', 'z_max', 'upper_norm', 'z_exp'), row))
+    for name, row in {
+    # name         nf  mult  bl attn drop B  field lr warm ema steps grids loss M z_max upper z_exp
+    'glyphs':       (32, S[:2], 1, (8,), 0, 64, 'all', 2e-3, 100, .995, 600, 200, 'sum', *BY_DATA),
+    'mnist':        (32, S[:3], 1, (7,), 0, 64, 4096, 2e-3, 100, .999, 20000, 1000, 'sum',
+                     *BY_DATA),
+    'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum', 291, 40, 3e3, 5),
+    'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum', 291, 40, 3e3, 5),
+    'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum', 291, 60, 6e3, 1),
+    'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean',
+                     356, 100, 3e4, 0.1),
+    'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum',
+                     *BY_DATA),
 }.items()}
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'accum', 'bf16', 'compile', 'workers',
                   'log_every', 'sample_every', 'save_every', 'keep', 'timeout', 'init_from'}
@@ -194,7 +198,7 @@ def fast_bf16(device):
 
 
 def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
-    """M, z_max, upper_norm, z_exp of a data set: the official row of that name, else by the rule."""
+    """M, z_max, upper_norm, z_exp of a data set: the official row of its name, or by the rule."""
     flow = {k: PRESETS.get(name, {}).get(k) for k in ('M', 'z_max', 'upper_norm', 'z_exp')}
     if None in flow.values():
         N = images.channels * images.image_size ** 2
@@ -234,7 +238,7 @@ def resolve(args, images, saved, world):
                        'class, or leave it out')
     args.classes = len(images.labels.unique()) if args.classes else 0
     if args.classes > datasets.CLASS_LIMIT:
-        raise BadInput(f'--classes: {args.classes} different labels; {datasets.CLASS_LIMIT} at most')
+        raise BadInput(f'--classes: {args.classes} labels; at most {datasets.CLASS_LIMIT}')
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -314,8 +318,8 @@ def training_steps(images, flow, args, step, device, rank, world):
             kinds = kinds.repeat(2) if args.classes else None
     B = args.batch_size
     mine = slice(rank * B // world, (rank + 1) * B // world)
-    blocks = shuffled_images(images, B if every else args.field_batch, args, step, device, rank, world)
-    for x, kind, generator in blocks:
+    count = B if every else args.field_batch
+    for x, kind, generator in shuffled_images(images, count, args, step, device, rank, world):
         if not every:
             charges, kinds = x, kind
         labels, among, clean = [], None, x[:B]
@@ -498,12 +502,13 @@ def write(flag, path, save):
 def new_meter(device, unit=1.0):
     """What is known of the steps since the last log line, on the device; z is binned in `unit`s."""
     zero = torch.zeros((), device=device)
-    return dict(edges=unit * torch.tensor(Z_BINS, device=device), peak=zero, peak_step=zero, bad=zero,
+    edges = unit * torch.tensor(Z_BINS, device=device)
+    return dict(edges=edges, peak=zero, peak_step=zero, bad=zero,
                 sums=torch.zeros(len(Z_BINS) + 1, 2, device=device), bad_z=None, bad_loss=None)
 
 
 def observe(meter, step, z, loss, norm):
-    """Add a step of this rank's z, loss (B,) and gradient norm. Nothing here waits for the device."""
+    """Add this rank's z, loss (B,) and gradient norm of a step, without waiting for the device."""
     bins = torch.bucketize(z, meter['edges'])
     meter['sums'].index_add_(0, bins, torch.stack([loss, torch.ones_like(loss)], 1))
     meter['peak_step'] = torch.where(loss.mean() > meter['peak'], step, meter['peak_step'])
@@ -526,9 +531,9 @@ def stop_if_bad(meter, args, n, rank, world, path):
     wrong = (~meter['bad_loss'].isfinite()).nonzero().flatten().tolist()
     made = ', '.join(f'{int(images[i])} at z = {float(meter["bad_z"][i]):.4g}' for i in wrong[:8])
     saved = f'{path} holds an earlier step' if os.path.exists(path) else 'nothing was saved yet'
-    raise BadInput(f'step {step}: the gradient is not finite; loss not finite for '
-                   f'{f"images {made}" if made else "none of the images"}{" ..." * (len(wrong) > 8)}'
-                   f'; stopped, {saved}; go on with a lower --lr')
+    made = f'images {made}{" ..." * (len(wrong) > 8)}' if made else 'none of the images'
+    raise BadInput(f'step {step}: the gradient is not finite; loss not finite for {made}; '
+                   f'stopped, {saved}; go on with a lower --lr')
 
 
 def progress(args, step, meter, seen, seconds, device):

@@ -230,7 +230,8 @@ def check_shapes(expected, found, path):
               [f'{k} is {tuple(found[k])}, expected {tuple(expected[k])}' for k in sorted(wrong)])
     if faults:
         more = f' and {len(faults) - 3} more' if len(faults) > 3 else ''
-        raise BadInput(f'--ckpt {path}: not the architecture it claims: {"; ".join(faults[:3])}{more}')
+        raise BadInput(f'--ckpt {path}: not the architecture it claims: '
+                       f'{"; ".join(faults[:3])}{more}')
 
 
 def read_checkpoint(path):
@@ -341,7 +342,8 @@ def official_names(net):
         *layer, leaf = name.split('.')
         if layer and layer[0] in ('q', 'k', 'v', 'out'):
             leaf = {'weight': 'W', 'bias': 'b'}[leaf]
-        names[ours] = '.'.join([f'module.all_modules.{i}', *(OFFICIAL_NAME[k] for k in layer), leaf])
+        layer = [OFFICIAL_NAME[k] for k in layer]
+        names[ours] = '.'.join([f'module.all_modules.{i}', *layer, leaf])
     return names
 
 
@@ -370,7 +372,8 @@ def official_architecture(shapes, path):
     attended = [i for i, level in enumerate(levels) if 'attention' in level]
     if not attended or not all(levels):
         raise BadInput(f'--ckpt {path}: not a DDPM++ of the authors (levels {levels})')
-    return dict(image_size=16 << attended[0], channels=width(f'{indices[-1]}.bias') - 1, nf=nf, classes=0,
+    return dict(BEFORE_D, image_size=16 << attended[0], nf=nf,
+                channels=width(f'{indices[-1]}.bias') - 1,
                 ch_mult=[level[0] for level in levels], attn=[16],
                 dropout=0.0 if attended[0] == 4 else 0.1,  # LSUN was trained without
                 num_blocks=len([block for block in levels[0] if block != 'attention']))
