@@ -44,6 +44,21 @@ class BadInput(ValueError):
         super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
 
 
+def write(flag, path, save):
+    """save(file), whole or not at all: under a temporary name, then renamed over the old file."""
+    part = f'{path}.part'
+    try:
+        with open(part, 'wb') as file:
+            save(file)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
+        if os.path.lexists(part):
+            os.remove(part)
+        kept = 'the one of before is intact' if os.path.lexists(path) else 'nothing was saved'
+        raise BadInput(f'{flag} {path}: cannot be written ({str(error).partition(chr(10))[0]}); {kept}; '
+                       'free some space or give another, then run the same command again') from error
+
+
 def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train'):
     """The Images of `dataset`: a name in SETS (it wins over a file of that name) or a path.
 
@@ -113,16 +128,18 @@ def list_images(root, split):
             names = archive.namelist()
     names = sorted({name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)
                     and not any(part[:1] == '.' or part == '__MACOSX' for part in name.split('/'))})
-    skip = 0
-    if {'train', 'test'} <= {name.split('/')[0] for name in names}:
-        names, skip = [name for name in names if name.startswith(f'{split}/')], len(split) + 1
+    split_too = {'train', 'test'} <= {name.split('/')[0] for name in names}
+    if split_too:  # a class has one number in both
+        names = [name for name in names if name.startswith(('train/', 'test/'))]
+    folders = {name: ''.join(name.split('/')[split_too:-1][:1]) for name in names}
+    classes = {folder: k for k, folder in enumerate(sorted(set(folders.values())))}
+    if split_too:
+        names = [name for name in names if name.startswith(f'{split}/')]
     if not names:
         raise ValueError(f"no images in it, which end in {' '.join(IMAGE_EXTENSIONS)}")
-    folders = [name[skip:].rpartition('/')[0].split('/')[0] for name in names]
-    classes = {folder: k for k, folder in enumerate(sorted(set(folders)))}
     if len(classes) == 1 or '' in classes:
         return root, names, None, None
-    return root, names, np.array([classes[folder] for folder in folders]), list(classes)
+    return root, names, np.array([classes[folders[name]] for name in names]), list(classes)
 
 
 def read_arrays(path, split):
@@ -222,10 +239,6 @@ class Images(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.source if self.pixels is None else self.pixels)
-
-    def class_of(self, indices):
-        """int64 (b,): each image's class, 0 to the number of different labels - 1."""
-        return torch.searchsorted(self.labels.unique(), self.labels[indices.cpu()])
 
     def __getitem__(self, index):
         """uint8 (C, S, S), or (b, C, S, S) for a list. A large set serves the next readable image

@@ -36,10 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as datasets
 import pfgm
 import unet
-from data import BadInput
-from sample import OFFICIAL_BY_SIZE, SOLVERS, flow_flags, follow, load_flow, prior
+from data import BadInput, write
+from sample import OFFICIAL_BY_SIZE, flow_flags, follow, load_flow, prior
 from train import (Parser, above, field_loss, flow_constants, grid_of, run, setup, step_seed,
-                   write)
+                   update)
 from unet import read_checkpoint
 
 METRICS = {
@@ -51,6 +51,7 @@ METRICS = {
     'neighbours': 'distances to the nearest training images, and a picture of the closest pairs',
     'bpd': 'bits/dim of the test split, uniform dequantisation, always rk45 (--tol: 1e-5)',
 }
+SOLVERS = ('rk45', *pfgm.SOLVERS)
 POOL = 2048  # features an image
 INCEPTION = 'pt_inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}'
@@ -103,7 +104,8 @@ def check_flags(args, asked):
          + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz'),
         (not set(args.solvers or ()) <= set(SOLVERS),
          f'--solvers {solvers}: accepted: {",".join(SOLVERS)}, or some of them'),
-        (args.solver_bench and 'ddim' in (args.solvers or ()), '--solvers ddim: it is euler'),
+        (alone and int(os.environ.get('WORLD_SIZE', 1)) > 1, f'--{alone}: of one process; run it '
+         'without torchrun'),
         (solvers and not args.sweep and not args.solver_bench,
          f'--solvers {solvers}: belongs to --sweep nfe=5,10,20 or --solver_bench'),
         (alone and asked, f'--{alone}: runs alone; leave --{asked[0]} out' if asked else ''),
@@ -468,7 +470,7 @@ def bits_per_dim(net, flow, images, n, args, place):
     for chunk in watch(chunks, len(share(n, rank, world)), 'bits/dim', rank):
         pixels, repeats = images[chunk.tolist()].cpu(), []
         if flow['classes'] and images.labels is not None:
-            how['labels'] = images.class_of(chunk).to(device)
+            how['labels'] = images.labels[chunk].to(device)
         for repeat in range(args.repeats):
             seeds = [step_seed(args.seed, i + repeat * 2 ** 32) for i in chunk.tolist()]
             draws = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -569,7 +571,7 @@ def solver_bench(args):
           f'{time.time() - clock:.0f} s', flush=True)
     curves = {}
     grids = (('log', z_last), ('radius', z_last), ('rho7', 1e-3))
-    for name, *how in [(solver, *grid) for solver in args.solvers or SOLVERS[:-1]
+    for name, *how in [(solver, *grid) for solver in args.solvers or SOLVERS
                        for grid in (grids if solver != 'rk45' else (('', 1e-3),))]:
         row = []
         for nfe in args.sweep or (5, 10, 20, 35):
@@ -617,10 +619,7 @@ def training_step(net, x, z, target, bf16):
     def step():
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             field_loss(net, 'sum', x, z, *target, torch.ones_like(z)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1e-4)
+        update(net, ema, opt, 1.0, 0.9999)
     return step
 
 

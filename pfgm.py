@@ -56,6 +56,11 @@ def column(values, x):
     return values.to(x).view((-1,) + (1,) * (x.dim() - 1))
 
 
+def unit(D):
+    """The z of noise level sigma = 1: sqrt(D), and 1 for D = inf. PFGM++ Section 4."""
+    return 1.0 if D == math.inf else math.sqrt(D)
+
+
 # ---------------------------------------------------------------- where the field is learned
 
 def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
@@ -179,7 +184,7 @@ class Denoiser(torch.nn.Module):
     def __init__(self, net, D=math.inf, sigma_data=0.5):
         super().__init__()
         self.net, self.D, self.sigma_data = net, D, sigma_data
-        self.unit = 1.0 if D == math.inf else math.sqrt(D)  # z of sigma = 1
+        self.unit = unit(D)
 
     def sigma(self, x, z):
         if self.D == math.inf:
@@ -244,9 +249,9 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidanc
 
     x (B, ...), z (B,) -> like x; it is x - xhat for any D. labels (B,): classes, -1 for none, of
     a net(x, z, labels); guidance w: f_none + w (f_label - f_none), arXiv 2207.12598, in two calls.
-     Where z < z_exp the network's v_z, by then nearly 0, is replaced
-    by the one that |v_x| implies. small_z='exact' solves for it; 'official' is the published
-    approximation (3.9 % off at z = 5, N = 48), with its 1e-5 added to v_z. z_exp=0: never."""
+    Where z < z_exp the network's v_z, by then nearly 0, is replaced by the one that |v_x| implies.
+    small_z='exact' solves for it; 'official' is the published approximation (3.9 % off at z = 5,
+    N = 48), with its 1e-5 added to v_z. z_exp=0: never."""
     if labels is not None and guidance != 1:
         with_label, without = (drift(net, x, z, gamma, z_exp, small_z, which)
                                for which in (labels, torch.full_like(labels, -1)))
@@ -254,17 +259,23 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidanc
     v_x, v_z = net(x, z) if labels is None else net(x, z, labels)
     if z_exp > 0:
         N = x[0].numel()
-        n, z64 = (v_x.flatten(1).norm(dim=1) / math.sqrt(N)).to(z), z
+        n = (v_x.flatten(1).norm(dim=1) / math.sqrt(N)).to(z)
         # n = |E_x| / (s + gamma), s = |E|, s^2 = |E_x|^2 + z^2
         if small_z == 'official':
-            s, known = torch.hypot(gamma * n / (1 - n), z64), z < z_exp
+            s, known = torch.hypot(gamma * n / (1 - n), z), z < z_exp
         else:  # (1 - n^2) s^2 - 2 n^2 gamma s - (n^2 gamma^2 + z^2) = 0 has a root only if n < 1
-            root = torch.sqrt((gamma * n) ** 2 + (1 - n * n) * z64 * z64)
+            root = torch.sqrt((gamma * n) ** 2 + (1 - n * n) * z * z)
             s, known = (gamma * n * n + root) / (1 - n * n), (z < z_exp) & (n < 1)
         v_z = torch.where(known, -math.sqrt(N) * z / (s + gamma), v_z)
     if small_z == 'official':
         v_z = v_z + 1e-5
     return v_x * column(z / v_z, x)
+
+
+def last_plane(z_min, nfe, D=1):
+    """Where the last of `nfe` calls on a network is made, to go on by xhat: 5 sqrt(D) / nfe^2, near
+    the best of each nfe on our own networks (glyphs and MNIST), and not below z_min."""
+    return max(z_min, 5 * unit(D) / nfe ** 2)
 
 
 def schedule(name, x, z_from, z_to, steps, D=1):

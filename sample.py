@@ -19,9 +19,9 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from baselines import ancestral
-from data import BadInput
+from data import BadInput, write
 from train import (PRESETS, Parser, above, fast_bf16, flow_constants, grid_of, run, setup,
-                   step_seed, write)
+                   step_seed)
 from unet import load_checkpoint
 
 
@@ -115,33 +115,39 @@ def load_flow(args, device):
     official = saved.get('official', False)
     solver = args.solver or ('rk45' if not args.nfe else 'heun' if official else 'unipc')
     flow.update(small_z=args.small_z or ('official' if official else 'exact'), solver=solver,
-                nfe=args.nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta, seed=args.seed)
-    flow['schedule'] = args.schedule or ('log' if official else 'radius')
-    if args.schedule == 'time':
-        if not hasattr(net, 'planes'):
-            raise BadInput('--schedule time: only vp, subvp, ddpm and rf have a time; give one of '
-                           + ', '.join(pfgm.SCHEDULES))
-        flow['schedule'] = net.planes
-    if args.eta and solver != 'ddim':
-        raise BadInput(f'--eta {args.eta}: belongs to --solver ddim, not {solver}')
-    if solver == 'ddim' and flow['D'] != math.inf:
-        raise BadInput('--solver ddim: adds Gaussian noise, for D = inf only (vp, subvp, ddpm, rf, '
-                       'pfgmpp with --D inf)')
-    flow['to_data'] = False if official and args.to_data is None else args.to_data
-    # Where the last call is made. Of charges the lines are straight below the deciding z; for
-    # networks 5 / nfe^2 is near the best of each nfe on our own (glyphs and MNIST).
-    flow['z_min'] = args.z_min or flow['z_min']
+                nfe=args.nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
+                seed=args.seed, schedule=args.schedule or ('log' if official else 'radius'),
+                to_data=False if official and args.to_data is None else args.to_data,
+                z_min=args.z_min or flow['z_min'], z_last=args.z_min)
     flow['bf16'] = not args.exact and (fast_bf16(device) and not official
-                                        if args.bf16 is None else args.bf16)
-    flow['z_last'] = args.z_min or (pfgm.deciding_z(net.charges) if args.exact else None)
-    if (args.z_min or 0) >= flow['z_max']:
-        raise BadInput(f'--z_min {args.z_min}: must be below z_max {flow["z_max"]:.4g}')
-    wanted = range(flow['classes']) if args.classes is None else args.classes
-    if max(wanted, default=-1) >= flow['classes']:
-        raise BadInput(f'--classes {max(wanted)}: the network knows '
-                       + (f'0 to {flow["classes"] - 1}' if flow['classes'] else 'none'))
-    flow['classes'] = list(wanted)
+                                       if args.bf16 is None else args.bf16)
+    check_flow(args, net, flow)
     return net, flow, images
+
+
+def check_flow(args, net, flow):
+    """The flags that this flow does not take; and its classes as a list."""
+    known, wanted = flow['classes'], args.classes
+    wanted = list(range(known)) if wanted is None else wanted
+    for wrong, message in (
+        (args.schedule == 'time' and not hasattr(net, 'planes'), '--schedule time: only vp, subvp, '
+         f'ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
+        (args.eta and flow['solver'] != 'ddim', f'--eta {args.eta}: belongs to --solver ddim, not '
+         + flow['solver']),
+        (args.eta and getattr(args, 'encode', None), f'--eta {args.eta}: fresh noise cannot be '
+         'encoded; leave it out'),
+        (flow['solver'] == 'ddim' and flow['D'] != math.inf, '--solver ddim: adds Gaussian noise, '
+         'for D = inf only (vp, subvp, ddpm, rf, pfgmpp with --D inf)'),
+        ((args.z_min or 0) >= flow['z_max'], f'--z_min {args.z_min}: must be below z_max '
+         f'{flow["z_max"]:.4g}'),
+        (args.guidance != 1 and not known, f'--guidance {args.guidance}: the network knows no '
+         'classes; leave it out, or train with --classes'),
+        (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network knows '
+         + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
+    ):
+        if wrong:
+            raise BadInput(message)
+    flow['classes'] = wanted
 
 
 def prior(flow, seed, indices):
@@ -169,26 +175,28 @@ def follow(net, flow, x, device, indices=(), up=False, callback=None):
     """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an exact
     field). indices: which images these are, for their classes and fresh noise."""
     labels = labels_of(flow, indices, device)
-    solver = flow['solver'] if flow['solver'] != 'ddim' else ancestral(
-        flow['eta'], noise_of(flow, indices))
-    to_data = flow['solver'] != 'rk45' if flow['to_data'] is None else flow['to_data']
-    z_min = flow['z_min']
-    if to_data and not up and flow['solver'] != 'rk45':
-        unit = 1.0 if flow['D'] == math.inf else math.sqrt(flow['D'])
-        z_min = flow['z_last'] or max(z_min, 5 * unit / flow['nfe'] ** 2)
+    solver = flow['solver']
+    if solver == 'ddim':
+        solver = ancestral(flow['eta'], noise_of(flow, indices)) if flow['eta'] else 'euler'
+    to_data = solver != 'rk45' if flow['to_data'] is None else flow['to_data']
+    exact, z_min = isinstance(net, pfgm.ExactField), flow['z_min']
+    if to_data and not up and solver != 'rk45':
+        if exact and not flow['z_last']:  # below it the lines of charges are straight
+            flow['z_last'] = pfgm.deciding_z(net.charges)
+        z_min = flow['z_last'] or pfgm.last_plane(z_min, flow['nfe'], flow['D'])
     ends = (z_min, flow['z_max']) if up else (flow['z_max'], z_min)
-    dtype = torch.float64 if isinstance(net, pfgm.ExactField) else torch.float32
+    dtype = torch.float64 if exact else torch.float32
     twice = labels is not None and flow['guidance'] != 1
     how = {k: flow[k] for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
-    bf16 = flow['bf16'] and flow['solver'] != 'rk45'  # whose tolerance is finer than bfloat16
+    bf16 = flow['bf16'] and solver != 'rk45'  # whose tolerance is finer than bfloat16
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x, nfe = pfgm.sample_ode(
                 net, x.to(device, dtype), *ends, solver, flow['nfe'], labels=labels, **how,
                 rtol=flow['tol'], atol=flow['tol'],
                 each=callback is None and flow['small_z'] != 'official',
-                schedule_name='log' if up else flow['schedule'], to_data=to_data and not up,
-                callback=callback)
+                schedule_name='log' if up else net.planes if flow['schedule'] == 'time' else
+                flow['schedule'], to_data=to_data and not up, callback=callback)
     except pfgm.SolverError as error:
         raise BadInput(f'--tol {flow["tol"]}: {error}; try a larger one, or --nfe 100') from error
     return x, nfe * (1 + twice)
@@ -221,8 +229,7 @@ def special_starts(args, flow):
     a, b = x[0::2, None], x[1::2, None]                         # (rows, 1, C, H, W), unit length
     t = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1, 1)
     # a prior that is not clipped: the norm of z_max eps / sqrt(chi2_D) at the mean of chi2_D
-    D = 1 if flow['D'] == math.inf else flow['D']
-    norm = flow['upper_norm'] or flow['z_max'] * math.sqrt(a[0].numel() / D)
+    norm = flow['upper_norm'] or flow['z_max'] * math.sqrt(a[0].numel()) / pfgm.unit(flow['D'])
     if args.rescale:
         x = a * norm * (1 / 3 + 5 / 3 * t)
     else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b

@@ -969,7 +969,7 @@ def test_any_d_trains_samples_and_has_a_likelihood(D, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('method', RIVALS)
-def test_rivals_train_and_sample(method, tmp_path):
+def test_rivals_train_and_sample(method, tmp_path, capsys):
     out = tmp_path / 'o'
     script(['train.py', *TINY_PP, '--method', method, '--steps', 12, '--lr', '1e-2', '--out_dir', out])
     assert np.isfinite(losses(out)).all() and losses(out)[-1] < losses(out)[0]
@@ -978,6 +978,25 @@ def test_rivals_train_and_sample(method, tmp_path):
                 '--out', tmp_path / 's.npz'])
         assert np.load(tmp_path / 's.npz')['arr_0'].shape == (3, 16, 16, 1)
     refuses(['train.py', *TINY_PP, '--method', method, '--D', 3, '--out_dir', tmp_path / 'p'], '--D 3: belongs')
+    ckpt = ['--ckpt', out / 'ckpt.pt', '--device', 'cpu', '--out', tmp_path / 'e.png']
+    script(['sample.py', *ckpt, '--encode', 'glyphs', '--n', 2, '--solver', 'ddim', '--nfe', 6])
+    said = capsys.readouterr().out
+    assert 'schedule time' in said and len(said) < 4000  # not the network itself
+    refuses(['sample.py', *ckpt, '--encode', 'glyphs', '--solver', 'ddim', '--eta', 1], '--eta 1.0: fresh')
+    refuses(['sample.py', *ckpt, '--guidance', 2], '--guidance 2.0: the network knows no classes')
+    refuses(['sample.py', *ckpt, '--classes', 3], '--classes 3: .* none; leave it out')
+
+
+def test_labels_with_a_gap_are_refused_and_a_class_has_one_number_in_both_splits(tmp_path):
+    x = np.zeros((8, 8, 8), np.uint8)
+    np.savez(tmp_path / 'a.npz', x=x, y=np.array([1, 2] * 4))
+    refuses(['train.py', *TINY_PP, '--dataset', tmp_path / 'a.npz', '--D', 2, '--classes', '--out_dir',
+             tmp_path / 'o'], '--classes: 2 labels from 1 to 2; accepted: 0, 1')
+    for name in ('train/a', 'train/b', 'train/c', 'test/b', 'test/c'):
+        (tmp_path / 'f' / name).mkdir(parents=True)
+        Image.fromarray(x[0]).save(tmp_path / 'f' / name / '0.png')
+    train, test = (data.load(tmp_path / 'f', split=split) for split in ('train', 'test'))
+    assert train.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [1, 2]
 
 
 def test_class_conditional_field(tmp_path):
@@ -996,6 +1015,12 @@ def test_places_that_cannot_be_written_are_refused(trained, tmp_path, monkeypatc
     refuses(['train.py', *TINY, '--out_dir', '/proc/x'], '--out_dir /proc/x: cannot write there')
     refuses(['evaluate.py', *ckpt, '--swd', '--n', 2, '--nfe', 1, '--results', '/proc/x'],
             '--results /proc/x: cannot be written')
+
+
+def test_benches_want_one_process(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for flag in ('--bench', '--solver_bench'):
+        refuses(['evaluate.py', flag], f'{flag}: of one process')
 
 
 def test_heavy_tailed_starts_stay_finite():

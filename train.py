@@ -28,7 +28,7 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from baselines import METHODS, as_flow
-from data import BadInput
+from data import BadInput, write
 from unet import ARCHITECTURE, UNet, build, read_checkpoint, save
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
@@ -236,9 +236,11 @@ def resolve(args, images, saved, world):
     if args.classes and images.labels is None:
         raise BadInput(f'--classes: {images.name} has no labels; give a folder with one folder a '
                        'class, or leave it out')
-    args.classes = len(images.labels.unique()) if args.classes else 0
-    if args.classes > datasets.CLASS_LIMIT:
-        raise BadInput(f'--classes: {args.classes} labels; at most {datasets.CLASS_LIMIT}')
+    labels = images.labels.unique() if args.classes else []
+    args.classes = len(labels)
+    if args.classes > datasets.CLASS_LIMIT or list(labels) != list(range(args.classes)):
+        raise BadInput(f'--classes: {args.classes} labels from {labels[0]} to {labels[-1]}; accepted: '
+                       f'0, 1, 2, ... with none left out, at most {datasets.CLASS_LIMIT}')
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -299,7 +301,7 @@ def shuffled_images(images, count, args, step, device, rank, world):
         if args.flip:
             flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
             x = torch.where(flipped, x.flip(-1), x)
-        yield x, images.class_of(order).to(device) if args.classes else None, generator
+        yield x, images.labels[order].to(device) if args.classes else None, generator
         step += 1
 
 
@@ -312,7 +314,7 @@ def training_steps(images, flow, args, step, device, rank, world):
             raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
                            'give a number of charges')
         charges = datasets.to_float(images.pixels.to(device))
-        kinds = images.class_of(torch.arange(len(images))).to(device) if args.classes else None
+        kinds = images.labels.to(device) if args.classes else None
         if args.flip:
             charges = torch.cat([charges, charges.flip(-1)])
             kinds = kinds.repeat(2) if args.classes else None
@@ -345,6 +347,15 @@ def field_loss(net, reduce, moved, z, target_x, target_z, weight, *labels):
     v_x, v_z = net(moved, z, *labels)
     error = (v_x - target_x).square().flatten(1).sum(1) * weight + (v_z - target_z).square()
     return error / 2 if reduce == 'sum' else error / (moved[0].numel() + 1)
+
+
+def update(net, ema, opt, clip, decay):
+    """One step of `opt` on the clipped gradients, and of the EMA -> their norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    return norm
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -469,8 +480,9 @@ def sample_grid(net, args, device, path):
     x = pfgm.sample_prior(shape, args.z_max, args.upper_norm, args.D, device=device,
                           generator=torch.Generator().manual_seed(args.seed))
     labels = torch.arange(36, device=device) % args.classes if args.classes else None
+    z_last = pfgm.last_plane(args.z_min, 20, args.D)
     with torch.no_grad():
-        x, _ = pfgm.sample_ode(as_flow(net, vars(args)), x, args.z_max, args.z_min, 'unipc', 20,
+        x, _ = pfgm.sample_ode(as_flow(net, vars(args)), x, args.z_max, z_last, 'unipc', 20,
                                D=args.D, gamma=args.gamma, z_exp=args.z_exp, labels=labels,
                                schedule_name='radius', to_data=True)
     picture = grid_of(datasets.to_uint8(x))
@@ -485,16 +497,6 @@ def grid_of(pixels, nrow=None):
     grid = make_grid(pixels.repeat_interleave(k, 3), nrow or math.ceil(len(pixels) ** 0.5),
                      padding=4, pad_value=128)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-def write(flag, path, save):
-    """save(file), whole or not at all: under a temporary name, then renamed."""
-    try:
-        with open(f'{path}.part', 'wb') as file:
-            save(file)
-        os.replace(f'{path}.part', path)
-    except OSError as error:
-        raise BadInput(f'{flag} {path}: cannot be written ({error}); give another') from error
 
 
 # ---------------------------------------------------------------- the run
@@ -643,15 +645,9 @@ def main(args):
                 loss = field_loss(net, args.loss, *micro)
                 (loss.mean() / args.accum).backward()
             losses.append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
+        norm = update(raw, ema, opt, args.grad_clip, min(args.ema_decay, (1 + step) / (10 + step)))
         observe(meter, step, batch[1], torch.cat(losses), norm)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
         seen += args.batch_size
-
-        # ema
-        decay = min(args.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(raw.parameters()), 1 - decay)
 
         # log, sample, save
         asked = heard(signals, step, device, world)

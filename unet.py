@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from baselines import METHODS, as_flow
-from data import CLASS_LIMIT, SIZE_LIMIT, BadInput
+from data import CLASS_LIMIT, SIZE_LIMIT, BadInput, write
 
 
 def initialise(layer, scale=1.0):
@@ -309,20 +309,12 @@ def check_contents(saved):
 
 
 def save(path, checkpoint):
-    """Whole or not at all: to a temporary name, flushed, then renamed over the old file."""
-    part = f'{path}.part'
-    try:
-        with open(part, 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
-        if os.path.lexists(part):
-            os.remove(part)
-        kept = f'the {path} of before is intact' if os.path.exists(path) else 'nothing was saved'
-        raise BadInput(f'cannot save {path} ({str(error).splitlines()[0]}); {kept}; free some '
-                       'space, then run the same command again') from error
+    """Whole or not at all, and on the disk before the old file goes."""
+    def durable(file):
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    write('checkpoint', path, durable)
 
 
 OFFICIAL_NAME = dict(norm1='GroupNorm_0', conv1='Conv_0', emb='Dense_0', norm2='GroupNorm_1',
