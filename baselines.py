@@ -10,10 +10,18 @@ pfgm.Denoiser with its own z(t), its own coefficients and its own draws of z:
     rf      rectified flow: alpha = t = 1 / (1 + z), F = y - eps     arXiv 2209.03003
 """
 import math
+import os
+import time
+import zlib
 
+import numpy as np
 import torch
 
 import pfgm
+from data import BadInput, step_seed, write
+
+SHARD = 1000  # pairs a file
+PAIR_NFE = 40  # calls of the teacher for each, by unipc
 
 
 class VP(pfgm.Denoiser):
@@ -129,3 +137,86 @@ def ancestral(eta, noise):
                 callback(z_next, x)
         return x
     return solver
+
+
+# ---------------------------------------------------------------- reflow and distillation
+
+class Pairs:
+    """Shards of (noise, image) on disk: pairs[indices (b,)] -> (y, eps), float32 (b, C, S, S)."""
+
+    def __init__(self, shards):
+        self.shards = shards
+
+    def __len__(self):
+        return sum(map(len, self.shards))
+
+    def __getitem__(self, indices):
+        rows = [self.shards[i // SHARD][i % SHARD] for i in indices.tolist()]
+        eps, y = torch.from_numpy(np.stack(rows)).float().unbind(1)
+        return y, eps
+
+
+def read_shard(path, shape):
+    """The memory map of a shard; None where it is absent or of another shape."""
+    try:
+        shard = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return shard if shard.shape == shape and shard.dtype == np.float16 else None
+
+
+@torch.no_grad()
+def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
+    """The Pairs of reflow: args.pairs draws eps and where `net` leads x = z_max eps, as float16 in
+    --out_dir/pairs. arXiv 2209.03003 Section 2.2. Shards of before, made by the same network from
+    the same seed, are kept; the others are shared out among the processes."""
+    folder, shape = os.path.join(args.out_dir, 'pairs'), (args.channels, *[args.image_size] * 2)
+    mark = args.seed
+    for tensor in net.state_dict().values():
+        mark = zlib.crc32(tensor.cpu().contiguous().numpy(), mark)
+    shapes = [(min(SHARD, args.pairs - first), 2, *shape) for first in range(0, args.pairs, SHARD)]
+    paths = [os.path.join(folder, f'{mark:08x}-{k:05d}.npy') for k in range(len(shapes))]
+    todo = [k for k in range(rank, len(paths), world) if read_shard(paths[k], shapes[k]) is None]
+    z_last, clock, done = pfgm.last_plane(z_min, PAIR_NFE), time.time(), 0
+    for k in todo:
+        os.makedirs(folder, exist_ok=True)
+        generator = torch.Generator().manual_seed(step_seed(args.seed, 2 ** 34 + k))
+        eps, ends = torch.randn(shapes[k][0], *shape, generator=generator), []
+        numbers = torch.arange(len(eps)) + k * SHARD
+        for part, number in zip(eps.split(args.batch_size), numbers.split(args.batch_size)):
+            labels = number.to(device) % args.classes if args.classes else None
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                x, _ = pfgm.sample_ode(net, z_max * part.to(device), z_max, z_last, 'unipc', PAIR_NFE,
+                                       D=math.inf, z_exp=0, labels=labels, schedule_name='radius',
+                                       to_data=True)
+            ends.append(x.cpu())
+        pairs = torch.stack([eps, torch.cat(ends)], 1).half().numpy()
+        write('--out_dir', paths[k], lambda file: np.save(file, pairs))
+        done += len(eps)
+        if rank == 0:
+            rate = done / (time.time() - clock)
+            left = int((sum(shapes[k][0] for k in todo) - done) / rate)
+            print(f'pairs: {done * world}/{args.pairs}  {rate * world:.1f} img/s  '
+                  f'{left // 60}:{left % 60:02d} left', flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    shards = [read_shard(path, shape) for path, shape in zip(paths, shapes)]
+    if None in [shard if shard is None else 0 for shard in shards]:
+        raise BadInput(f'--out_dir {args.out_dir}: every process must see the same folder')
+    return Pairs(shards)
+
+
+@torch.no_grad()
+def straightness(net, x, labels=None, steps=50):
+    """int |(x_1 - x_0) - dx_t/dt|^2 dt / |x_1 - x_0|^2 of the lines from x (B, ...) on z = net.high
+    down to net.low, by Euler steps even in t: (B,), 0 where straight. arXiv 2209.03003 Section 2.2.
+    """
+    high = torch.full((len(x),), net.high, dtype=torch.float64)
+    path = [pfgm.column(net.alpha(high), x) * x]
+    pfgm.sample_ode(net, x, net.high, net.low, 'euler', steps, D=math.inf, z_exp=0, labels=labels,
+                    schedule_name=net.planes,
+                    callback=lambda z, x: path.append(pfgm.column(net.alpha(z), x) * x))
+    path = torch.stack(path).flatten(2)
+    whole = path[-1] - path[0]
+    error = (whole - steps * path.diff(dim=0)).square().sum(2).mean(0)
+    return error / whole.square().sum(1)

@@ -44,6 +44,11 @@ class BadInput(ValueError):
         super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
 
 
+def step_seed(seed, step):
+    """A seed of its own for each (seed, step), or (seed, index of an image)."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
 def write(flag, path, save):
     """save(file), whole or not at all: under a temporary name, then renamed over the old file."""
     part = f'{path}.part'

@@ -36,10 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as datasets
 import pfgm
 import unet
-from data import BadInput, write
+from data import BadInput, step_seed, write
 from sample import OFFICIAL_BY_SIZE, flow_flags, follow, load_flow, prior
-from train import (Parser, above, field_loss, flow_constants, grid_of, run, setup, step_seed,
-                   update)
+from train import Parser, above, field_loss, flow_constants, grid_of, run, setup, update
 from unet import read_checkpoint
 
 METRICS = {

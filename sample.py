@@ -19,9 +19,8 @@ import torch.distributed as dist
 import data as datasets
 import pfgm
 from baselines import ancestral
-from data import BadInput, write
-from train import (PRESETS, Parser, above, fast_bf16, flow_constants, grid_of, run, setup,
-                   step_seed)
+from data import BadInput, step_seed, write
+from train import PRESETS, Parser, above, fast_bf16, flow_constants, grid_of, run, setup
 from unet import load_checkpoint
 
 

@@ -23,6 +23,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -985,6 +986,58 @@ def test_rivals_train_and_sample(method, tmp_path, capsys):
     refuses(['sample.py', *ckpt, '--encode', 'glyphs', '--solver', 'ddim', '--eta', 1], '--eta 1.0: fresh')
     refuses(['sample.py', *ckpt, '--guidance', 2], '--guidance 2.0: the network knows no classes')
     refuses(['sample.py', *ckpt, '--classes', 3], '--classes 3: .* none; leave it out')
+
+
+def test_straightness_of_known_lines():
+    class Point(torch.nn.Module):  # of one data point y: F = y - eps, the lines are straight
+        def forward(self, x, c_noise):
+            t = (c_noise / 999)[:, None]
+            return (y - x) / (1 - t), None
+    y, x = torch.linspace(-1, 1, 6, dtype=F64), 999 * torch.randn(5, 6, generator=seeded(), dtype=F64)
+    close(baselines.straightness(baselines.RectifiedFlow(Point()), x), torch.zeros(5, dtype=F64), atol=1e-12)
+    flow = baselines.VP(lambda x, c_noise: (torch.zeros_like(x), None))  # eps = 0: x / alpha stays
+    alpha = flow.alpha(flow.planes(flow.high, flow.low, 50))
+    whole = alpha[-1] - alpha[0]
+    bent = (whole - 50 * alpha.diff()).square().mean() / whole ** 2
+    close(baselines.straightness(flow, x), bent.expand(5), rtol=1e-9)
+
+
+def test_reflow_and_distillation(tmp_path, capsys):
+    """Pairs are draws of the prior and where the teacher leads them; killed between two shards the
+    run keeps what it has; both students train, resume and sample in one call."""
+    out, small = tmp_path / 'rf', ['--pairs', 40, '--lr', '1e-2']
+    script(['train.py', *TINY_PP, '--method', 'rf', '--classes', '--steps', 6, '--out_dir', out])
+    for kind in ('reflow', 'distill'):
+        home = tmp_path / kind
+        run = ['train.py', *TINY_PP, f'--{kind}', out / 'ckpt.pt', *small, '--out_dir', home]
+        with patch.object(baselines, 'SHARD', 16):
+            script([*run, '--steps', 12])
+            said = capsys.readouterr().out
+            assert 'the teacher: straightness' in said and 'pairs: 40/40' in said
+            files = sorted((home / 'pairs').iterdir())
+            assert [len(np.load(f)) for f in files] == [16, 16, 8]
+            made = {f: f.read_bytes() for f in files}
+            files[0].unlink(), files[2].write_bytes(made[files[2]][:500])
+            script([*run, '--steps', 14])
+            assert 'pairs: 24/40' in capsys.readouterr().out
+            assert {f: f.read_bytes() for f in files} == made
+        assert np.isfinite(losses(home)).all() and len(losses(home)) == 14
+        assert np.mean(losses(home)[-5:]) < np.mean(losses(home)[:3])
+        script(['sample.py', '--ckpt', home / 'ckpt.pt', '--nfe', 1, '--n', 3, '--device', 'cpu',
+                '--out', tmp_path / 's.npz'])
+        assert 'nfe 1 ' in capsys.readouterr().out
+    eps, y = torch.from_numpy(np.concatenate([np.load(f) for f in files])).float().unbind(1)
+    net, args = unet.load_checkpoint(out / 'ckpt.pt')
+    with torch.no_grad():
+        end, _ = pfgm.sample_ode(net, eps * args['z_max'], args['z_max'], 1e-3, rtol=1e-6, atol=1e-6,
+                                 labels=torch.arange(40) % 16 % 10, z_exp=0)
+    assert (eps.mean().abs() < 0.05) and (eps.std() - 1).abs() < 0.05
+    assert (end - y).abs().mean() < 0.02
+    refuses([*run, '--reflow', out / 'ckpt.pt'], 'two runs')
+    refuses([*run[:-1], tmp_path / 'x', '--method', 'vp'], 'belongs to --method rf')
+    np.save(tmp_path / 'a.npy', np.zeros((9, 16, 16), np.uint8))
+    refuses(['train.py', '--dataset', tmp_path / 'a.npy', '--reflow', out / 'ckpt.pt', '--out_dir',
+             tmp_path / 'x'], '--dataset .*a.npy: --reflow .* was trained on glyphs; give --dataset glyphs')
 
 
 def test_labels_with_a_gap_are_refused_and_a_class_has_one_number_in_both_splits(tmp_path):

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 import data as datasets
 import pfgm
-from baselines import METHODS, as_flow
-from data import BadInput, write
-from unet import ARCHITECTURE, UNet, build, read_checkpoint, save
+from baselines import METHODS, as_flow, make_pairs, straightness
+from data import BadInput, step_seed, write
+from unet import ARCHITECTURE, UNet, build, load_checkpoint, read_checkpoint, save
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
 # of the official code, cifar10_pp EDM's for PFGM++. By the data: M, z_max and upper_norm by
@@ -117,6 +117,9 @@ def parse_args(argv=None):
     flag('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)')
     flag('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance')
     flag('flip', None, None, 'mirror half of the images (default: as the data is)')
+    flag('reflow', str, None, 'straighten this checkpoint of rf: train on pairs that it makes')
+    flag('distill', str, None, 'the same, into samples of one call (--nfe 1)')
+    flag('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill')
     flag('init_from', str, None, 'go on from this checkpoint, ours or an official one')
     flag('seed', above(-1, int), 0, 'of the weights, the order of images and all noise')
     flag('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps')
@@ -215,7 +218,11 @@ def resolve(args, images, saved, world):
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
     by_size = next(name for size, name in sizes if images.image_size <= size)
     name = args.preset or args.dataset
-    args.method = args.method or ('pfgmpp' if args.D else 'pfgm')
+    teacher = args.reflow or args.distill
+    args.method = args.method or ('rf' if teacher else 'pfgmpp' if args.D else 'pfgm')
+    if teacher and (args.method != 'rf' or args.reflow and args.distill):
+        raise BadInput(f'--{"reflow" if args.reflow else "distill"} {teacher}: belongs to --method '
+                       f'rf, not {args.method}; and --reflow and --distill are two runs')
     if args.D and args.method != 'pfgmpp':
         raise BadInput(f'--D {args.D:g}: belongs to --method pfgmpp, not {args.method}')
     args.D = args.D or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
@@ -231,6 +238,7 @@ def resolve(args, images, saved, world):
                            f'{args.method} needs no charges')
     if saved:
         row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
+        args.classes = saved['args']['classes'] > 0 if teacher else args.classes
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
     if args.classes and images.labels is None:
@@ -257,10 +265,6 @@ def resolve(args, images, saved, world):
 
 
 # ---------------------------------------------------------------- the data of a step
-
-def step_seed(seed, step):
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-
 
 def image_order(n, count, seed, step):
     """Endless indices (count,) of step, step + 1, ...: one shuffle of all n images an epoch."""
@@ -305,9 +309,19 @@ def shuffled_images(images, count, args, step, device, rank, world):
         step += 1
 
 
+def shuffled_pairs(pairs, args, step, device):
+    """Endless (y (B, C, S, S), classes or None, generator, eps like y) of step, step + 1, ..."""
+    for order in image_order(len(pairs), args.batch_size, args.seed, step):
+        y, eps = (part.to(device) for part in pairs[order])
+        generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
+        yield y, (order % args.classes).to(device) if args.classes else None, generator, eps
+        step += 1
+
+
 def training_steps(images, flow, args, step, device, rank, world):
     """Endless (moved, z, target_x, target_z, weight[, classes]) for this rank, its slice of the
-    points. flow: the Denoiser whose z and weight they have, or None for the field of charges."""
+    points. flow: the Denoiser whose z and weight they have, or None for the field of charges.
+    images may be the Pairs of --reflow, whose noise is then theirs, and z_max with --distill."""
     every = args.field_batch == 'all'
     if every:
         if images.pixels is None:
@@ -321,7 +335,10 @@ def training_steps(images, flow, args, step, device, rank, world):
     B = args.batch_size
     mine = slice(rank * B // world, (rank + 1) * B // world)
     count = B if every else args.field_batch
-    for x, kind, generator in shuffled_images(images, count, args, step, device, rank, world):
+    paired = args.reflow or args.distill
+    source = (shuffled_pairs(images, args, step, device) if paired else
+              shuffled_images(images, count, args, step, device, rank, world))
+    for x, kind, generator, *eps in source:
         if not every:
             charges, kinds = x, kind
         labels, among, clean = [], None, x[:B]
@@ -335,9 +352,11 @@ def training_steps(images, flow, args, step, device, rank, world):
             target = pfgm.poisson_field(moved, z, charges, args.gamma, among=among)
             weight = torch.ones_like(z)
         else:
-            z = flow.draw(B, generator, device)
-            moved = (clean + pfgm.kernel(clean.shape, z, args.D, generator))[mine]
-            z = z[mine]
+            z = torch.full((B,), args.z_max, device=device) if args.distill else flow.draw(
+                B, generator, device)
+            noise = (pfgm.column(z, x) * eps[0] if paired else
+                     pfgm.kernel(clean.shape, z, args.D, generator))
+            moved, z = (clean + noise)[mine], z[mine]
             target, weight = (clean[mine] - moved, -z), flow.weight(moved, z)
         yield (moved, z, *target, weight, *labels)
 
@@ -397,6 +416,20 @@ def complete(path):
     return saved
 
 
+def taught(args):
+    """What --reflow and --distill start from: the teacher's EMA, at step 0."""
+    flag, path = ('reflow', args.reflow) if args.reflow else ('distill', args.distill)
+    saved = read_checkpoint(path)
+    method, dataset = saved['args']['method'], saved['args'].get('dataset')
+    if method != 'rf':
+        raise BadInput(f'--{flag} {path}: made by --method {method}; give a checkpoint of rf')
+    if dataset != args.dataset:
+        raise BadInput(f'--dataset {args.dataset}: --{flag} {path} was trained on {dataset}; give '
+                       f'--dataset {dataset}')
+    net = {k: v.clone() for k, v in saved['ema'].items()}
+    return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
+
+
 def claim(folder):
     """Lock the folder for this process (until it ends, however it ends): one run at a time."""
     try:
@@ -436,6 +469,8 @@ def open_run(args):
     if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
         raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
                        'give another --out_dir')
+    if args.reflow or args.distill:
+        return taught(args), False
     return (complete(args.init_from), False) if args.init_from else (None, False)
 
 
@@ -497,6 +532,20 @@ def grid_of(pixels, nrow=None):
     grid = make_grid(pixels.repeat_interleave(k, 3), nrow or math.ceil(len(pixels) ** 0.5),
                      padding=4, pad_value=128)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+def pairs_of_teacher(args, start, device, rank, world):
+    """The Pairs to train on, made by the teacher; and a line on how straight its own lines are."""
+    net, saved = load_checkpoint(args.reflow or args.distill)
+    net.to(device, memory_format=torch.channels_last)
+    pairs = make_pairs(net, saved['z_max'], saved['z_min'], args, device, rank, world)
+    if rank == 0 and start == 0:
+        labels = torch.arange(64, device=device) % args.classes if args.classes else None
+        start = net.high * torch.randn(64, args.channels, args.image_size, args.image_size,
+                                       generator=torch.Generator().manual_seed(args.seed))
+        bent = straightness(net, start.to(device), labels).mean()
+        print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
+    return pairs
 
 
 # ---------------------------------------------------------------- the run
@@ -604,7 +653,7 @@ def main(args):
     # optimizer, and the state of dropout
     opt = torch.optim.Adam(raw.parameters(), lr=args.lr, fused=device.type != 'mps')
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
-    if saved:
+    if saved and 'opt' in saved:
         restore(opt, saved, device, rank)
 
     # folder
@@ -623,7 +672,9 @@ def main(args):
         print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
               f'{args.channels}; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
               f'; {world} x {device}{", bf16" * args.bf16}'
-              + (f'; going on from step {start}' if saved else ''), flush=True)
+              + (f'; going on from step {start}' if start else ''), flush=True)
+    if args.reflow or args.distill:
+        images = pairs_of_teacher(args, start, device, rank, world)
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
