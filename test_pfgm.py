@@ -1011,17 +1011,17 @@ def test_reflow_and_distillation(tmp_path, capsys):
         home = tmp_path / kind
         run = ['train.py', *TINY_PP, f'--{kind}', out / 'ckpt.pt', *small, '--out_dir', home]
         with patch.object(baselines, 'SHARD', 16):
-            script([*run, '--steps', 12])
+            script([*run, '--steps', 20])
             said = capsys.readouterr().out
             assert 'the teacher: straightness' in said and 'pairs: 40/40' in said
             files = sorted((home / 'pairs').iterdir())
             assert [len(np.load(f)) for f in files] == [16, 16, 8]
             made = {f: f.read_bytes() for f in files}
             files[0].unlink(), files[2].write_bytes(made[files[2]][:500])
-            script([*run, '--steps', 14])
+            script([*run, '--steps', 22])
             assert 'pairs: 24/40' in capsys.readouterr().out
             assert {f: f.read_bytes() for f in files} == made
-        assert np.isfinite(losses(home)).all() and len(losses(home)) == 14
+        assert np.isfinite(losses(home)).all() and len(losses(home)) == 22
         assert np.mean(losses(home)[-5:]) < np.mean(losses(home)[:3])
         script(['sample.py', '--ckpt', home / 'ckpt.pt', '--nfe', 1, '--n', 3, '--device', 'cpu',
                 '--out', tmp_path / 's.npz'])
