@@ -186,9 +186,9 @@ def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
         for part, number in zip(eps.split(args.batch_size), numbers.split(args.batch_size)):
             labels = number.to(device) % args.classes if args.classes else None
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                x, _ = pfgm.sample_ode(net, z_max * part.to(device), z_max, z_last, 'unipc', PAIR_NFE,
-                                       D=math.inf, z_exp=0, labels=labels, schedule_name='radius',
-                                       to_data=True)
+                x, _ = pfgm.sample_ode(net, z_max * part.to(device), z_max, z_last, 'unipc',
+                                       PAIR_NFE, D=math.inf, z_exp=0, labels=labels,
+                                       schedule_name='radius', to_data=True)
             ends.append(x.cpu())
         pairs = torch.stack([eps, torch.cat(ends)], 1).half().numpy()
         write('--out_dir', paths[k], lambda file: np.save(file, pairs))

@@ -60,8 +60,9 @@ def write(flag, path, save):
         if os.path.lexists(part):
             os.remove(part)
         kept = 'the one of before is intact' if os.path.lexists(path) else 'nothing was saved'
-        raise BadInput(f'{flag} {path}: cannot be written ({str(error).partition(chr(10))[0]}); {kept}; '
-                       'free some space or give another, then run the same command again') from error
+        why = str(error).partition('\n')[0]
+        raise BadInput(f'{flag} {path}: cannot be written ({why}); {kept}; free some space or give '
+                       'another, then run the same command again') from error
 
 
 def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train'):

@@ -6,6 +6,7 @@
     python evaluate.py --swd --neighbours             # no Inception weights needed
     python evaluate.py --bpd --repeats 5              # likelihood of the test split
     python evaluate.py --fid --sweep nfe=5,10,20,50 --solvers euler,unipc # a table, a plot
+    python evaluate.py --compare out/*/ckpt.pt        # the same for several networks, and a strip
     python evaluate.py --dataset cifar10 --save_stats cifar10.npz        # for pytorch-fid, EDM
     python evaluate.py --solver_bench --dataset images.zip               # solvers, no network
     python evaluate.py --bench                                           # speed
@@ -36,8 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as datasets
 import pfgm
 import unet
+from baselines import straightness
 from data import BadInput, step_seed, write
-from sample import OFFICIAL_BY_SIZE, flow_flags, follow, load_flow, prior
+from sample import OFFICIAL_BY_SIZE, flow_flags, follow, labels_of, load_flow, prior
 from train import Parser, above, field_loss, flow_constants, grid_of, run, setup, update
 from unet import read_checkpoint
 
@@ -49,7 +51,9 @@ METRICS = {
     'swd': 'sliced Wasserstein distance of pixels, beside that of the test split',
     'neighbours': 'distances to the nearest training images, and a picture of the closest pairs',
     'bpd': 'bits/dim of the test split, uniform dequantisation, always rk45 (--tol: 1e-5)',
+    'straightness': 'of the lines of vp, subvp, ddpm and rf in their own time; 0 is straight',
 }
+OF_FLOWS = ('bpd', 'straightness')  # the others are of samples
 SOLVERS = ('rk45', *pfgm.SOLVERS)
 POOL = 2048  # features an image
 INCEPTION = 'pt_inception-2015-12-05-6726825d.pth'
@@ -83,14 +87,20 @@ def parse_args(argv=None):
     p.add_argument('--repeats', type=above(0, int), default=1, help='of --bpd, each with noise '
                    'and a Hutchinson probe of its own (default: 1)')
     p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
+    p.add_argument('--compare', nargs='+', metavar='CKPT', help='sweep these side by side, with a '
+                   'strip of samples from the same seeds (default: --swd --bpd, nfe=5,10,20,50)')
     p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
                    f'of {",".join(SOLVERS)} (default: unipc); rk45 is one point, at --tol')
-    p.add_argument('--out', default=None, help='picture of --sweep or --neighbours (default: '
-                   'sweep.png or neighbours.png beside --results)')
+    p.add_argument('--out', default=None, help='picture of --sweep, --compare or --neighbours '
+                   '(default: sweep.png, compare.png or neighbours.png beside --results)')
     p.add_argument('--results', default=None, help='a line is appended to it (default: '
                    'results.jsonl beside --ckpt; in this folder with --samples or --exact)')
     args = p.parse_args(argv)
     args.bpd_tol, args.tol = args.tol or 1e-5, args.tol or 1e-4
+    if args.compare:
+        args.sweep = args.sweep or [5, 10, 20, 50]
+        if not any(vars(args)[name] for name in METRICS):
+            args.swd = args.bpd = True
     return args
 
 
@@ -108,12 +118,15 @@ def check_flags(args, asked):
         (solvers and not args.sweep and not args.solver_bench,
          f'--solvers {solvers}: belongs to --sweep nfe=5,10,20 or --solver_bench'),
         (alone and asked, f'--{alone}: runs alone; leave --{asked[0]} out' if asked else ''),
-        (args.sweep and not alone and (not asked or {'bpd', 'neighbours'} & set(asked)),
-         '--sweep: give some of --fid --is --kid --prc --swd to sweep; the others run alone'),
+        (args.sweep and not alone and (not set(asked) - set(OF_FLOWS) or 'neighbours' in asked),
+         '--sweep: give some of --fid --is --kid --prc --swd to sweep, and not --neighbours'),
+        (args.compare and (alone or args.samples or args.exact), '--compare: of checkpoints; leave '
+         '--samples, --exact and the benches out'),
         (args.sweep and (args.nfe or args.solver), '--sweep: says itself how many calls; leave '
          '--nfe out, and give --solvers in place of --solver'),
-        (args.samples and (args.sweep or args.bpd or args.exact), f'--samples {args.samples}: '
-         'images without their flow; leave --sweep, --bpd and --exact out'),
+        (args.samples and (args.sweep or args.exact or set(OF_FLOWS) & set(asked)), f'--samples '
+         f'{args.samples}: images without their flow; leave --sweep, --bpd, --straightness and '
+         '--exact out'),
         (args.samples and asked != ['is'] and not (args.ref or args.dataset),
          f'--samples {args.samples}: compared with what? give --dataset or --ref'),
     ):
@@ -124,11 +137,12 @@ def check_flags(args, asked):
         folder = os.path.dirname(path)
         if folder and not os.path.isdir(folder):
             raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
-    home = '' if args.samples or args.exact or args.solver_bench else os.path.dirname(args.ckpt)
+    home = '' if (args.samples or args.exact or args.solver_bench
+                  or args.compare) else os.path.dirname(args.ckpt)
     args.results = args.results or os.path.join(home, 'results.jsonl')
-    args.out = args.out or os.path.join(os.path.dirname(args.results),
-                                        'sweep.png' if args.sweep else
-                                        'solvers.png' if args.solver_bench else 'neighbours.png')
+    name = ('solvers' if args.solver_bench else 'compare' if args.compare else
+            'sweep' if args.sweep else 'neighbours')
+    args.out = args.out or os.path.join(os.path.dirname(args.results), f'{name}.png')
 
 
 def check_counts(asked, n, n_ref):
@@ -202,6 +216,22 @@ def load_images(flag, name, args, size=None, channels=None, split='train'):
         return datasets.load(name, args.data_dir, size, channels, split)
     except BadInput as error:
         raise BadInput(str(error).replace('--dataset', flag, 1)) from error
+
+
+def load_flows(args, device):
+    """({run: (net, flow)}, the images of --exact or None): of --ckpt, or of all of --compare, each
+    under the name of its folder, or its own where two would be alike."""
+    paths = args.compare or [args.ckpt]
+    names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
+    names = paths if len(set(names)) < len(names) else names
+    flows = {}
+    for name, args.ckpt in zip(names, paths):
+        net, flow, images = load_flow(args, device)
+        flows[name] = net, flow
+        if flow['shape'] != next(iter(flows.values()))[1]['shape']:
+            raise BadInput(f'--compare {args.ckpt}: makes images of {flow["shape"]}, the first '
+                           f'others; give checkpoints of one size')
+    return flows, images
 
 
 def training_set_of(args):
@@ -493,6 +523,25 @@ def bits_per_dim(net, flow, images, n, args, place):
                 round_trip_mean=error.mean().item(), round_trip_max=worst.max().item())
 
 
+def flow_metrics(asked, name, net, flow, images, split, args, place):
+    """bits/dim and straightness of a flow, printed, recorded, and returned as one flat dict."""
+    device, rank, world = place
+    clock, found = time.time(), {}
+    if 'bpd' in asked:
+        found = bits_per_dim(net, flow, images, min(args.n or 256, len(images)), args, place)
+    if 'straightness' in asked and hasattr(net, 'planes'):
+        rows = [straightness(net, prior(flow, args.seed, part.tolist()).to(device),
+                             labels_of(flow, part.tolist(), device))
+                for part in torch.arange(args.n or 256).split(args.batch_size)]
+        found['straightness'] = torch.cat(rows).mean().item()
+    if found and rank == 0:
+        note = f'({split} images of {images.name})' if 'bpd' in asked else f'({name})'
+        print('  '.join(f'{k} {v:.6g}' for k, v in found.items() if v is not None), '', note)
+        about = dict(dataset=images.name, split=split) if 'bpd' in asked else {}
+        record(args, device, world, time.time() - clock, dict(found, run=name, **about))
+    return {k: found[k] for k in OF_FLOWS if k in found}
+
+
 def measure(asked, made, ref, weight, train, test, args, device):
     """All metrics of one set of samples but bpd, printed and returned as one flat dict."""
     home, found = 'cpu' if device.type == 'mps' else device, {}
@@ -722,6 +771,30 @@ def plot(curves, xlabel, ylabel, path):
     print(f'wrote {path}')
 
 
+def strip(rows, heads, path):
+    """A PNG of samples: a row for each of {name: uint8 (k, C, H, W)}, its heads spread over it."""
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.load_default(size=20)
+    grid = grid_of(torch.cat(list(rows.values())), len(next(iter(rows.values()))))
+    left = 20 + int(max(font.getlength(name) for name in rows))
+    image = Image.new('RGB', (left + grid.width, 30 + grid.height), 'white')
+    image.paste(grid, (left, 30))
+    draw = ImageDraw.Draw(image)
+    for k, name in enumerate(rows):
+        draw.text((10, 30 + (k + 0.5) * grid.height / len(rows)), name, 'black', font, 'lm')
+    for k, head in enumerate(heads):
+        draw.text((left + (k + 0.5) * grid.width / len(heads), 15), head, 'black', font, 'mm')
+    write('--out', path, lambda file: image.save(file, 'PNG'))
+    print(f'wrote {path}')
+
+
+def print_table(rows):
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    for row in [dict(zip(keys, keys)), *rows]:
+        print('  '.join(f'{v:>10}' if isinstance(v, str) else f'{v:>10.5g}'
+                        for v in (row.get(k, '-') for k in keys)))
+
+
 def record(args, device, world, seconds, values):
     """Append one line to --results: the values, and what it takes to get them again."""
     try:
@@ -751,14 +824,14 @@ def main(args):
     device, rank, world = place = setup(args.device)
 
     # what is evaluated
-    net = flow = source = train = stats = test = None
+    flows, source, train, stats, test = {}, None, None, None, None
     channels = size = None
     if args.samples:
         source = load_images('--samples', args.samples, args)
         channels, size = source.channels, source.image_size
     elif asked or not (args.ref or args.dataset):
-        net, flow, train = load_flow(args, device)
-        channels, size = flow['shape'][:2]
+        flows, train = load_flows(args, device)
+        channels, size = next(iter(flows.values()))[1]['shape'][:2]
     inception_wanted = wanted & {'fid', 'is', 'kid', 'prc'}
     n = args.n or (len(source) if source else 50000 if inception_wanted else 1000)
     if source and n > len(source):
@@ -774,7 +847,7 @@ def main(args):
                        '.zip or .npz of images')
     if args.ref:  # at its own size, as pytorch-fid reads it
         train = None if stats else load_images('--ref', args.ref, args)
-    elif not train and wanted - {'is'}:
+    elif not train and wanted - {'is', 'straightness'}:
         name = args.dataset or training_set_of(args)
         train = load_images('--dataset', name, args, size, channels)
     if wanted & {'swd', 'neighbours', 'bpd'}:
@@ -801,50 +874,49 @@ def main(args):
             file, mu=ref.mu.numpy(), sigma=ref.sigma.numpy(), n=ref.n, convention=convention))
         print(f'wrote {args.save_stats}', flush=True)
 
-    # bits/dim
-    if 'bpd' in asked:
-        clock, images = time.time(), test or train
-        count = min(args.n or 256, len(images))
-        values = bits_per_dim(net, flow, images, count, args, place)
-        if rank == 0:
-            print('  '.join(f'{k} {v:.6g}' for k, v in values.items() if v is not None)
-                  + f'  ({"test" if test else "training"} images of {train.name})')
-            record(args, device, world, time.time() - clock,
-                   dict(values, dataset=train.name, split='test' if test else 'train'))
-
-    # one pass over the samples, for each point of a sweep
-    points, curves, table = [(None, None)] if set(asked) - {'bpd'} else [], {}, []
-    if args.sweep:
-        points = [(solver, nfe) for solver in args.solvers or ['unipc']
-                  for nfe in (args.sweep if solver != 'rk45' else [100])]
+    # one pass over the samples, for each point of a sweep, of each flow
     keep = ({'features'} if wanted & {'is', 'kid', 'prc'} else set()) | (
-        {'pixels'} if wanted & {'swd', 'neighbours'} else set())
-    for solver, nfe in points:
-        clock, calls = time.time(), []
-        if solver:
-            flow.update(solver=solver, nfe=nfe)
-        batches = (stored(source, n, args, place) if source else
-                   generated(net, flow, n, args, place, calls))
-        made = collect(watch(batches, len(share(n, rank, world)), 'samples', rank),
-                       n, inception, args.resize, keep, place)
-        if rank > 0:
-            continue
-        values = measure(asked, made, ref, weight, train, test, args, device)
-        how = dict(solver=flow['solver'], nfe=float(np.mean(calls))) if flow else {}
-        record(args, device, world, time.time() - clock, dict(
-            n=n, n_ref=ref.n if ref else None, reference=train.name if train else args.ref,
-            resize=args.resize, inception=args.inception, **how, **values))
+        {'pixels'} if wanted & {'swd', 'neighbours'} or args.compare else set())
+    curves, table, strips = {}, [], {}
+    for name, (net, flow) in (flows or {'': (None, {})}).items():
+        own = flow_metrics(asked, name, net, flow, test or train, 'test' if test else 'training',
+                           args, place)
+        points = [(flow.get('solver'), args.nfe)] if set(asked) - set(OF_FLOWS) else []
         if args.sweep:
-            print(f'{solver}  nfe {how["nfe"]:g}', flush=True)
-            table.append({**how, **values})
-            shown = {'prc': 'precision'}.get(asked[0], asked[0])
-            curves.setdefault(solver, []).append((how['nfe'], values[shown]))
+            points = [(solver, nfe) for solver in args.solvers or ['unipc']
+                      for nfe in (args.sweep if solver != 'rk45' else [None])]
+        for solver, nfe in points:
+            clock, calls = time.time(), []
+            if flow:
+                flow.update(solver=solver, nfe=nfe or 100)
+            batches = (stored(source, n, args, place) if source else
+                       generated(net, flow, n, args, place, calls))
+            made = collect(watch(batches, len(share(n, rank, world)), 'samples', rank),
+                           n, inception, args.resize, keep, place)
+            if rank > 0:
+                continue
+            seconds = time.time() - clock
+            values = measure(asked, made, ref, weight, train, test, args, device)
+            how = dict(solver=solver, nfe=float(np.mean(calls))) if flow else {}
+            how = {**(dict(run=name, method=flow['method']) if args.compare else {}), **how}
+            record(args, device, world, time.time() - clock, dict(
+                n=n, n_ref=ref.n if ref else None, reference=train.name if train else args.ref,
+                resize=args.resize, inception=args.inception, **how, **values))
+            if args.sweep:
+                table.append({**how, 'seconds': seconds, **values, **own})
+                shown = next(iter(values))
+                curve = ' '.join([name] * bool(args.compare)
+                                 + [solver] * (not args.compare or len(args.solvers or ()) > 1))
+                curves.setdefault(curve, []).append((how['nfe'], values[shown]))
+                if args.compare and solver != 'rk45':
+                    strips.setdefault(curve, []).append(made.pixels[:4])
     if table:
-        print('  '.join(f'{k:>10}' for k in table[0]))
-        for row in table:
-            print('  '.join(f'{v:>10.5g}' if not isinstance(v, str) else f'{v:>10}'
-                            for v in row.values()))
+        print_table(table)
         plot(curves, 'network calls an image (NFE)', shown.upper() + f', {n} images', args.out)
+    if strips:
+        heads = [f'nfe {nfe}' for nfe in args.sweep]
+        strip({k: torch.cat(v) for k, v in strips.items()}, heads,
+              f'{os.path.splitext(args.out)[0]}_samples.png')
     if rank == 0 and asked:
         print(f'results are in {args.results}')
 

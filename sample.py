@@ -110,7 +110,7 @@ def load_flow(args, device):
             saved = {**saved, **PRESETS[name], 'z_min': 1e-3, 'gamma': 5.0}
         flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
         flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
-        flow['classes'] = saved['classes']
+        flow.update(classes=saved['classes'], method=saved['method'])
     official = saved.get('official', False)
     solver = args.solver or ('rk45' if not args.nfe else 'heun' if official else 'unipc')
     flow.update(small_z=args.small_z or ('official' if official else 'exact'), solver=solver,
@@ -141,8 +141,8 @@ def check_flow(args, net, flow):
          f'{flow["z_max"]:.4g}'),
         (args.guidance != 1 and not known, f'--guidance {args.guidance}: the network knows no '
          'classes; leave it out, or train with --classes'),
-        (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network knows '
-         + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
+        (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network '
+         'knows ' + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
     ):
         if wrong:
             raise BadInput(message)

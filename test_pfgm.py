@@ -1002,6 +1002,23 @@ def test_straightness_of_known_lines():
     close(baselines.straightness(flow, x), bent.expand(5), rtol=1e-9)
 
 
+def test_comparing_checkpoints(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script(['train.py', *TINY_PP, '--method', 'rf', '--steps', 3, '--out_dir', tmp_path / 'straight'])
+    ckpts = [tmp_path / 'straight' / 'ckpt.pt', trained / 'ckpt.pt']
+    script(['evaluate.py', '--compare', *ckpts, '--swd', '--bpd', '--straightness', '--sweep', 'nfe=1,4',
+            '--solvers', 'unipc,rk45', '--n', 6, '--tol', '1e-1', '--device', 'cpu'])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if 'unipc' in line]
+    rows = [row for row in rows if row[:2] in (['straight', 'rf'], [trained.name, 'pfgm'])]
+    assert [row[2:4] for row in rows] == [['unipc', '1'], ['unipc', '4']] * 2
+    assert all(np.isfinite([float(v) for v in row[3:] if v != '-']).all() for row in rows)
+    assert rows[0][-1] != '-' and rows[2][-1] == '-'  # no time, no straightness
+    assert Image.open('compare.png').size == (960, 640) and Image.open('compare_samples.png').width > 8 * 64
+    assert len(Path('results.jsonl').read_text().splitlines()) == 2 * (3 + 1)
+    script(['train.py', *TINY_PP, '--image_size', 8, '--steps', 1, '--out_dir', tmp_path / 'small'])
+    refuses(['evaluate.py', '--compare', *ckpts, tmp_path / 'small' / 'ckpt.pt'], '--compare .*one size')
+
+
 def test_reflow_and_distillation(tmp_path, capsys):
     """Pairs are draws of the prior and where the teacher leads them; killed between two shards the
     run keeps what it has; both students train, resume and sample in one call."""
