@@ -712,6 +712,12 @@ def bench(args):
                 for change in [] if bf16 else plain:
                     stack.enter_context(change)
                 times.append(seconds(work, device, 3))
+        if what == 'forward':  # a flow that costs nothing leaves the solver's own time
+            start, calls = pfgm.sample_prior(x.shape, 40.0, 3e3, generator=None).to(device), []
+            own = seconds(lambda: calls.append(pfgm.sample_ode(
+                lambda x, z: (-x, -z), start, 40.0, 1e-3, z_exp=0, each=True)[1]), device, 3)
+            print(f'RK45, {B} images: {own / calls[0] * 1e3:.1f} ms a call beside the network, '
+                  f'{own / calls[0] / times[0]:.1%} of its float32 forward', flush=True)
         with FlopCounterMode(display=False) as flops:
             work()
         share = flops.get_total_flops() / times[1] / rates[torch.bfloat16]

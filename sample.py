@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -311,6 +312,13 @@ def field_lines(path):
     print(f'{path}: {n} field lines of {len(charges)} charges')
 
 
+def save_png(path, pixels):
+    """uint8 (C, H, W) as a file."""
+    from PIL import Image
+    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2 if len(pixels) == 1 else ()).numpy())
+    write('--out', path, lambda file: image.save(file, 'PNG'))
+
+
 def check_out(out):
     folder = os.path.dirname(out)
     if folder and not os.path.isdir(folder):
@@ -352,14 +360,18 @@ def main(args):
     n = args.n if special is None else len(special)
     folder = not args.out.endswith(('.png', '.npz'))
     made = []
-    for first, pixels in generate(net, flow, n, args.seed, args.batch_size, device, rank, world,
-                                  special):
-        made.append(pixels)
-        if folder:
-            from PIL import Image
-            for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy(), first):
-                write('--out', os.path.join(args.out, f'{i:06d}.png'),
-                      lambda file: Image.fromarray(image.squeeze()).save(file, 'PNG'))
+    with ThreadPoolExecutor(4) as pool:  # files are written while the next batch is sampled
+        saves = []
+        for first, pixels in generate(net, flow, n, args.seed, args.batch_size, device, rank, world,
+                                      special):
+            made.append(pixels)
+            if folder:
+                saves += [pool.submit(save_png, os.path.join(args.out, f'{i:06d}.png'), image)
+                          for i, image in enumerate(pixels, first)]
+            while saves and saves[0].done():
+                saves.pop(0).result()  # a disk that is full ends the run here
+        for save in saves:
+            save.result()
     made = torch.cat(made) if made else torch.empty(0, *flow['shape'], dtype=torch.uint8)
     if images is not None and len(made):
         found = images.pixels.cpu().flatten(1)

@@ -2306,12 +2306,13 @@ def test_a_few_absurd_flags(module, trained, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('part, value', [
     ('opt', {}), ('opt', [1]), ('opt', {'state': {0: 5}, 'param_groups': []}), ('rng', 5),
-    ('rng', [[torch.zeros(3)]]), ('opt', 'moments')])
+    ('rng', [[torch.zeros(3)]]), ('opt', 'moments'), ('opt', 'steps')])
 def test_rubbish_beside_the_weights_ends_training_in_one_line(trained, tmp_path, part, value):
     saved = torch.load(trained / 'ckpt.pt', weights_only=True)
-    if value == 'moments':
+    if value in ('moments', 'steps'):
+        key, wrong = ('exp_avg', torch.zeros(3)) if value == 'moments' else ('step', torch.tensor(-1.))
         value = saved['opt']
-        value['state'][0]['exp_avg'] = torch.zeros(3)
+        value['state'][0][key] = wrong
     (tmp_path / 'o').mkdir()
     torch.save({**saved, part: value}, tmp_path / 'o' / 'ckpt.pt')
     refuses(['train.py', *TINY, '--dropout', 0.1, '--steps', 12, '--out_dir', tmp_path / 'o'], 'damaged')

@@ -399,6 +399,8 @@ def restore(opt, saved, device, rank):
             for key in ('exp_avg', 'exp_avg_sq'):
                 if state[key].shape != p.shape:
                     raise ValueError(f'{key} is {tuple(state[key].shape)}, not {tuple(p.shape)}')
+            if not 1 <= float(state['step']) < 2 ** 31:
+                raise ValueError(f'step is {float(state["step"])}')
         if rank < len(saved.get('rng', [])):
             torch.set_rng_state(saved['rng'][rank][0])
             if device.type == 'cuda' and len(saved['rng'][rank]) > 1:
