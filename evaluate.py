@@ -10,6 +10,7 @@
     python evaluate.py --dataset cifar10 --save_stats cifar10.npz        # for pytorch-fid, EDM
     python evaluate.py --solver_bench --dataset images.zip               # solvers, no network
     python evaluate.py --bench                                           # speed
+    python evaluate.py --curves out/*/log.jsonl                          # loss against images seen
 
 Every result is also a line of results.jsonl. FID: arXiv 1706.08500, IS: 1606.03498, KID:
 1801.01401, precision and recall: 1904.06991, sliced Wasserstein: Bonneel et al. 2015.
@@ -71,6 +72,8 @@ def parse_args(argv=None):
     p.add_argument('--solver_bench', action='store_true', help='all solvers of --solvers at the '
                    'NFEs of --sweep, in the exact field of --dataset: share of right ends')
     p.add_argument('--bench', action='store_true', help='time the field and the CIFAR-10 network')
+    p.add_argument('--curves', nargs='+', metavar='LOG', help='plot the loss of these log.jsonl '
+                   'files against images seen, a moving mean over a tenth of each')
     flow_flags(p)
     p.set_defaults(tol=None)
     p.add_argument('--n', type=above(0, int), default=None, help='images (default: all of '
@@ -107,7 +110,7 @@ def parse_args(argv=None):
 def check_flags(args, asked):
     """Whatever can be known before any work is done, and where to write."""
     solvers = ','.join(args.solvers or ())
-    alone = 'bench' if args.bench else 'solver_bench' if args.solver_bench else ''
+    alone = next((name for name in ('bench', 'solver_bench', 'curves') if vars(args)[name]), '')
     for wrong, message in (
         (not asked and not args.save_stats and not alone, 'no metric asked; give one or more of '
          + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz'),
@@ -137,11 +140,11 @@ def check_flags(args, asked):
         folder = os.path.dirname(path)
         if folder and not os.path.isdir(folder):
             raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
-    home = '' if (args.samples or args.exact or args.solver_bench
-                  or args.compare) else os.path.dirname(args.ckpt)
+    home = '' if (args.samples or args.exact or args.compare
+                  or alone) else os.path.dirname(args.ckpt)
     args.results = args.results or os.path.join(home, 'results.jsonl')
-    name = ('solvers' if args.solver_bench else 'compare' if args.compare else
-            'sweep' if args.sweep else 'neighbours')
+    name = ('solvers' if args.solver_bench else 'compare' if args.compare else 'curves' if
+            args.curves else 'sweep' if args.sweep else 'neighbours')
     args.out = args.out or os.path.join(os.path.dirname(args.results), f'{name}.png')
 
 
@@ -777,6 +780,24 @@ def plot(curves, xlabel, ylabel, path):
     print(f'wrote {path}')
 
 
+def loss_curves(args):
+    """The loss of each log of train.py against images seen, as --out."""
+    curves = {}
+    for path in args.curves:
+        try:
+            rows = [json.loads(line) for line in open(path)]
+            points = [(row['images'], row['loss']) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f'--curves {path}: not a log.jsonl of train.py ({error})') from error
+        if len(points) < 2:
+            raise BadInput(f'--curves {path}: {len(points)} lines; two or more make a curve')
+        window = max(len(points) // 10, 1)
+        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        curves[name if name not in curves else path] = [
+            tuple(np.mean(points[max(k - window, 0):k], axis=0)) for k in range(1, len(points) + 1)]
+    plot(curves, 'images seen', 'training loss', args.out)
+
+
 def strip(rows, heads, path):
     """A PNG of samples: a row for each of {name: uint8 (k, C, H, W)}, its heads spread over it."""
     from PIL import Image, ImageDraw, ImageFont
@@ -825,6 +846,8 @@ def main(args):
     asked = [name for name in METRICS if vars(args)[name]]
     wanted = set(asked) | ({'fid'} if args.save_stats else set())
     check_flags(args, asked)
+    if args.curves:
+        return loss_curves(args)
     if args.solver_bench or args.bench:
         return (bench if args.bench else solver_bench)(args)
     device, rank, world = place = setup(args.device)

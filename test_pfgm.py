@@ -1087,6 +1087,15 @@ def test_places_that_cannot_be_written_are_refused(trained, tmp_path, monkeypatc
             '--results /proc/x: cannot be written')
 
 
+def test_loss_curves(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script(['evaluate.py', '--curves', trained / 'log.jsonl'])
+    assert Image.open('curves.png').size == (960, 640)
+    Path('a.jsonl').write_text('[1]')
+    for log, why in (('a.jsonl', 'not a log.jsonl'), ('none.jsonl', 'No such file')):
+        refuses(['evaluate.py', '--curves', log], f'--curves {log}: .*{why}')
+
+
 def test_benches_want_one_process(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     for flag in ('--bench', '--solver_bench'):

@@ -602,7 +602,7 @@ def progress(args, step, meter, seen, seconds, device):
     print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
           f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  {memory:.1f} GB  loss by z '
           + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
-    return dict(step=step, loss=total / count, lr=lr, img_per_s=rate, memory_gb=memory,
+    return dict(step=step, images=step * args.batch_size, loss=total / count, lr=lr, img_per_s=rate, memory_gb=memory,
                 loss_by_z=by_z, z_bins=meter['edges'].tolist(), peak=peak, peak_step=peak_step)
 
 
