@@ -91,7 +91,8 @@ def parse_args(argv=None):
                    'and a Hutchinson probe of its own (default: 1)')
     p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
     p.add_argument('--compare', nargs='+', metavar='CKPT', help='sweep these side by side, with a '
-                   'strip of samples from the same seeds (default: --swd --bpd, nfe=5,10,20,50)')
+                   'strip of samples from the same seeds (default: --swd --bpd, nfe=5,10,20,50; bits/dim of '
+                   '256 images)')
     p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
                    f'of {",".join(SOLVERS)} (default: unipc); rk45 is one point, at --tol')
     p.add_argument('--out', default=None, help='picture of --sweep, --compare or --neighbours '
@@ -531,7 +532,8 @@ def flow_metrics(asked, name, net, flow, images, split, args, place):
     device, rank, world = place
     clock, found = time.time(), {}
     if 'bpd' in asked:
-        found = bits_per_dim(net, flow, images, min(args.n or 256, len(images)), args, place)
+        count = 256 if args.compare else args.n or 256
+        found = bits_per_dim(net, flow, images, min(count, len(images)), args, place)
     if 'straightness' in asked and hasattr(net, 'planes'):
         rows = [straightness(net, prior(flow, args.seed, part.tolist()).to(device),
                              labels_of(flow, part.tolist(), device))
