@@ -196,12 +196,12 @@ def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
         if rank == 0:
             rate = done / (time.time() - clock)
             left = int((sum(shapes[k][0] for k in todo) - done) / rate)
-            print(f'pairs: {done * world}/{args.pairs}  {rate * world:.1f} img/s  '
-                  f'{left // 60}:{left % 60:02d} left', flush=True)
+            print(f'pairs: {min(done * world, args.pairs)}/{args.pairs}  {rate * world:.1f} img/s'
+                  f'  {left // 60}:{left % 60:02d} left', flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     shards = [read_shard(path, shape) for path, shape in zip(paths, shapes)]
-    if None in [shard if shard is None else 0 for shard in shards]:
+    if any(shard is None for shard in shards):
         raise BadInput(f'--out_dir {args.out_dir}: every process must see the same folder')
     return Pairs(shards)
 
