@@ -531,6 +531,9 @@ def flow_metrics(asked, name, net, flow, images, split, args, place):
     """bits/dim and straightness of a flow, printed, recorded, and returned as one flat dict."""
     device, rank, world = place
     clock, found = time.time(), {}
+    if flow.get('student') and set(OF_FLOWS) & set(asked):
+        print(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
+        return {}
     if 'bpd' in asked:
         count = 256 if args.compare else args.n or 256
         found = bits_per_dim(net, flow, images, min(count, len(images)), args, place)

@@ -48,7 +48,8 @@ def flow_flags(p):
     p.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0, help='fresh noise of ddim:'
                    ' 0 none (it is euler), 1 ancestral sampling of DDPM (default: 0)')
     p.add_argument('--nfe', type=above(0, int), default=None,
-                   help='network calls an image, of all solvers but rk45 (default: 100)')
+                   help='network calls an image, of all solvers but rk45 (default: 100; '
+                   'of a distilled network 1)')
     p.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None, help='planes of '
                    'the steps (default: radius; official checkpoints: log); time: even in the t of '
                    'vp, subvp, ddpm and rf')
@@ -98,7 +99,7 @@ def load_flow(args, device):
             raise BadInput(f'--exact --dataset {args.dataset}: does not fit in memory')
         flow = flow_constants(images, args.dataset)
         net = pfgm.ExactField(datasets.to_float(images.pixels.to(device)).double())
-        flow.update(z_exp=0.0, D=1.0, classes=0,  # its v_z needs no help
+        flow.update(z_exp=0.0, D=1.0, classes=0, student=False,  # its v_z needs no help
                     shape=tuple(images.pixels.shape[1:]))
     else:
         net, saved = load_checkpoint(args.ckpt, args.weights)
@@ -111,11 +112,13 @@ def load_flow(args, device):
             saved = {**saved, **PRESETS[name], 'z_min': 1e-3, 'gamma': 5.0}
         flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
         flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
-        flow.update(classes=saved['classes'], method=saved['method'])
+        flow.update(classes=saved['classes'], method=saved['method'],
+                    student=bool(saved.get('distill')))
     official = saved.get('official', False)
-    solver = args.solver or ('rk45' if not args.nfe else 'heun' if official else 'unipc')
+    nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
+    solver = args.solver or ('rk45' if not nfe else 'heun' if official else 'unipc')
     flow.update(small_z=args.small_z or ('official' if official else 'exact'), solver=solver,
-                nfe=args.nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
+                nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
                 seed=args.seed, schedule=args.schedule or ('log' if official else 'radius'),
                 to_data=False if official and args.to_data is None else args.to_data,
                 z_min=args.z_min or flow['z_min'], z_last=args.z_min)
