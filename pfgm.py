@@ -127,7 +127,7 @@ def posterior_mean(x, z, charges, D=1, among=None):
     """xhat = sum_k w_k y_k, the mean of the data that a line through (x, z) can end at: (B, N) in
     float64. Memory: (B, K) and CHUNK charges in float64, never (B, K, N)."""
     w = charge_weights(x, z, charges, D, among)
-    w = w.masked_fill_(w < 1e-30, 0)  # in float32 they would be subnormal: exact, but 3 times slower
+    w = w.masked_fill(w < 1e-30, 0)  # in float32 they would be subnormal: exact, but 3 times slower
     # Products in the charges' own type: where |x - xhat| is small the weights are 0 and 1, and the
     # product exact. Sums in float64.
     parts = zip(w.split(CHUNK, dim=1), charges.flatten(1).split(CHUNK))
