@@ -91,8 +91,8 @@ def parse_args(argv=None):
                    'and a Hutchinson probe of its own (default: 1)')
     p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
     p.add_argument('--compare', nargs='+', metavar='CKPT', help='sweep these side by side, with a '
-                   'strip of samples from the same seeds (default: --swd --bpd, nfe=5,10,20,50; bits/dim of '
-                   '256 images)')
+                   'strip of samples from the same seeds (default: --swd --bpd, nfe=5,10,20,50; '
+                   'bits/dim of 256 images)')
     p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
                    f'of {",".join(SOLVERS)} (default: unipc); rk45 is one point, at --tol')
     p.add_argument('--out', default=None, help='picture of --sweep, --compare or --neighbours '
@@ -721,7 +721,7 @@ def bench(args):
                     stack.enter_context(change)
                 times.append(seconds(work, device, 3))
         if what == 'forward':  # a flow that costs nothing leaves the solver's own time
-            start, calls = pfgm.sample_prior(x.shape, 40.0, 3e3, generator=None).to(device), []
+            start, calls = pfgm.sample_prior(x.shape, 40.0, 3e3, device=device), []
             own = seconds(lambda: calls.append(pfgm.sample_ode(
                 lambda x, z: (-x, -z), start, 40.0, 1e-3, z_exp=0, each=True)[1]), device, 3)
             print(f'RK45, {B} images: {own / calls[0] * 1e3:.1f} ms a call beside the network, '
@@ -790,7 +790,8 @@ def loss_curves(args):
     curves = {}
     for path in args.curves:
         try:
-            rows = [json.loads(line) for line in open(path)]
+            with open(path) as file:
+                rows = [json.loads(line) for line in file]
             points = [(row['images'], row['loss']) for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f'--curves {path}: not a log.jsonl of train.py ({error})') from error
@@ -866,6 +867,10 @@ def main(args):
     elif asked or not (args.ref or args.dataset):
         flows, train = load_flows(args, device)
         channels, size = next(iter(flows.values()))[1]['shape'][:2]
+        timed = any(hasattr(net, 'planes') for net, _ in flows.values())
+        if 'straightness' in asked and not timed:
+            raise BadInput('--straightness: only vp, subvp, ddpm and rf have a time to be straight '
+                           'in; give another --ckpt, or leave it out')
     inception_wanted = wanted & {'fid', 'is', 'kid', 'prc'}
     n = args.n or (len(source) if source else 50000 if inception_wanted else 1000)
     if source and n > len(source):
@@ -915,7 +920,7 @@ def main(args):
     for name, (net, flow) in (flows or {'': (None, {})}).items():
         own = flow_metrics(asked, name, net, flow, test or train, 'test' if test else 'training',
                            args, place)
-        points = [(flow.get('solver'), args.nfe)] if set(asked) - set(OF_FLOWS) else []
+        points = [(flow.get('solver'), flow.get('nfe'))] if set(asked) - set(OF_FLOWS) else []
         if args.sweep:
             points = [(solver, nfe) for solver in args.solvers or ['unipc']
                       for nfe in (args.sweep if solver != 'rk45' else [None])]

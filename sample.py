@@ -146,7 +146,8 @@ def check_flow(args, net, flow):
         (args.guidance != 1 and not known, f'--guidance {args.guidance}: the network knows no '
          'classes; leave it out, or train with --classes'),
         (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network '
-         'knows ' + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
+         'knows '
+         + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
     ):
         if wrong:
             raise BadInput(message)

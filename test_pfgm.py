@@ -1025,6 +1025,7 @@ def test_comparing_checkpoints(trained, tmp_path, monkeypatch, capsys):
     assert len(Path('results.jsonl').read_text().splitlines()) == 2 * (3 + 1)
     script(['train.py', *TINY_PP, '--image_size', 8, '--steps', 1, '--out_dir', tmp_path / 'small'])
     refuses(['evaluate.py', '--compare', *ckpts, tmp_path / 'small' / 'ckpt.pt'], '--compare .*one size')
+    refuses(['evaluate.py', '--straightness', '--ckpt', ckpts[1]], '--straightness: only vp')
 
 
 def test_reflow_and_distillation(tmp_path, capsys):
@@ -1055,9 +1056,11 @@ def test_reflow_and_distillation(tmp_path, capsys):
     net, args = unet.load_checkpoint(out / 'ckpt.pt')
     with torch.no_grad():
         end, _ = pfgm.sample_ode(net, eps * args['z_max'], args['z_max'], 1e-3, rtol=1e-6, atol=1e-6,
-                                 labels=torch.arange(40) % 16 % 10, z_exp=0)
+                                 labels=torch.arange(40) % 10, z_exp=0)
     assert (eps.mean().abs() < 0.05) and (eps.std() - 1).abs() < 0.05
     assert (end - y).abs().mean() < 0.02
+    script(['evaluate.py', '--ckpt', home / 'ckpt.pt', '--swd', '--n', 3, '--device', 'cpu'])
+    assert json.loads((home / 'results.jsonl').read_text())['nfe'] == 1  # all that the student knows
     refuses([*run, '--reflow', out / 'ckpt.pt'], 'two runs')
     refuses([*run[:-1], tmp_path / 'x', '--method', 'vp'], 'belongs to --method rf')
     np.save(tmp_path / 'a.npy', np.zeros((9, 16, 16), np.uint8))
