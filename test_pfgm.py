@@ -920,16 +920,19 @@ def workers(p):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_and_the_loss_goes_on(tmp_path):
+def test_killed_ranks_are_restarted_and_the_loss_goes_on(tmp_path):
     command = [*TINY, '--steps', 60, '--dropout', 0, '--save_every', 5]
     script(['train.py', *command, '--out_dir', tmp_path / 'one'])
-    for kill in range(2):
-        p = start([*command, '--out_dir', tmp_path / f'two{kill}'], 2, max_restarts=2)
-        until(p, 'step 12/')
-        os.kill(workers(p)[kill], signal.SIGKILL)
-        out = p.communicate(timeout=300)[0]
-        assert p.returncode == 0 and 'going on from step' in out, out[-2000:]
-        close(losses(tmp_path / f'two{kill}'), losses(tmp_path / 'one'), rtol=1e-3)
+    for first in range(2):
+        p = start([*command, '--out_dir', tmp_path / f'two{first}'], 2, max_restarts=2)
+        for step, rank in ((12, first), (32, 1 - first)):
+            until(p, f'step {step}/')
+            os.kill(workers(p)[rank], signal.SIGKILL)
+            until(p, 'going on from step')
+        out = p.communicate(timeout=120)[0]
+        assert p.returncode == 0, out[-2000:]
+        close(losses(tmp_path / f'two{first}'), losses(tmp_path / 'one'), rtol=1e-3)
+    print('4 ranks killed under torchrun --max_restarts, 4 restarts')
 
 
 @pytest.mark.slow
@@ -1281,6 +1284,45 @@ def test_statistics_and_features(tmp_path, capsys):
     refuses(['evaluate.py', '--fid', '--samples', 'x', '--ref', tmp_path / 'b.npz'], 'no such data set')
     with pytest.raises(data.BadInput, match='mu None'):
         evaluate.read_stats(str(tmp_path / 'b.npz'), 'any')
+
+
+@pytest.mark.slow  # pip install pytorch-fid torch-fidelity, in an environment of their own
+def test_metrics_are_those_of_pytorch_fid_and_torch_fidelity(tmp_path, monkeypatch):
+    fid = pytest.importorskip('pytorch_fid.inception')
+    extractor = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    from torch_fidelity import metric_isc, metric_kid, metric_prc
+    net, weight = evaluate.load_inception('random', 'cpu')
+    from torchvision.models import Inception3
+    state = evaluate.random_weights(Inception3(1008, aux_logits=False, init_weights=False))
+    torch.save(state, tmp_path / 'w.pth')
+    monkeypatch.setattr(fid, 'load_state_dict_from_url', lambda *args, **kw: state)
+    by_fid = fid.InceptionV3([3]).eval()
+    by_fidelity = extractor.FeatureExtractorInceptionV3(
+        'x', ['2048', 'logits_unbiased'], feature_extractor_weights_path=tmp_path / 'w.pth').eval()
+    grey = data.load('glyphs').pixels[:64].expand(-1, 3, -1, -1)
+    coarse = torch.randint(0, 256, (64, 3, 8, 8), generator=seeded()).to(torch.uint8)
+    ours, theirs, logits = [], [], []
+    with torch.no_grad():
+        for pixels in (grey, coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)):
+            want = by_fid(pixels[:16] / 255)[0][:, :, 0, 0]
+            close(evaluate.features(net, pixels[:16], 'pytorch'), want, rtol=1e-4, atol=1e-6)
+            found = [by_fidelity(part) for part in pixels.split(16)]
+            theirs, logits = ([*old, torch.cat(new)] for old, new in zip((theirs, logits), zip(*found)))
+            ours.append(torch.cat([evaluate.features(net, part, 'tf1') for part in pixels.split(16)]))
+            close(ours[-1], theirs[-1], rtol=1e-4, atol=1e-6)
+    moments = [m for x in ours for m in (x[:, :32].double().mean(0), torch.cov(x[:, :32].double().T))]
+    close(evaluate.frechet(*moments), calculate_frechet_distance(*map(np.asarray, moments)), rtol=1e-3)
+    got = metric_kid.kid_features_to_metric(
+        *theirs, kid_subsets=100, kid_subset_size=50, kid_degree=3, kid_gamma=None, kid_coef0=1,
+        rng_seed=0, verbose=False)
+    close(evaluate.kid(*ours, size=50)[0], got['kernel_inception_distance_mean'], rtol=1e-3)
+    got = metric_isc.isc_features_to_metric(torch.cat(logits), splits=10, shuffle=True, rng_seed=0)
+    close(evaluate.inception_score(torch.cat(ours).double() @ weight.T)[0], got['inception_score_mean'],
+          rtol=1e-3)
+    got = metric_prc.prc_features_to_metric(
+        *theirs[::-1], prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False)
+    assert evaluate.precision_recall(*ours) == (got['precision'], got['recall'])
 
 
 def test_offline_measures_are_recorded(trained, tmp_path, capsys):

@@ -188,8 +188,15 @@ def setup(name, timeout=600.0):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if ddp:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
-                                timeout=timedelta(seconds=timeout))
+        wait = timedelta(seconds=timeout)
+        store = next(dist.rendezvous('env://', timeout=wait))[0]
+        # torchrun keeps its store through restarts, with the addresses of the processes that died;
+        # its count of restarts is every rank's only where there is one machine
+        restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
+            store = dist.PrefixStore(f'restart {restarts}', store)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
+                                rank=rank, world_size=world, timeout=wait)
     return device, rank, world
 
 
@@ -602,8 +609,8 @@ def progress(args, step, meter, seen, seconds, device):
     print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
           f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  {memory:.1f} GB  loss by z '
           + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
-    return dict(step=step, images=step * args.batch_size, loss=total / count, lr=lr, img_per_s=rate, memory_gb=memory,
-                loss_by_z=by_z, z_bins=meter['edges'].tolist(), peak=peak, peak_step=peak_step)
+    return dict(step=step, images=step * args.batch_size, loss=total / count, lr=lr,
+                img_per_s=rate, memory_gb=memory, loss_by_z=by_z, z_bins=meter['edges'].tolist(), peak=peak, peak_step=peak_step)
 
 
 def heard(signals, step, device, world):
