@@ -92,7 +92,7 @@ def parse_args(argv=None):
     p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
     p.add_argument('--compare', nargs='+', metavar='CKPT', help='sweep these side by side, with a '
                    'strip of samples from the same seeds (default: --swd --bpd, nfe=5,10,20,50; '
-                   'bits/dim of 256 images)')
+                   'bits/dim of up to 256 images)')
     p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
                    f'of {",".join(SOLVERS)} (default: unipc); rk45 is one point, at --tol')
     p.add_argument('--out', default=None, help='picture of --sweep, --compare or --neighbours '
@@ -535,7 +535,7 @@ def flow_metrics(asked, name, net, flow, images, split, args, place):
         print(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
         return {}
     if 'bpd' in asked:
-        count = 256 if args.compare else args.n or 256
+        count = min(256, args.n or 256) if args.compare else args.n or 256
         found = bits_per_dim(net, flow, images, min(count, len(images)), args, place)
     if 'straightness' in asked and hasattr(net, 'planes'):
         rows = [straightness(net, prior(flow, args.seed, part.tolist()).to(device),
@@ -649,6 +649,9 @@ def solver_bench(args):
 
 # ---------------------------------------------------------------- speed
 
+BENCH_CHARGES = (4096, 50000)
+
+
 def seconds(work, device, repeats=5):
     """Median time of work(), after one run that warms up."""
     times = []
@@ -691,7 +694,7 @@ def bench(args):
         return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if big else
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for K in (4096, 50000):
+    for K in BENCH_CHARGES:
         y = torch.rand(K, 3, 32, 32, generator=generator, device=device) * 2 - 1
         x, z = pfgm.perturb(y[:128], 291, generator=generator)
         before = peak()

@@ -324,7 +324,7 @@ def save_png(path, pixels):
 
 
 def check_out(out):
-    folder = os.path.dirname(out)
+    folder = os.path.dirname(out.rstrip('/'))
     if folder and not os.path.isdir(folder):
         raise BadInput(f'--out {out}: no folder {folder}; make it with: mkdir -p {folder}')
     if not out.endswith(('.png', '.gif', '.npz')) and os.path.splitext(out)[1]:

@@ -1194,22 +1194,87 @@ def test_bad_sampling_flags(trained, tmp_path, monkeypatch, flags, message):
 
 
 def readme_commands():
+    """The commands of the README's shell blocks and sentences, in order, loops written out."""
     text = (HERE / 'README.md').read_text()
-    lines = [line for block in re.findall(r'```sh\n(.*?)```', text, re.S)
-             for line in block.splitlines()] + re.findall(r'`((?:python|torchrun) [^`]*\.py [^`]*)`', text)
-    return [part.strip() for line in lines for part in line.split('#')[0].split('&&')]
+    blocks = re.findall(r'```sh\n(.*?)```|`((?:python|torchrun) [^`]*\.py [^`]*)`', text, re.S)
+    script = re.sub(r' *#.*', '', '\n'.join(map(''.join, blocks))).replace('\\\n', ' ')
+    script = re.sub(r'(\S*)\{(\S*)\}(\S*)', lambda word: ' '.join(
+        word[1] + part + word[3] for part in word[2].split(',')), script)
+    script = re.sub(r'for (\w+) in (.*?); do(.*?); done', lambda loop: '\n'.join(
+        loop[3].replace(f'${loop[1]}', word) for word in loop[2].split()), script, flags=re.S)
+    return [part.split() for line in script.splitlines() for part in line.split('&&') if part.strip()]
 
 
-@pytest.mark.parametrize('command', readme_commands())
-def test_readme_commands_parse(command):
-    words = shlex.split(command)
-    if words[0] == 'pip':
-        assert (HERE / words[words.index('-r') + 1]).exists()
-        return
-    at = next(i for i, word in enumerate(words) if word.endswith('.py') or word == 'pytest')
-    assert words[at] == 'pytest' or (HERE / words[at]).exists()
-    if words[at] in ('train.py', 'sample.py', 'evaluate.py'):
-        __import__(words[at][:-3]).parse_args(words[at + 1:])  # exits where a flag is unknown
+class Toy:
+    """In place of a torchvision data set: digits of its size, nothing downloaded."""
+
+    def __init__(self, size, depth):
+        self.size, self.depth = size, depth
+
+    def __call__(self, root, train, download):
+        pixels, self.targets = data.glyphs(image_size=self.size, split='train' if train else 'test')
+        self.data = np.stack([pixels[:300]] * 3, -1) if self.depth == 3 else pixels[:300]
+        self.targets, self.classes = self.targets[:300], list('0123456789')
+        return self
+
+
+def shrunk(words, official_step):
+    """The script and flags of a README command, with sizes for a test; of a flag given twice the
+    last one counts."""
+    words = words[next(i for i, word in enumerate(words) if word.endswith('.py')):]
+    small = [*words, '--device', 'cpu'] if words[0] != 'unet.py' else words
+    if words[0] == 'train.py':
+        small += ['--steps', 3 + official_step * ('--init_from' in words), '--batch_size', 8, '--log_every', 1]
+        small += ['--pairs', 16] if '--pairs' in words else []
+    elif words[0] != 'unet.py' and '--bench' not in words and '--curves' not in words:
+        small += ['--n', 6] if '--exact' not in words else ['--n', 2]
+        small += ['--tol', '1e-2'] if {'--bpd', 'rk45', '--compare', '--encode'} & set(words) else []
+        small += ['--sweep', 'nfe=2,3'] if {'--sweep', '--compare'} & set(words) else []
+    return small + (['--batch_size', 4] if '--solver_bench' in words else [])
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch):
+    """A folder with the files that the README speaks of; networks, data and Inception made small."""
+    monkeypatch.chdir(tmp_path)
+    for row in train.PRESETS.values():
+        for key, value in dict(nf=8, num_blocks=1, warmup=2, sample_every=0, field_batch=16).items():
+            monkeypatch.setitem(row, key, value)
+    monkeypatch.setattr(unet.UNet.__init__, '__defaults__', (32, 3, 8, (1, 1), 1, (16,), 0.1, 0))
+    monkeypatch.setattr('torchvision.datasets.MNIST', Toy(28, 1))
+    monkeypatch.setattr('torchvision.datasets.CIFAR10', Toy(32, 3))
+    monkeypatch.setattr(evaluate, 'POOL', 32)
+    way = torch.randn(48, 32, generator=seeded())
+    monkeypatch.setattr(evaluate, 'load_inception', lambda *args: (len, torch.randn(1008, 32).double()))
+    monkeypatch.setattr(evaluate, 'features', lambda net, pixels, resize: torch.nn.functional.interpolate(
+        pixels.expand(-1, 3, -1, -1).float(), size=(4, 4)).flatten(1) @ way)
+    monkeypatch.setattr(evaluate, 'check_counts', lambda *args: None)
+    monkeypatch.setattr(evaluate, 'BENCH_CHARGES', (64, 128))
+    monkeypatch.setattr(evaluate, 'product_rate', lambda *args: 1e12)
+    os.mkdir('photos')
+    with zipfile.ZipFile('images.zip', 'w') as file:
+        for k, image in enumerate(torch.randint(0, 256, (8, 32, 32, 3), generator=seeded())):
+            Image.fromarray(image.to(torch.uint8).numpy()).save(f'photos/{k}.png')
+            file.write(f'photos/{k}.png')
+    tiny_official('checkpoint_500000.pth')
+    np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
+
+
+def test_readme_commands_in_their_order(newcomer):
+    ran = []
+    for words in readme_commands():
+        if words[0] == 'pip':
+            assert (HERE / words[words.index('-r') + 1]).exists()
+        elif words[1:3] != ['-m', 'pytest']:
+            command = shrunk(words, 7)
+            if command[0] == 'unet.py':
+                unet.main(command[1:])
+            else:
+                script(command)
+            made = [command[i + 1] for i, word in enumerate(command) if word in ('--out', '--out_dir')]
+            assert all(os.path.exists(path) for path in made), command
+            ran.append(command)
+    assert len(ran) > 40 and os.path.exists('out/ckpt.pt') and os.path.exists('samples.png')
 
 
 @golden
