@@ -652,34 +652,48 @@ def solver_bench(args):
 BENCH_CHARGES = (4096, 50000)
 
 
-def seconds(work, device, repeats=5):
-    """Median time of work(), after one run that warms up."""
+def seconds(device, *works, repeats=5):
+    """Median times of some functions, called in turn, so that what else slows the machine slows
+    them alike; after one call of each that warms up."""
     times = []
-    for _ in range(repeats + 1):
+    for work in works * (repeats + 1):
         clock = time.perf_counter()
         work()
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - clock)
-    return float(np.median(times[1:]))
+    return np.median(np.reshape(times, (-1, len(works)))[1:], 0).tolist()
 
 
 def product_rate(device, dtype, n=4096):
     """Floating-point operations a second of a large matrix product."""
     a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n ** 3 / seconds(lambda: a @ a, device, 3)
+    return 2 * n ** 3 / seconds(device, lambda: a @ a)[0]
 
 
-def training_step(net, x, z, target, bf16):
-    """A function that makes one update of net as train.py does: loss, clip, Adam, EMA."""
-    ema = copy.deepcopy(net).requires_grad_(False)
+def network_work(what, x, z, target, bf16):
+    """A function that makes one forward, or one update as train.py does (loss, clip, Adam, EMA),
+    of the CIFAR-10 network: as here, or the plain way, which is float32, channels first, and
+    PyTorch's own group norm and dropout."""
+    net = unet.UNet().to(x.device).train(what != 'forward')
+    net.to(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
+    plain = [] if bf16 else [patch.object(unet.Norm, 'forward', torch.nn.GroupNorm.forward),
+                             patch.object(unet, 'dropout', F.dropout)]
     opt = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
+    ema = copy.deepcopy(net).requires_grad_(False)
 
-    def step():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            field_loss(net, 'sum', x, z, *target, torch.ones_like(z)).mean().backward()
-        update(net, ema, opt, 1.0, 0.9999)
-    return step
+    def work():
+        with contextlib.ExitStack() as stack:
+            for change in plain:
+                stack.enter_context(change)
+            stack.enter_context(torch.autocast(x.device.type, torch.bfloat16, enabled=bf16))
+            if what == 'forward':
+                with torch.no_grad():
+                    return net(x, z)
+            loss = field_loss(net, 'sum', x, z, *target, torch.ones_like(z))
+        loss.mean().backward()
+        return update(net, ema, opt, 1.0, 0.9999)
+    return work
 
 
 def bench(args):
@@ -687,8 +701,6 @@ def bench(args):
     way in the same run, and the share of the measured rate of matrix products."""
     device, *_ = setup(args.device)
     big = device.type == 'cuda'
-    plain = [patch.object(unet.Norm, 'forward', torch.nn.GroupNorm.forward),
-             patch.object(unet, 'dropout', F.dropout)]  # float32, channels first, PyTorch's kernels
 
     def peak():  # GB
         return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if big else
@@ -698,7 +710,7 @@ def bench(args):
         y = torch.rand(K, 3, 32, 32, generator=generator, device=device) * 2 - 1
         x, z = pfgm.perturb(y[:128], 291, generator=generator)
         before = peak()
-        t = seconds(lambda: pfgm.poisson_field(x, z, y), device)
+        t, = seconds(device, lambda: pfgm.poisson_field(x, z, y))
         exact = pfgm.poisson_field(x.double(), z.double(), y.double())
         error = max((a - b).norm() / b.norm() for a, b in zip(pfgm.poisson_field(x, z, y), exact))
         floor = 2 * 2 * 128 * K * 3072 / product_rate(device, torch.float64, 2048)
@@ -709,28 +721,16 @@ def bench(args):
     for what, B in (('forward', 128 if big else 16), ('training step', 128 if big else 8)):
         x, z = pfgm.perturb(y[:B], 291, generator=generator)
         target = pfgm.poisson_field(x, z, y[:4096])
-        times = []
-        for bf16 in (False, True):
-            net = unet.UNet().to(device).train(what != 'forward')
-            net.to(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
-            step = training_step(net, x, z, target, bf16)
-
-            def forward():
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    net(x, z)
-            work = forward if what == 'forward' else step
-            with contextlib.ExitStack() as stack:
-                for change in [] if bf16 else plain:
-                    stack.enter_context(change)
-                times.append(seconds(work, device, 3))
+        plain, ours = (network_work(what, x, z, target, bf16) for bf16 in (False, True))
+        times = seconds(device, plain, ours)
         if what == 'forward':  # a flow that costs nothing leaves the solver's own time
             start, calls = pfgm.sample_prior(x.shape, 40.0, 3e3, device=device), []
-            own = seconds(lambda: calls.append(pfgm.sample_ode(
-                lambda x, z: (-x, -z), start, 40.0, 1e-3, z_exp=0, each=True)[1]), device, 3)
+            own, = seconds(device, lambda: calls.append(pfgm.sample_ode(
+                lambda x, z: (-x, -z), start, 40.0, 1e-3, z_exp=0, each=True)[1]))
             print(f'RK45, {B} images: {own / calls[0] * 1e3:.1f} ms a call beside the network, '
                   f'{own / calls[0] / times[0]:.1%} of its float32 forward', flush=True)
         with FlopCounterMode(display=False) as flops:
-            work()
+            ours()
         share = flops.get_total_flops() / times[1] / rates[torch.bfloat16]
         print(f'{what}, {B} images of CIFAR-10: {times[1]:.3f} s in bfloat16, plain float32 '
               f'{times[0]:.3f} s, ratio {times[0] / times[1]:.2f}; {share:.0%} of the bfloat16 '

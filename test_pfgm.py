@@ -744,12 +744,13 @@ def test_two_processes_follow_the_loss_of_one(tmp_path):
     close(losses(tmp_path / 'half'), losses(tmp_path / 'one'), rtol=1e-5)
 
 
-def test_sigterm_saves_and_leaves(tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, number):
     p = subprocess.Popen([sys.executable, HERE / 'train.py', *TINY, '--steps', '100000',
                           '--out_dir', tmp_path / 'o'], stdout=subprocess.PIPE, text=True)
     for line in p.stdout:
         if line.startswith('step 3/'):
-            p.send_signal(signal.SIGTERM)
+            p.send_signal(number)
             break
     rest = p.stdout.read()
     assert p.wait() == 0 and 'saved' in rest
@@ -808,6 +809,41 @@ def test_two_runs_on_one_folder_and_sigusr1(tmp_path):
     p.kill()
     p.wait()
     assert torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)['step'] >= 3
+
+
+def test_a_slow_file_system_without_links_and_locks(tmp_path, monkeypatch, capsys):
+    """As network file systems can be: every write takes its time, and may be the last."""
+    import fcntl
+
+    def absent(*args):
+        raise OSError('not supported')
+    writes, writing = [], torch.save
+
+    def slow(saved, file):  # the third one is cut off half way
+        data = io.BytesIO()
+        writing(saved, data)
+        writes.append(file.name)
+        half = len(data.getvalue()) // 2
+        file.write(data.getvalue()[:half])
+        file.flush()
+        time.sleep(0.1)
+        if len(writes) == 3:
+            raise OSError('stale file handle')
+        file.write(data.getvalue()[half:])
+    monkeypatch.setattr(os, 'link', absent)
+    monkeypatch.setattr(fcntl, 'flock', absent)
+    monkeypatch.setattr(torch, 'save', slow)
+    command = ['train.py', *TINY, '--save_every', 2, '--steps', 8, '--keep', 3, '--out_dir', tmp_path]
+    with pytest.raises(SystemExit):
+        script(command)
+    said = capsys.readouterr().err
+    assert 'cannot be locked (not supported)' in said and said.count('\n') == 2
+    assert 'ckpt.pt: cannot be written (stale file handle); the one of before is intact' in said
+    assert unet.read_checkpoint(tmp_path / 'ckpt.pt')['step'] == 4
+    script(command)
+    kept = sorted(path.name for path in tmp_path.glob('*.pt*'))
+    assert kept == ['ckpt-0000004.pt', 'ckpt-0000006.pt', 'ckpt.pt']
+    assert [unet.read_checkpoint(tmp_path / name)['step'] for name in kept] == [4, 6, 8]
 
 
 def test_a_spike_is_logged(trained, capsys):

@@ -448,10 +448,13 @@ def claim(folder):
     held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(held)
         raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
                        'another --out_dir') from error
+    except OSError as error:  # a network file system without locks
+        print(f'--out_dir {folder}: cannot be locked ({error}); see to it that no other run uses it',
+              file=sys.stderr)
     return held
 
 
