@@ -54,7 +54,7 @@ def flow_flags(p):
                    'the steps (default: radius; official checkpoints: log); time: even in the t of '
                    'vp, subvp, ddpm and rf')
     p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
-                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2)')
+                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 25 sqrt(D) / nfe^3)')
     p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
                    'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
                    'for official checkpoints)')

@@ -1313,6 +1313,16 @@ def test_readme_commands_in_their_order(newcomer):
     assert len(ran) > 40 and os.path.exists('out/ckpt.pt') and os.path.exists('samples.png')
 
 
+def test_readme_links_point_at_their_functions():
+    text = (HERE / 'README.md').read_text()
+    links = re.findall(r'\[`(\w+)`\]\((\w+\.py)#L(\d+)\)', text)
+    for name, file, line in links:
+        found = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf'(def|class) {name}\b', found), (name, file, line)
+    assert len(links) > 10
+    assert all((HERE / file).is_file() for file in re.findall(r'!\[[^]]*\]\(([^)]*)\)', text))
+
+
 @golden
 def test_official_checkpoint_samples(tmp_path, capsys):
     script(['sample.py', '--ckpt', GOLDEN / 'ckpt_cifar10_tiny.pth', '--n', 4, '--nfe', 6, '--out',
