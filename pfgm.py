@@ -279,9 +279,10 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidanc
 
 
 def last_plane(z_min, nfe, D=1):
-    """Where the last of `nfe` calls on a network is made, to go on by xhat: 25 sqrt(D) / nfe^3, near
-    the best of each nfe on our own networks (glyphs and MNIST), and not below z_min."""
-    return max(z_min, 25 * unit(D) / nfe ** 3)
+    """Where the last of `nfe` calls on a network is made, to go on by xhat: 25 sqrt(D) / nfe^3
+    (5 sqrt(D) / nfe^2 below 5 calls), near the best of each nfe on our own networks (glyphs and
+    MNIST), and not below z_min."""
+    return max(z_min, unit(D) * min(5 / nfe ** 2, 25 / nfe ** 3))
 
 
 def schedule(name, x, z_from, z_to, steps, D=1):
