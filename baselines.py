@@ -177,7 +177,7 @@ def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
     shapes = [(min(SHARD, args.pairs - first), 2, *shape) for first in range(0, args.pairs, SHARD)]
     paths = [os.path.join(folder, f'{mark:08x}-{k:05d}.npy') for k in range(len(shapes))]
     todo = [k for k in range(rank, len(paths), world) if read_shard(paths[k], shapes[k]) is None]
-    z_last, clock, done = pfgm.last_plane(z_min, PAIR_NFE), time.time(), 0
+    z_last, clock, done = pfgm.last_plane(z_min, PAIR_NFE, math.inf), time.time(), 0
     for k in todo:
         os.makedirs(folder, exist_ok=True)
         generator = torch.Generator().manual_seed(step_seed(args.seed, 2 ** 34 + k))

@@ -54,7 +54,7 @@ def flow_flags(p):
                    'the steps (default: radius; official checkpoints: log); time: even in the t of '
                    'vp, subvp, ddpm and rf')
     p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
-                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 25 sqrt(D) / nfe^3)')
+                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2)')
     p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
                    'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
                    'for official checkpoints)')
@@ -186,7 +186,8 @@ def follow(net, flow, x, device, indices=(), up=False, callback=None):
     exact, z_min = isinstance(net, pfgm.ExactField), flow['z_min']
     if to_data and not up and solver != 'rk45':
         if exact and not flow['z_last']:  # below it the lines of charges are straight
-            flow['z_last'] = pfgm.deciding_z(net.charges)
+            flow['z_last'] = pfgm.last_plane(z_min, flow['nfe'],
+                                             decided=pfgm.deciding_z(net.charges))
         z_min = flow['z_last'] or pfgm.last_plane(z_min, flow['nfe'], flow['D'])
     ends = (z_min, flow['z_max']) if up else (flow['z_max'], z_min)
     dtype = torch.float64 if exact else torch.float32
