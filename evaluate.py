@@ -610,7 +610,7 @@ def solver_bench(args):
     start = pfgm.sample_prior((n, *charges.shape[1:]), flow['z_max'], flow['upper_norm'],
                               generator=torch.Generator().manual_seed(args.seed),
                               device=device, dtype=torch.float64)
-    clock, decided = time.time(), pfgm.deciding_z(charges)
+    clock, z_last = time.time(), pfgm.deciding_z(charges)
 
     def follow(*how, **more):
         parts = [pfgm.sample_ode(net, x, flow['z_max'], *how, z_exp=0, **more)
@@ -623,27 +623,27 @@ def solver_bench(args):
     end, calls = follow(1e-3, 'rk45', rtol=1e-8, atol=1e-8)
     right = which(end)
     print(f'{n} starts on z = {flow["z_max"]:.4g}, |x| <= {flow["upper_norm"]:.4g}, {len(charges)} '
-          f'images; RK45 at 1e-8: {calls} calls; the weights decide above z = {decided:.3g}; '
+          f'images; RK45 at 1e-8: {calls} calls; the weights decide above z = {z_last:.3g}; '
           f'{time.time() - clock:.0f} s', flush=True)
     curves = {}
-    for name, grid in [(solver, grid) for solver in args.solvers or SOLVERS
-                       for grid in (('log', 'radius', 'rho7') if solver != 'rk45' else ('',))]:
+    grids = (('log', z_last), ('radius', z_last), ('rho7', 1e-3))
+    for name, *how in [(solver, *grid) for solver in args.solvers or SOLVERS
+                       for grid in (grids if solver != 'rk45' else (('', 1e-3),))]:
         row = []
         for nfe in args.sweep or (5, 10, 20, 35):
-            z_last = 1e-3 if grid in ('', 'rho7') else pfgm.last_plane(0, nfe, decided=decided)
             x, nfe = (follow(1e-3, 'rk45') if name == 'rk45' else
-                      follow(z_last, name, nfe, schedule_name=grid, to_data=True))
+                      follow(how[1], name, nfe, schedule_name=how[0], to_data=True))
             same = (which(x) == right).double().mean().item()
             error = (x - charges[right]).square().mean().sqrt().item()
             row.append(f'nfe {nfe}: {same:.3f} {error:.3f}')
-            if grid in ('', 'radius') or (name, grid) == ('euler', 'rho7'):
-                curves.setdefault(f'{name} {grid}', []).append((nfe, error))
+            if how[0] in ('', 'radius') or (name, how[0]) == ('euler', 'rho7'):
+                curves.setdefault(f'{name} {how[0]}', []).append((nfe, error))
             record(args, device, world, time.time() - clock, dict(
-                solver=name, schedule=grid, z_min=z_last, nfe=nfe, same_image=same, rmse=error,
+                solver=name, schedule=how[0], z_min=how[1], nfe=nfe, same_image=same, rmse=error,
                 n=n, reference=images.name))
             if name == 'rk45':
                 break
-        print(f'{name:>6} {grid:6}  ' + '   '.join(row), flush=True)
+        print(f'{name:>6} {how[0]:6}  ' + '   '.join(row), flush=True)
     plot(curves, 'network calls an image (NFE)', 'RMSE to the right image', args.out)
 
 

@@ -278,14 +278,10 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidanc
     return v_x * column(z / v_z, x)
 
 
-def last_plane(z_min, nfe, D=1, decided=None):
-    """Where the last of `nfe` calls is made, to go on by xhat; not below z_min.
-
-    On networks 5 sqrt(D) / nfe^2, and at D = 1 from 5 calls on 25 / nfe^3: near the best of each
-    nfe on our own (glyphs, MNIST). Exact fields are straight below the deciding_z given: there, or
-    at 10 / nfe of it, for the few lines that decide later than the average."""
-    if decided is not None:
-        return max(z_min, decided * min(1, 10 / nfe))
+def last_plane(z_min, nfe, D=1):
+    """Where the last of `nfe` calls on a network is made, to go on by xhat: 5 sqrt(D) / nfe^2, and
+    at D = 1 from 5 calls on 25 / nfe^3, near the best of each nfe on our own networks (glyphs and
+    MNIST), and not below z_min."""
     return max(z_min, 5 * unit(D) / nfe ** 2 * (min(1, 5 / nfe) if D == 1 else 1))
 
 

@@ -186,8 +186,7 @@ def follow(net, flow, x, device, indices=(), up=False, callback=None):
     exact, z_min = isinstance(net, pfgm.ExactField), flow['z_min']
     if to_data and not up and solver != 'rk45':
         if exact and not flow['z_last']:  # below it the lines of charges are straight
-            flow['z_last'] = pfgm.last_plane(z_min, flow['nfe'],
-                                             decided=pfgm.deciding_z(net.charges))
+            flow['z_last'] = pfgm.deciding_z(net.charges)
         z_min = flow['z_last'] or pfgm.last_plane(z_min, flow['nfe'], flow['D'])
     ends = (z_min, flow['z_max']) if up else (flow['z_max'], z_min)
     dtype = torch.float64 if exact else torch.float32
