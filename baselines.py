@@ -1,6 +1,6 @@
 """The flows that PFGM is compared with, on the same network, trainer, solvers and likelihood.
 
-A Gaussian path x_t = alpha (y + z eps), y the data, is a flow of D = inf in the variable x_t / alpha:
+A Gaussian path x_t = alpha (y + z eps), y the data, is a flow of D = inf in x_t / alpha:
 dx/dlog z = x - xhat, whatever alpha(t) and whatever the network predicts. So each rival is a
 pfgm.Denoiser with its own z(t), its own coefficients and its own draws of z:
 
@@ -124,7 +124,7 @@ def as_flow(net, args):
 
 
 def ancestral(eta, noise):
-    """A solver: DDIM with eta = 0, ancestral sampling of DDPM with eta = 1. arXiv 2010.02502 Eq. 12.
+    """A solver: DDIM with eta = 0, ancestral sampling of DDPM with 1. arXiv 2010.02502 Eq. 12.
 
     noise(i): the normal draws, like x, of step i."""
     def solver(f, x, grid, calls, callback=None):

@@ -254,8 +254,8 @@ def resolve(args, images, saved, world):
     labels = images.labels.unique() if args.classes else []
     args.classes = len(labels)
     if args.classes > datasets.CLASS_LIMIT or list(labels) != list(range(args.classes)):
-        raise BadInput(f'--classes: {args.classes} labels from {labels[0]} to {labels[-1]}; accepted: '
-                       f'0, 1, 2, ... with none left out, at most {datasets.CLASS_LIMIT}')
+        raise BadInput(f'--classes: {args.classes} labels from {labels[0]} to {labels[-1]}; '
+                       f'accepted: 0, 1, 2, ... with none left out, at most {datasets.CLASS_LIMIT}')
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -453,7 +453,7 @@ def claim(folder):
         raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
                        'another --out_dir') from error
     except OSError as error:  # a network file system without locks
-        print(f'--out_dir {folder}: cannot be locked ({error}); see to it that no other run uses it',
+        print(f'--out_dir {folder}: cannot be locked ({error}); let no other run use it',
               file=sys.stderr)
     return held
 
@@ -613,7 +613,8 @@ def progress(args, step, meter, seen, seconds, device):
           f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  {memory:.1f} GB  loss by z '
           + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
     return dict(step=step, images=step * args.batch_size, loss=total / count, lr=lr,
-                img_per_s=rate, memory_gb=memory, loss_by_z=by_z, z_bins=meter['edges'].tolist(), peak=peak, peak_step=peak_step)
+                img_per_s=rate, memory_gb=memory, loss_by_z=by_z, z_bins=meter['edges'].tolist(),
+                peak=peak, peak_step=peak_step)
 
 
 def heard(signals, step, device, world):
