@@ -1736,7 +1736,8 @@ def test_arrays_of_the_right_size_are_taken_as_they_are(tmp_path, shape):
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     np.save(tmp_path / 'a.npy', images)
     got = data.load(tmp_path / 'a.npy')
-    plain = data.Images('a', None, images, None, None, 4, got.channels)
+    source = data.find(str(tmp_path / 'a.npy'), '', None, 'train')[1]
+    plain = data.Images('a', None, source, None, None, 4, got.channels)
     assert got.pixels.shape == (5, 1 if shape[3:] in ((), (1,)) else 3, 4, 4) and got.pixels.is_contiguous()
     assert all(np.array_equal(plain.decode(k)[0], got.pixels[k]) for k in range(5))
 
