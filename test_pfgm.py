@@ -557,6 +557,26 @@ def test_published_networks_have_their_number_of_parameters(kw, count):
         assert sum(p.numel() for p in unet.UNet(**kw).parameters()) == count
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize('shape', [(3, 512, 4, 4), (2, 32, 32, 32), (2, 24, 33, 32)])
+def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dtype, tolerance):
+    layer = unet.norm(shape[1]).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, generator=seeded())
+    x, dy = (torch.randn(shape, generator=seeded(k), dtype=F64).to(dtype) for k in (1, 2))
+
+    def grads(forward, x, dy):
+        x = x.clone().requires_grad_(True)
+        y = forward(layer, x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+    want = grads(torch.nn.GroupNorm.forward, x.double(), dy.double())
+    layer.to(torch.promote_types(dtype, torch.float32))
+    got = grads(unet.Norm.forward, *(a.to(memory_format=torch.channels_last) for a in (x, dy)))
+    assert got[1].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(got, want):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
 @golden
 @pytest.mark.parametrize('name, kw', [('cifar10', {}), ('celeba64', dict(image_size=64))])
 def test_parameters_are_in_the_published_order_and_law(name, kw):

@@ -49,6 +49,33 @@ def norm(c):
     return Norm(groups, c, eps=1e-6)
 
 
+class NormLast(torch.autograd.Function):
+    """Group norm whose gradient stays channels last, as x is, in four sweeps of it. With
+    x^ = (x - mean) rstd and y = w x^ + b, averages over a group:
+    dx = rstd (w dy - <w dy> - x^ <w dy x^>)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        B, C, H, W = x.shape
+        y, *moments = torch.native_group_norm(x, weight, bias, B, C, H * W, groups, eps)
+        ctx.save_for_backward(x, weight, *moments)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors                             # moments (B, G)
+        mean, rstd, w = mean[..., None], rstd[..., None], weight.view(mean.shape[1], -1)
+        db, ds = (a.sum((2, 3)).to(w.dtype).view(len(x), *w.shape) for a in (dy, dy * x))
+        dw = (ds - mean * db) * rstd                                          # (B, G, C/G)
+        n = w.shape[1] * x.shape[2] * x.shape[3]
+        p, q = ((w * a).sum(2, keepdim=True) / n for a in (db, dw))
+        of_x, rest, of_dy = (a.expand_as(db).reshape(*x.shape[:2], 1, 1).to(x.dtype) for a in
+                             (-rstd * rstd * q, rstd * (rstd * mean * q - p), rstd * w))
+        dx = torch.addcmul(rest, x, of_x).addcmul_(dy, of_dy)
+        return dx, dw.sum(0).flatten(), db.sum(0).flatten(), None, None
+
+
 class Norm(nn.GroupNorm):
     """Group norm. On a CPU PyTorch's kernel is slow where the channels are last, which is what the
     convolutions want: backward, and forward on small images in small groups. There two copies are
@@ -58,6 +85,8 @@ class Norm(nn.GroupNorm):
         fast = x.shape[2] * x.shape[3] >= 1024 or x.shape[1] >= 16 * self.num_groups
         if x.device.type != 'cpu' or fast and not torch.is_grad_enabled():
             return super().forward(x)
+        if fast:
+            return NormLast.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 
