@@ -665,12 +665,6 @@ def seconds(device, *works, repeats=5):
     return np.median(np.reshape(times, (-1, len(works)))[1:], 0).tolist()
 
 
-def product_rate(device, dtype, n=4096):
-    """Floating-point operations a second of a large matrix product."""
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n ** 3 / seconds(device, lambda: a @ a)[0]
-
-
 def network_work(what, x, z, target, bf16):
     """A function that makes one forward, or one update as train.py does (loss, clip, Adam, EMA),
     of the CIFAR-10 network: as here, or the plain way, which is float32, channels first, and
@@ -698,7 +692,7 @@ def network_work(what, x, z, target, bf16):
 
 def bench(args):
     """The field and the CIFAR-10 network at their real sizes: medians, memory, ratios to the plain
-    way in the same run, and the share of the measured rate of matrix products."""
+    way in the same run, and the share of the rate of matrix products, measured in turn with them."""
     device, *_ = setup(args.device)
     big = device.type == 'cuda'
 
@@ -706,23 +700,27 @@ def bench(args):
         return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if big else
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
     generator = torch.Generator(device).manual_seed(args.seed)
+    square, cases = torch.randn(2048, 2048, device=device, dtype=torch.float64), []
+    product = square @ square
     for K in BENCH_CHARGES:
-        y = torch.rand(K, 3, 32, 32, generator=generator, device=device) * 2 - 1
+        y = torch.rand(K, 3, 32, 32, generator=generator, device=device).mul_(2).sub_(1)
         x, z = pfgm.perturb(y[:128], 291, generator=generator)
         before = peak()
-        t, = seconds(device, lambda: pfgm.poisson_field(x, z, y))
+        times = seconds(device, lambda: pfgm.poisson_field(x, z, y),
+                        lambda: torch.mm(square, square, out=product))
+        cases.append((x, z, y, times, peak() - before))
+    for x, z, y, (t, other), more in cases:  # the float64 field takes more memory, hence later
         exact = pfgm.poisson_field(x.double(), z.double(), y.double())
         error = max((a - b).norm() / b.norm() for a, b in zip(pfgm.poisson_field(x, z, y), exact))
-        floor = 2 * 2 * 128 * K * 3072 / product_rate(device, torch.float64, 2048)
-        print(f'field, 128 points, {K} charges: {t:.3f} s, {peak() - before:.2f} GB more, relative '
-              f'error {error:.1e}, {floor / t:.0%} of the float64 product rate', flush=True)
-    rates = {kind: product_rate(device, kind) for kind in (torch.float32, torch.bfloat16)}
-    print('matrix products, TFLOP/s: ' + ', '.join(f'{k} {v / 1e12:.2f}' for k, v in rates.items()))
+        floor = 2 * 2 * x.numel() * len(y) / (2 * 2048 ** 3) * other
+        print(f'field, 128 points, {len(y)} charges: {t:.3f} s, {more:.2f} GB more, relative error '
+              f'{error:.1e}, {floor / t:.0%} of the rate of float64 products', flush=True)
+    a = torch.randn(4096, 4096, device=device).bfloat16()
     for what, B in (('forward', 128 if big else 16), ('training step', 128 if big else 8)):
         x, z = pfgm.perturb(y[:B], 291, generator=generator)
         target = pfgm.poisson_field(x, z, y[:4096])
         plain, ours = (network_work(what, x, z, target, bf16) for bf16 in (False, True))
-        times = seconds(device, plain, ours)
+        *times, product = seconds(device, plain, ours, lambda: a @ a)
         if what == 'forward':  # a flow that costs nothing leaves the solver's own time
             start, calls = pfgm.sample_prior(x.shape, 40.0, 3e3, device=device), []
             own, = seconds(device, lambda: calls.append(pfgm.sample_ode(
@@ -731,10 +729,11 @@ def bench(args):
                   f'{own / calls[0] / times[0]:.1%} of its float32 forward', flush=True)
         with FlopCounterMode(display=False) as flops:
             ours()
-        share = flops.get_total_flops() / times[1] / rates[torch.bfloat16]
+        rate = 2 * len(a) ** 3 / product
         print(f'{what}, {B} images of CIFAR-10: {times[1]:.3f} s in bfloat16, plain float32 '
-              f'{times[0]:.3f} s, ratio {times[0] / times[1]:.2f}; {share:.0%} of the bfloat16 '
-              f'product rate; peak {peak():.1f} GB', flush=True)
+              f'{times[0]:.3f} s, ratio {times[0] / times[1]:.2f}; {peak():.1f} GB; '
+              f'{flops.get_total_flops() / times[1] / rate:.0%} of the rate of bfloat16 products '
+              f'in between, {rate / 1e12:.2f} TFLOP/s', flush=True)
 
 
 # ---------------------------------------------------------------- plots and records
