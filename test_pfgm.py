@@ -895,10 +895,16 @@ def test_a_folder_in_use_is_not_overwritten(trained, tmp_path):
     Image.new('L', (16, 16)).save(tmp_path / 'a.png')
     refuses(['train.py', *TINY, '--dataset', tmp_path, '--out_dir', trained], 'holds a run on glyphs')
     refuses(['train.py', *TINY, '--out_dir', tmp_path], 'not empty')
+    for name in ('b', 'b/c'):  # but folders of other runs may be in it
+        script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path / 'runs' / name])
+    script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path / 'runs'])
+    (tmp_path / 'photos' / 'cats').mkdir(parents=True)
+    refuses(['train.py', *TINY, '--out_dir', tmp_path / 'photos'], 'not empty')
     refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--lr', 0.5], '--lr 0.5: the run')
     refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--nf', 16], '--nf 16: the run')
     refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 10], 'has 10 already')
-    assert (trained / 'ckpt.pt').read_bytes() == before and os.listdir(tmp_path) == ['a.png']
+    assert (trained / 'ckpt.pt').read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ['a.png', 'photos', 'runs']
 
 
 def test_official_checkpoint_trains_on(tmp_path):
