@@ -1310,7 +1310,6 @@ def newcomer(tmp_path, monkeypatch):
         pixels.expand(-1, 3, -1, -1).float(), size=(4, 4)).flatten(1) @ way)
     monkeypatch.setattr(evaluate, 'check_counts', lambda *args: None)
     monkeypatch.setattr(evaluate, 'BENCH_CHARGES', (64, 128))
-    monkeypatch.setattr(evaluate, 'product_rate', lambda *args: 1e12)
     os.mkdir('photos')
     with zipfile.ZipFile('images.zip', 'w') as file:
         for k, image in enumerate(torch.randint(0, 256, (8, 32, 32, 3), generator=seeded())):
