@@ -78,8 +78,8 @@ class NormLast(torch.autograd.Function):
 
 class Norm(nn.GroupNorm):
     """Group norm. On a CPU PyTorch's kernel is slow where the channels are last, which is what the
-    convolutions want: backward, and forward on small images in small groups. There two copies are
-    cheaper."""
+    convolutions want: backward (hence NormLast), and forward on small images in small groups, where
+    two copies are cheaper."""
 
     def forward(self, x):
         fast = x.shape[2] * x.shape[3] >= 1024 or x.shape[1] >= 16 * self.num_groups
