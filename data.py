@@ -286,7 +286,7 @@ class Images(torch.utils.data.Dataset):
         """Fills pixels, leaving out (and saying so in one line) what cannot be read."""
         n, bad = len(self), {}
         shape = self.image_size, self.image_size, self.channels
-        if self.root is None and (*self.source.shape, 1)[1:4] == shape:  # as they should be
+        if self.root is None and (*self.source.shape, 1)[1:4] == shape:  # decode() changes nothing
             pixels = self.source.reshape(n, *shape).transpose(0, 3, 1, 2)
             self.pixels, self.source = torch.from_numpy(pixels.copy()), None
             return

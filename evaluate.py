@@ -627,23 +627,23 @@ def solver_bench(args):
           f'{time.time() - clock:.0f} s', flush=True)
     curves = {}
     grids = (('log', z_last), ('radius', z_last), ('rho7', 1e-3))
-    for name, *how in [(solver, *grid) for solver in args.solvers or SOLVERS
-                       for grid in (grids if solver != 'rk45' else (('', 1e-3),))]:
+    for name, schedule, low in [(solver, *grid) for solver in args.solvers or SOLVERS
+                                for grid in (grids if solver != 'rk45' else (('', 1e-3),))]:
         row = []
         for nfe in args.sweep or (5, 10, 20, 35):
             x, nfe = (follow(1e-3, 'rk45') if name == 'rk45' else
-                      follow(how[1], name, nfe, schedule_name=how[0], to_data=True))
+                      follow(low, name, nfe, schedule_name=schedule, to_data=True))
             same = (which(x) == right).double().mean().item()
             error = (x - charges[right]).square().mean().sqrt().item()
             row.append(f'nfe {nfe}: {same:.3f} {error:.3f}')
-            if how[0] in ('', 'radius') or (name, how[0]) == ('euler', 'rho7'):
-                curves.setdefault(f'{name} {how[0]}', []).append((nfe, error))
+            if schedule in ('', 'radius') or (name, schedule) == ('euler', 'rho7'):
+                curves.setdefault(f'{name} {schedule}', []).append((nfe, error))
             record(args, device, world, time.time() - clock, dict(
-                solver=name, schedule=how[0], z_min=how[1], nfe=nfe, same_image=same, rmse=error,
+                solver=name, schedule=schedule, z_min=low, nfe=nfe, same_image=same, rmse=error,
                 n=n, reference=images.name))
             if name == 'rk45':
                 break
-        print(f'{name:>6} {how[0]:6}  ' + '   '.join(row), flush=True)
+        print(f'{name:>6} {schedule:6}  ' + '   '.join(row), flush=True)
     plot(curves, 'network calls an image (NFE)', 'RMSE to the right image', args.out)
 
 
@@ -700,19 +700,19 @@ def bench(args):
         return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if big else
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
     generator = torch.Generator(device).manual_seed(args.seed)
-    square, cases = torch.randn(2048, 2048, device=device, dtype=torch.float64), []
-    product = square @ square
+    a, cases = torch.randn(2048, 2048, device=device, dtype=torch.float64), []
+    out = a @ a
     for K in BENCH_CHARGES:
         y = torch.rand(K, 3, 32, 32, generator=generator, device=device).mul_(2).sub_(1)
         x, z = pfgm.perturb(y[:128], 291, generator=generator)
         before = peak()
         times = seconds(device, lambda: pfgm.poisson_field(x, z, y),
-                        lambda: torch.mm(square, square, out=product))
+                        lambda: torch.mm(a, a, out=out))
         cases.append((x, z, y, times, peak() - before))
-    for x, z, y, (t, other), more in cases:  # the float64 field takes more memory, hence later
+    for x, z, y, (t, product), more in cases:  # the float64 field takes more memory, hence later
         exact = pfgm.poisson_field(x.double(), z.double(), y.double())
         error = max((a - b).norm() / b.norm() for a, b in zip(pfgm.poisson_field(x, z, y), exact))
-        floor = 2 * 2 * x.numel() * len(y) / (2 * 2048 ** 3) * other
+        floor = product * 2 * x.numel() * len(y) / len(out) ** 3
         print(f'field, 128 points, {len(y)} charges: {t:.3f} s, {more:.2f} GB more, relative error '
               f'{error:.1e}, {floor / t:.0%} of the rate of float64 products', flush=True)
     a = torch.randn(4096, 4096, device=device).bfloat16()

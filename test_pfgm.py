@@ -492,7 +492,7 @@ def test_the_time_of_each_rival():
 @pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
 def test_ddim_keeps_the_variance_of_a_gaussian(eta):
     flow, spread = gaussian_rival('ddpm'), 0.6
-    x = pfgm.sample_prior((5000, 1), flow.high, D=math.inf, generator=seeded(), dtype=F64)
+    x = pfgm.sample_prior((20000, 1), flow.high, D=math.inf, generator=seeded(), dtype=F64)
     generator = seeded(1)
     solver = baselines.ancestral(eta, lambda i: torch.randn(x.shape, generator=generator, dtype=F64))
     out, nfe = pfgm.sample_ode(flow, x, flow.high, flow.low, solver, 999, z_exp=0, schedule_name=flow.planes)

@@ -478,8 +478,8 @@ def open_run(args):
                            'give another --out_dir')
         return saved, True
     kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
-    kept = [name for name in kept if not glob.glob(os.path.join(  # folders of other runs may stay
-        glob.escape(args.out_dir), glob.escape(name), '**', 'log.jsonl'), recursive=True)]
+    kept = [name for name in kept if not glob.glob(  # folders of other runs may be in it
+        glob.escape(os.path.join(args.out_dir, name)) + '/**/log.jsonl', recursive=True)]
     if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
         raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
                        'give another --out_dir')

@@ -69,7 +69,7 @@ class NormLast(torch.autograd.Function):
         db, ds = (a.sum((2, 3)).to(w.dtype).view(len(x), *w.shape) for a in (dy, dy * x))
         dw = (ds - mean * db) * rstd                                          # (B, G, C/G)
         n = w.shape[1] * x.shape[2] * x.shape[3]
-        p, q = ((w * a).sum(2, keepdim=True) / n for a in (db, dw))
+        p, q = ((w * a).sum(2, keepdim=True) / n for a in (db, dw))           # <w dy>, <w dy x^>
         of_x, rest, of_dy = (a.expand_as(db).reshape(*x.shape[:2], 1, 1).to(x.dtype) for a in
                              (-rstd * rstd * q, rstd * (rstd * mean * q - p), rstd * w))
         dx = torch.addcmul(rest, x, of_x).addcmul_(dy, of_dy)
