@@ -692,7 +692,7 @@ def network_work(what, x, z, target, bf16):
 
 def bench(args):
     """The field and the CIFAR-10 network at their real sizes: medians, memory, ratios to the plain
-    way in the same run, and the share of the rate of matrix products, measured in turn with them."""
+    way in the same run, and the share of the rate of matrix products, called in turn with them."""
     device, *_ = setup(args.device)
     big = device.type == 'cuda'
 
