@@ -68,6 +68,7 @@ def flow_flags(p):
     p.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='bfloat16 '
                    'autocast (default: where it is fast, not for official checkpoints; '
                    'never with rk45)')
+    p.add_argument('--compile', action='store_true', help='torch.compile the network')
     p.add_argument('--seed', type=above(-1, int), default=0)
     p.add_argument('--device', default='auto')
 
@@ -104,6 +105,8 @@ def load_flow(args, device):
     else:
         net, saved = load_checkpoint(args.ckpt, args.weights)
         net.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            net.compile()
         if saved.get('official'):
             name = args.dataset or OFFICIAL_BY_SIZE.get(saved['image_size'])
             if name not in PRESETS or PRESETS[name]['M'] is None:
@@ -143,6 +146,7 @@ def check_flow(args, net, flow):
          'for D = inf only (vp, subvp, ddpm, rf, pfgmpp with --D inf)'),
         ((args.z_min or 0) >= flow['z_max'], f'--z_min {args.z_min}: must be below z_max '
          f'{flow["z_max"]:.4g}'),
+        (args.compile and args.exact, '--compile: --exact has no network; leave it out'),
         (args.guidance != 1 and not known, f'--guidance {args.guidance}: the network knows no '
          'classes; leave it out, or train with --classes'),
         (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network '

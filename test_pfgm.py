@@ -25,7 +25,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 # Networks this small are no faster on two threads, and far slower where something else runs too.
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch; the scripts that tests start inherit it
+os.environ['OMP_NUM_THREADS'] = '1'  # before torch; the scripts that tests start inherit it
 
 import numpy as np
 import pytest
@@ -557,6 +557,22 @@ def test_published_networks_have_their_number_of_parameters(kw, count):
         assert sum(p.numel() for p in unet.UNet(**kw).parameters()) == count
 
 
+@pytest.mark.parametrize('p', [0.1, 0.13, 0.9])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_dropout_drops_each_element_with_probability_p(p, dtype):
+    h = torch.ones(10, 64, 33, 47, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    torch.manual_seed(1)
+    y, again = unet.dropout(h, p, True), unet.dropout(h, p, True)
+    y.sum().backward()
+    kept = y != 0
+    assert torch.equal(y, kept.to(dtype) * (1 / (1 - p))) and torch.equal(h.grad, y)
+    for dropped, rate in ((~kept, p), (~kept & (again == 0), p * p),
+                          (~kept[..., 1:] & ~kept[..., :-1], p * p), (~kept[:, 1:] & ~kept[:, :-1], p * p)):
+        close(dropped.double().mean(), rate, atol=6 * (rate / dropped.numel()) ** 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(unet.dropout(h, p, True), y) and torch.equal(unet.dropout(h, p, False), h)
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize('shape', [(3, 512, 4, 4), (2, 32, 32, 32), (2, 24, 33, 32)])
 def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dtype, tolerance):
@@ -757,7 +773,7 @@ def test_two_processes_follow_the_loss_of_one(tmp_path):
     script(['train.py', *command, '--out_dir', tmp_path / 'one'])
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', HERE /
                     'train.py', *map(str, command), '--out_dir', tmp_path / 'two'], check=True,
-                   env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+                   capture_output=True)
     close(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-5)
     script(['train.py', *command, '--out_dir', tmp_path / 'half', '--accum', 2])
     close(losses(tmp_path / 'half'), losses(tmp_path / 'one'), rtol=1e-5)
@@ -907,6 +923,44 @@ def test_a_folder_in_use_is_not_overwritten(trained, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['a.png', 'photos', 'runs']
 
 
+def test_official_moments_serve_fused_adam_as_they_serve_plain_adam(tmp_path):
+    tiny_official(tmp_path / 'a.pth')
+    after = []
+    for fused in (True, False):
+        saved = unet.read_checkpoint(tmp_path / 'a.pth')
+        net = unet.build(saved['net'], saved['args'], 'a.pth').to(memory_format=torch.channels_last)
+        opt = torch.optim.Adam(net.parameters())
+        train.restore(opt, saved, torch.device('cpu'), 0)
+        assert all(state[k].stride() == p.stride() for p, state in opt.state.items()
+                   for k in ('exp_avg', 'exp_avg_sq')) and opt.param_groups[0]['fused']
+        opt.param_groups[0].update(fused=fused, lr=0.1)
+        for i, p in enumerate(net.parameters()):
+            p.grad = torch.empty_like(p).normal_(generator=torch.Generator().manual_seed(i))
+        opt.step()
+        after.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    close(after[0], after[1], atol=1e-6)
+
+
+def test_compile_without_a_compiler_ends_in_one_line(trained, tmp_path):
+    done = subprocess.run(
+        [sys.executable, HERE / 'sample.py', '--ckpt', trained / 'ckpt.pt', '--n', '1', '--nfe', '1',
+         '--compile'], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, 'CXX': 'no_such_compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'c')})
+    assert done.returncode == 2 and not (tmp_path / 'samples.png').exists(), done.stderr
+    assert done.stderr.startswith('--compile: ') and done.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_compiled_network_makes_the_same_images(trained, tmp_path):
+    flags = ['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', 5, '--nfe', 4, '--batch_size', 4,
+             '--device', 'cpu', '--no-bf16', '--out']
+    script([*flags, tmp_path / 'a.npz'])
+    script([*flags, tmp_path / 'b.npz', '--compile'])
+    a, b = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in 'ab')
+    assert abs(a - b).max() <= 1
+    refuses([*flags, tmp_path / 'c.npz', '--exact', '--compile'], '--compile: --exact has no network')
+
+
 def test_official_checkpoint_trains_on(tmp_path):
     tiny_official(tmp_path / 'a.pth')
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
@@ -925,8 +979,7 @@ def start(command, processes=0, **flags):
     launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
               *(f'--{k}={v}' for k, v in flags.items())] if processes else []
     return subprocess.Popen([sys.executable, *launch, HERE / 'train.py', *map(str, command)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def until(p, text):
@@ -1209,7 +1262,7 @@ def test_processes_share_the_images(trained, tmp_path):
     for out in ('two.npz', 'folder'):
         subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
                         '--', HERE / 'sample.py', *command, '--out', tmp_path / out], check=True,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+                       capture_output=True)
     one, two = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in ('one', 'two'))
     assert abs(one - two).max() <= 1 and len(os.listdir(tmp_path / 'folder')) == 5
     first = np.asarray(Image.open(tmp_path / 'folder' / '000000.png')).astype(int)
@@ -2272,7 +2325,7 @@ def test_bombs_take_no_memory(tmp_path):
             (tmp_path / name / name).write_bytes(raw)
             paths.append(tmp_path / name)
     done = subprocess.run([sys.executable, '-c', BOMBS, HERE, *paths], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     *others, grown = done.stdout.split()
     assert not others and int(grown) < 300, done.stdout

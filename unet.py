@@ -91,12 +91,16 @@ class Norm(nn.GroupNorm):
 
 
 def dropout(h, p, training):
-    """F.dropout; on a CPU, whose generator is serial, from 16 random bits an element, not 64."""
-    if not training or p == 0 or h.device.type != 'cpu':
+    """F.dropout; on a CPU, where PyTorch's draws and comparisons are slow, from 16 bits an element
+    of a generator seeded by PyTorch's."""
+    if (not training or h.device.type != 'cpu' or not 2 ** -16 < p < 1 - 2 ** -16
+            or torch.compiler.is_compiling()):
         return F.dropout(h, p, training)
-    bits = torch.empty((h.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)
-    keep = bits.view(torch.int16)[:h.numel()] >= round(p * 2 ** 16) - 2 ** 15
-    return h * (keep.as_strided(h.shape, h.stride()).to(h.dtype) * (1 / (1 - p)))
+    draw = np.random.SFC64(int(torch.randint(2 ** 62, ()))).random_raw
+    bits = torch.from_numpy(draw((h.numel() + 3) // 4).view(np.int16))[:h.numel()]
+    low = round(p * 2 ** 16) - 2 ** 15 - 1
+    keep = bits.clamp_(low, low + 1).sub_(low).as_strided(h.shape, h.stride())  # 0 or 1
+    return h * (keep.to(h.dtype) * (1 / (1 - p)))
 
 
 class ResBlock(nn.Module):
