@@ -12,13 +12,12 @@ pfgm.Denoiser with its own z(t), its own coefficients and its own draws of z:
 import math
 import os
 import time
-import zlib
 
 import numpy as np
 import torch
 
 import pfgm
-from data import BadInput, step_seed, write
+from launch import BadInput, fingerprint, step_seed, wait, write
 
 SHARD = 1000  # pairs a file
 PAIR_NFE = 40  # calls of the teacher for each, by unipc
@@ -84,11 +83,11 @@ class DDPM(VP):
     table = -torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumsum(0)
 
     def integral(self, t):
-        table, i = self.table.to(t), t.long().clamp(0, 998)
+        table, i = pfgm.like(self.table, t), t.long().clamp(0, 998)
         return torch.lerp(table[i], table[i + 1], t - i)
 
     def time(self, integral):
-        table = self.table.to(integral)
+        table = pfgm.like(self.table, integral)
         i = (torch.searchsorted(table, integral, right=True) - 1).clamp(0, 998)
         return i + (integral - table[i]) / (table[i + 1] - table[i])
 
@@ -129,10 +128,10 @@ def ancestral(eta, noise):
     noise(i): the normal draws, like x, of step i."""
     def solver(f, x, grid, calls, callback=None):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
-            towards = f(x, z.to(x))                                       # x - xhat = z eps
+            towards = f(x, pfgm.like(z, x))                                       # x - xhat = z eps
             fresh = eta * z_next * (1 - (z_next / z) ** 2).sqrt()
-            kept = (z_next ** 2 - fresh ** 2).sqrt() / z
-            x = x + pfgm.column(kept - 1, x) * towards + pfgm.column(fresh, x) * noise(i).to(x)
+            kept = (z_next ** 2 - fresh ** 2).clamp_min(0).sqrt() / z  # rounding
+            x = x + pfgm.column(kept - 1, x) * towards + pfgm.column(fresh, x) * pfgm.like(noise(i), x)
             if callback:
                 callback(z_next, x)
         return x
@@ -171,9 +170,7 @@ def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
     --out_dir/pairs. arXiv 2209.03003 Section 2.2. Shards of before, made by the same network from
     the same seed, are kept; the others are shared out among the processes."""
     folder, shape = os.path.join(args.out_dir, 'pairs'), (args.channels, *[args.image_size] * 2)
-    mark = args.seed
-    for tensor in net.state_dict().values():
-        mark = zlib.crc32(tensor.cpu().contiguous().numpy(), mark)
+    mark = fingerprint(net.state_dict().values(), args.seed)
     shapes = [(min(SHARD, args.pairs - first), 2, *shape) for first in range(0, args.pairs, SHARD)]
     paths = [os.path.join(folder, f'{mark:08x}-{k:05d}.npy') for k in range(len(shapes))]
     todo = [k for k in range(rank, len(paths), world) if read_shard(paths[k], shapes[k]) is None]
@@ -190,16 +187,18 @@ def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
                                        PAIR_NFE, D=math.inf, z_exp=0, labels=labels,
                                        schedule_name='radius', to_data=True)
             ends.append(x.cpu())
-        pairs = torch.stack([eps, torch.cat(ends)], 1).half().numpy()
-        write('--out_dir', paths[k], lambda file: np.save(file, pairs))
+        pairs = torch.stack([eps, torch.cat(ends)], 1).half()
+        if not pairs.isfinite().all():
+            raise BadInput(f'--{"reflow" if args.reflow else "distill"} '
+                           f'{args.reflow or args.distill}: it makes images that are not finite')
+        write('--out_dir', paths[k], lambda file: np.save(file, pairs.numpy()))
         done += len(eps)
         if rank == 0:
             rate = done / (time.time() - clock)
             left = int((sum(shapes[k][0] for k in todo) - done) / rate)
             print(f'pairs: {min(done * world, args.pairs)}/{args.pairs}  {rate * world:.1f} img/s'
                   f'  {left // 60}:{left % 60:02d} left', flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    wait()
     shards = [read_shard(path, shape) for path, shape in zip(paths, shapes)]
     if any(shard is None for shard in shards):
         raise BadInput(f'--out_dir {args.out_dir}: every process must see the same folder')

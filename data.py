@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from launch import BadInput, deaf, first_of_its_machine
+
 SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
     'glyphs':        (16, 1, False, '', ''),
     'mnist':         (28, 1, False, 'MNIST', '{}/MNIST/raw/train-* and t10k-*-ubyte.gz'),
@@ -37,34 +39,6 @@ CLASS_LIMIT = 10_000  # classes of labels
 ZIP_LOCK, ZIPS = Lock(), {}  # archives by (path, process): forked ones share one file position
 
 
-class BadInput(ValueError):
-    """What the user gave cannot be used; the message is the one line that he is shown."""
-
-    def __init__(self, message):
-        super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
-
-
-def step_seed(seed, step):
-    """A seed of its own for each (seed, step), or (seed, index of an image)."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-
-
-def write(flag, path, save):
-    """save(file), whole or not at all: under a temporary name, then renamed over the old file."""
-    part = f'{path}.part'
-    try:
-        with open(part, 'wb') as file:
-            save(file)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
-        if os.path.lexists(part):
-            os.remove(part)
-        kept = 'the one of before is intact' if os.path.lexists(path) else 'nothing was saved'
-        why = str(error).partition('\n')[0]
-        raise BadInput(f'{flag} {path}: cannot be written ({why}); {kept}; free some space or give '
-                       'another, then run the same command again') from error
-
-
 def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train'):
     """The Images of `dataset`: a name in SETS (it wins over a file of that name) or a path.
 
@@ -79,14 +53,16 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
     # Not catch_warnings, which is not safe with threads: these stay for the whole process.
     warnings.filterwarnings('ignore', module='PIL')
     warnings.simplefilter('error', Image.DecompressionBombWarning)
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores
     dataset = str(dataset)
-    try:
-        root, source, labels, classes = find(dataset, str(data_dir), image_size, split)
-        size, depth, flip = (SETS.get(dataset) or (*probe(root, source), None))[:3]
-    except Exception as error:  # a damaged file makes the libraries raise almost anything
-        mend = f'accepted: {ACCEPTED}' if dataset not in SETS else (
-            f'fetch by hand {SETS[dataset][4].format(data_dir)}')
-        raise BadInput(f'--dataset {dataset}: {str(error) or repr(error)}; {mend}') from error
+    with first_of_its_machine():
+        try:
+            root, source, labels, classes = find(dataset, str(data_dir), image_size, split)
+            size, depth, flip = (SETS.get(dataset) or (*probe(root, source), None))[:3]
+        except Exception as error:  # a damaged file makes the libraries raise almost anything
+            mend = f'accepted: {ACCEPTED}' if dataset not in SETS else (
+                f'fetch by hand {SETS[dataset][4].format(data_dir)}')
+            raise BadInput(f'--dataset {dataset}: {str(error) or repr(error)}; {mend}') from error
     size = size if image_size is None else image_size
     if not 1 <= size <= SIZE_LIMIT:
         raise BadInput(f'--image_size {size}: of --dataset {dataset}; accepted: 1 to {SIZE_LIMIT}')
@@ -322,7 +298,8 @@ def batches(data, indices, device='cpu', workers=0):
     pin = torch.device(device).type == 'cuda'
     loader = torch.utils.data.DataLoader(
         data, sampler=(index.tolist() for index in indices), batch_size=None, num_workers=workers,
-        pin_memory=pin, generator=torch.Generator())  # else its seed moves the global stream
+        pin_memory=pin, worker_init_fn=deaf,
+        generator=torch.Generator())  # else its seed moves the global stream
     try:
         for batch in loader:
             yield batch.to(device, non_blocking=pin)
@@ -333,6 +310,28 @@ def batches(data, indices, device='cpu', workers=0):
 def to_float(pixels):
     """uint8 -> float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
+
+
+class Charges:
+    """The images pixels, uint8 (K, C, H, W), as charges in [-1, 1], and behind them with `mirror`
+    their mirror images: kept as they are, and made a few at a time, as the field asks for them."""
+
+    def __init__(self, pixels, mirror=False, dtype=torch.float32):
+        self.pixels, self.mirror, self.dtype, self.device = pixels, mirror, dtype, pixels.device
+
+    def __len__(self):
+        return len(self.pixels) * (1 + self.mirror)
+
+    def __getitem__(self, index):
+        """index (k,) -> (k, C, H, W) of dtype."""
+        pixels = self.pixels[index % len(self.pixels)]
+        if self.mirror:
+            mirrored = (index >= len(self.pixels)).view(-1, 1, 1, 1)
+            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+        return to_float(pixels).to(self.dtype)
+
+    def split(self, size):
+        return (self[index] for index in torch.arange(len(self), device=self.device).split(size))
 
 
 def to_uint8(x):

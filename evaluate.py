@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -39,9 +38,10 @@ import data as datasets
 import pfgm
 import unet
 from baselines import straightness
-from data import BadInput, step_seed, write
-from sample import OFFICIAL_BY_SIZE, flow_flags, follow, labels_of, load_flow, prior
-from train import Parser, above, field_loss, flow_constants, grid_of, run, setup, update
+from launch import (BadInput, Parser, above, first_of_its_machine, peak_memory, run, setup, step_seed,
+                    wait, write)
+from sample import OFFICIAL_BY_SIZE, facts, flow_flags, follow, labels_of, load_flow, place_for, prior
+from train import field_loss, flow_constants, grid_of, update
 from unet import read_checkpoint
 
 METRICS = {
@@ -136,6 +136,8 @@ def check_flags(args, asked):
     ):
         if wrong:
             raise BadInput(message)
+    if args.out and not args.out.endswith('.png'):
+        raise BadInput(f'--out {args.out}: a picture; must end in .png')
     for flag in ('results', 'save_stats', 'out'):
         path = getattr(args, flag) or ''
         folder = os.path.dirname(path)
@@ -170,6 +172,7 @@ def all_rows(rows, n, device, world):
     """The rows (n, ...) of all ranks on the CPU, from each rank's share of them."""
     if world == 1:
         return rows.cpu()
+    wait()
     most = -(-n // world)
     mine = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=device)
     mine[:len(rows)] = rows.to(device)
@@ -248,7 +251,9 @@ def held_out(train, args):
     """The test split beside a training set, or None for a path that has none."""
     test = load_images('--dataset', train.name, args, train.image_size, train.channels, 'test')
     if train.pixels is None or test.pixels is None:
-        same = train.pixels is test.pixels and list(train.source) == list(test.source)
+        same = train.pixels is test.pixels and len(train) == len(test) and (
+            list(train.source) == list(test.source) if train.root else
+            all(map(np.array_equal, train.source, test.source)))
     else:
         same = torch.equal(train.pixels.cpu(), test.pixels)
     return None if same else test
@@ -277,24 +282,22 @@ def random_weights(net):
     return state
 
 
-def inception_file(path, rank, world):
-    """The weights' path: as given, or torch hub's copy, downloaded by rank 0 if it is absent."""
+def inception_file(path, rank):
+    """The weights' path: as given, or torch hub's copy, downloaded once a machine if absent."""
     if path:
         if not os.path.isfile(path):
             raise BadInput(f'--inception {path}: no such file; get {URL}')
         return path
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', INCEPTION)
-    if rank > 0:
-        dist.barrier()
-    if not os.path.isfile(path):
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(URL, path, hash_prefix='6726825d', progress=rank == 0)
-        except Exception as error:  # a network can fail in any way
-            raise BadInput(f'--inception: cannot download it ({error}); get {URL} by hand and put '
-                           f'it at {path}, or give --inception FILE') from error
-    if rank == 0 and world > 1:
-        dist.barrier()
+    with first_of_its_machine():
+        if not os.path.isfile(path):
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                torch.hub.download_url_to_file(URL, path, hash_prefix='6726825d',
+                                               progress=rank == 0)
+            except Exception as error:  # a network can fail in any way
+                raise BadInput(f'--inception: cannot download it ({error}); get {URL} by hand and '
+                               f'put it at {path}, or give --inception FILE') from error
     return path
 
 
@@ -305,7 +308,7 @@ def repool(block, pool):
     block.branch_pool.register_forward_pre_hook(lambda conv, x: (pool(inputs.pop()),))
 
 
-def load_inception(path, device, rank=0, world=1):
+def load_inception(path, device, rank=0):
     """Inception "2015-12-05": (net, weight (1008, 2048)), net(x (B, 3, 299, 299)) -> (B, 2048).
 
     torchvision's network with the pooling of the TensorFlow graph: averages over what lies inside
@@ -315,7 +318,7 @@ def load_inception(path, device, rank=0, world=1):
         net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     if path == 'random' and rank == 0:
         print('random Inception weights: the numbers mean nothing outside this run')
-    file = path if path == 'random' else inception_file(path, rank, world)
+    file = path if path == 'random' else inception_file(path, rank)
     try:
         net.load_state_dict(random_weights(net) if path == 'random' else
                             torch.load(file, map_location='cpu', weights_only=True), assign=True)
@@ -372,10 +375,11 @@ def collect(batches, n, net, resize, keep, place):
         if net is not None:
             found = features(net, batch, resize)
             kept['features'].append(found.cpu() if 'features' in keep else found[:0])
-            found = found.to(home, torch.float64)
+            found = pfgm.float64(found)
             total[0] += found.sum(0)
             total[1:] += found.T @ found
     if world > 1:
+        wait()  # for whoever is behind, longer than a collective does
         dist.all_reduce(total)
     mu = total[0] / n
     sigma = (total[1:] - n * torch.outer(mu, mu)) / max(n - 1, 1)
@@ -499,6 +503,11 @@ def bits_per_dim(net, flow, images, n, args, place):
     how = dict(gamma=flow['gamma'], z_exp=flow['z_exp'], small_z=flow['small_z'],
                rtol=args.bpd_tol, atol=args.bpd_tol)
     ends, rows = (flow['z_min'], flow['z_max']), []
+    if flow['classes'] and images.labels is not None:
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= flow['known']:
+            raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network knows '
+                           f'0 to {flow["known"] - 1}; leave the labels out with --classes none')
     chunks = (torch.tensor(share(n, rank, world)) * len(images) // n).split(args.batch_size)
     for chunk in watch(chunks, len(share(n, rank, world)), 'bits/dim', rank):
         pixels, repeats = images[chunk.tolist()].cpu(), []
@@ -509,7 +518,8 @@ def bits_per_dim(net, flow, images, n, args, place):
             draws = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise = torch.stack([torch.rand(pixels.shape[1:], generator=g, dtype=torch.float64)
                                  for g in draws])
-            x = ((pixels + noise) / 128 - 1).to(device, torch.float64 if exact else torch.float32)
+            x = (pixels + noise) / 128 - 1  # float64
+            x = (x if exact else x.float()).to(device)
             try:
                 up = pfgm.log_likelihood(net, x, *ends, D=flow['D'], generator=draws[0], **how)
                 with torch.no_grad():
@@ -542,11 +552,15 @@ def flow_metrics(asked, name, net, flow, images, split, args, place):
                              labels_of(flow, part.tolist(), device))
                 for part in torch.arange(args.n or 256).split(args.batch_size)]
         found['straightness'] = torch.cat(rows).mean().item()
+    bad = [k for k in OF_FLOWS if not math.isfinite(found.get(k, 0))]
+    if bad:
+        raise BadInput(f'--{bad[0]}: not finite ({found[bad[0]]}); the network of {name} has diverged')
     if found and rank == 0:
         note = f'({split} images of {images.name})' if 'bpd' in asked else f'({name})'
         print('  '.join(f'{k} {v:.6g}' for k, v in found.items() if v is not None), '', note)
         about = dict(dataset=images.name, split=split) if 'bpd' in asked else {}
-        record(args, device, world, time.time() - clock, dict(found, run=name, **about))
+        how = facts(net, dict(flow, solver='rk45', tol=args.bpd_tol)) if 'bpd' in asked else {}
+        record(args, device, world, time.time() - clock, {**how, **found, 'run': name, **about})
     return {k: found[k] for k in OF_FLOWS if k in found}
 
 
@@ -601,8 +615,11 @@ def measure(asked, made, ref, weight, train, test, args, device):
 def solver_bench(args):
     """How many samples end at the training image that RK45 at 1e-8 leads them to, and the RMSE, for
     each solver, schedule and NFE, in the exact field of --dataset: a table and a plot."""
-    device, _, world = setup(args.device)
+    args.exact = True
+    device, _, world = place_for(args)
     images = load_images('--dataset', args.dataset or 'glyphs', args, args.image_size)
+    if images.pixels is None:
+        raise BadInput(f'--solver_bench --dataset {images.name}: does not fit in memory')
     published = (images.channels, images.image_size) == (3, 32)
     flow = flow_constants(images, 'cifar10' if published else args.dataset)
     charges = datasets.to_float(images.pixels.to(device)).double()
@@ -696,9 +713,8 @@ def bench(args):
     device, *_ = setup(args.device)
     big = device.type == 'cuda'
 
-    def peak():  # GB
-        return (torch.cuda.max_memory_allocated(device) / 2 ** 30 if big else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    def peak():
+        return peak_memory(device) or math.nan
     generator = torch.Generator(device).manual_seed(args.seed)
     a, cases = torch.randn(2048, 2048, device=device, dtype=torch.float64), []
     out = a @ a
@@ -860,7 +876,7 @@ def main(args):
         return loss_curves(args)
     if args.solver_bench or args.bench:
         return (bench if args.bench else solver_bench)(args)
-    device, rank, world = place = setup(args.device)
+    device, rank, world = place = place_for(args)
 
     # what is evaluated
     flows, source, train, stats, test = {}, None, None, None, None
@@ -906,7 +922,7 @@ def main(args):
     # one pass over the reference
     inception = weight = ref = None
     if inception_wanted:
-        inception, weight = load_inception(args.inception, device, rank, world)
+        inception, weight = load_inception(args.inception, device, rank)
     if wanted & {'fid', 'kid', 'prc'}:
         keep = {'features'} if wanted & {'kid', 'prc'} else set()
         ref = stats or collect(
@@ -944,7 +960,8 @@ def main(args):
             how = {**(dict(run=name, method=flow['method']) if args.compare else {}), **how}
             record(args, device, world, time.time() - clock, dict(
                 n=n, n_ref=ref.n if ref else None, reference=train.name if train else args.ref,
-                resize=args.resize, inception=args.inception, **how, **values))
+                resize=args.resize, inception=args.inception,
+                **{**(facts(net, flow) if flow else {}), **how, **values}))
             if args.sweep:
                 table.append({**how, 'seconds': seconds, **values, **own})
                 shown = next(iter(values))

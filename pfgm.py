@@ -15,15 +15,12 @@ N numbers each, z (B,) > 0 the augmented coordinate (the norm of all D of them i
 D = inf is diffusion and z then means its noise level sigma), K charges, D = 1 in PFGM.
 A network is anything called as net(x, z) that returns (v_x like x, v_z (B,)), toward the data.
 """
+import contextlib
 import math
-import queue
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-
-CHUNK = 1024  # charges taken to float64 at a time: 25 MB on CIFAR-10
 
 
 class SolverError(RuntimeError):
@@ -51,9 +48,35 @@ def hyperparameters(data_norm, N, sigma=0.01, tau=0.03):
     return Hyperparameters(M, math.sqrt(2 / math.pi) * growth, math.sqrt(N) * growth)
 
 
+def float64(x):
+    """x in float64: on its own device, or on the CPU where that has none (MPS)."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
+
+
+def like(values, x):
+    """values in x's type, on its device; in this order, since MPS cannot hold float64."""
+    return values.to(x.dtype).to(x.device)
+
+
 def column(values, x):
     """values (B,) in x's type, ready to multiply x (B, ...)."""
-    return values.to(x).view((-1,) + (1,) * (x.dim() - 1))
+    return like(values, x).view((-1,) + (1,) * (x.dim() - 1))
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Products and convolutions as exact as float32 is: no TF32, whose 10 bits are wider than the
+    tolerance of RK45, and no autocast. What was set before comes back."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    tf32 = cudnn.allow_tf32
+    torch.set_float32_matmul_precision('highest')
+    cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32 = tf32
 
 
 def unit(D):
@@ -88,11 +111,20 @@ def kernel(shape, z, D=1, generator=None):
     x = z eps / sqrt(chi2_D), a Student-t with D degrees of freedom; D = inf is z eps."""
     x = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)
     if D != math.inf:
-        half = torch.full_like(z, D / 2, dtype=torch.float64)
+        if z.device.type == 'mps':  # which has no draws of gamma either
+            seed = int(torch.randint(2 ** 31, (), generator=generator, device=z.device))
+            generator = torch.Generator().manual_seed(seed)
+        half = torch.full_like(float64(z), D / 2)
         chi2 = 2 * torch._standard_gamma(half, generator=generator)
         # Below 1e-60 (a draw of probability 1e-30) the quotient would leave float32's range.
-        z = z / chi2.clamp_min(1e-60).sqrt()
+        z = float64(z) / chi2.clamp_min(1e-60).sqrt()
     return column(z, x) * x
+
+
+def chunk(x):
+    """How many charges are taken to float64 at a time for points x (B, ...): 25 MB of them, or on a
+    GPU, which more work at once keeps busy, 256 MB."""
+    return max(1, (2 ** 25 if x.is_cuda else 3 * 2 ** 20) // x[0].numel())
 
 
 def charge_weights(x, z, charges, D=1, among=None):
@@ -100,38 +132,38 @@ def charge_weights(x, z, charges, D=1, among=None):
 
     x (B, ...), z (B,), charges (K, ...):  w_k = softmax_k(-(N+D)/2 log d_k^2),
     d_k^2 = |x - y_k|^2 + z^2;  D = inf: softmax_k(-|x - y_k|^2 / (2 z^2)).
+    charges: a tensor, or anything with len() and, as a tensor has it, split() into tensors.
     among (B, K) bool: the charges that count for each point (of its class), at least one."""
     # d^2 by one matrix product: |x|^2 + |y|^2 - 2 x.y cancels where x is near a charge, and a 1e-3
-    # error in d changes a weight 22-fold at N = 3072, so all of it in float64. MPS has none.
-    home = 'cpu' if x.device.type == 'mps' else x.device
-    x, z2 = x.flatten(1).to(home, torch.float64), z.to(home, torch.float64).square()
+    # error in d changes a weight 22-fold at N = 3072, so all of it in float64.
+    size = chunk(x)
+    x, z2 = float64(x.flatten(1)), float64(z).square()
     N, x2 = x.shape[1], x.square().sum(1, keepdim=True)
 
-    buffer = x.new_empty(min(CHUNK, len(charges)), N)  # memory touched for the first time is slow
-
     def distance2(y):
-        y = buffer[:len(y)].copy_(y)
+        y = float64(y.flatten(1))
         y2 = torch.linalg.vector_norm(y, dim=1).square()  # without y.square(), as large as y
         return torch.addmm(x2 + y2, x, y.T, alpha=-2)
-    d2 = torch.cat([distance2(y) for y in charges.flatten(1).split(CHUNK)], dim=1)  # without z^2
+    d2 = torch.cat([distance2(y) for y in charges.split(size)], dim=1)  # without z^2
     if D == math.inf:
         logits = -d2 / (2 * z2[:, None])
     else:  # on a charge rounding can leave d^2 < 0; any tiny number in its place wins the softmax
         logits = -(N + D) / 2 * (d2 + z2[:, None]).clamp_min(1e-300).log()
     if among is not None:
-        logits = logits.masked_fill(~among.to(home), -math.inf)
+        logits = logits.masked_fill(~among.to(logits.device), -math.inf)
     return logits.softmax(dim=1)
 
 
 def posterior_mean(x, z, charges, D=1, among=None):
     """xhat = sum_k w_k y_k, the mean of the data that a line through (x, z) can end at: (B, N) in
-    float64. Memory: (B, K) and CHUNK charges in float64, never (B, K, N)."""
+    float64. Memory: (B, K) and one chunk of charges in float64, never (B, K, N)."""
     w = charge_weights(x, z, charges, D, among)
     w = w.masked_fill(w < 1e-30, 0)  # in float32 they would be subnormal: exact, but 3 times slower
     # Products in the charges' own type: where |x - xhat| is small the weights are 0 and 1, and the
     # product exact. Sums in float64.
-    parts = zip(w.split(CHUNK, dim=1), charges.flatten(1).split(CHUNK))
-    return sum((part.to(y) @ y).to(w) for part, y in parts)
+    parts = zip(w.split(chunk(x), dim=1), charges.split(chunk(x)))
+    with full_float32(x.device):
+        return sum(float64(like(part, y) @ y.flatten(1)) for part, y in parts)
 
 
 def deciding_z(charges, D=1, nats=0.02, points=128):
@@ -141,11 +173,11 @@ def deciding_z(charges, D=1, nats=0.02, points=128):
     charges (K, ...) -> float: the last plane of schedule 'radius' for the exact field."""
     generator = torch.Generator().manual_seed(0)
     y = charges[torch.randint(len(charges), (points,), generator=generator).to(charges.device)]
-    noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    noise = like(torch.randn(y.shape, generator=generator, dtype=torch.float64), y)
     low, high = 1e-4, 1e4
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
-        z = torch.full((points,), middle, dtype=torch.float64, device=y.device)
+        z = torch.full((points,), middle, dtype=y.dtype, device=y.device)
         w = charge_weights(y + middle * noise, z, charges, D)
         entropy = -torch.xlogy(w, w).sum(1).mean()
         low, high = (middle, high) if entropy < nats else (low, middle)
@@ -157,11 +189,10 @@ def poisson_field(x, z, charges, gamma=5.0, D=1, among=None):
 
     x (B, ...), z (B,), charges (K, ...), among as above -> (v_x like x, v_z (B,)):
     v = -sqrt(N) E / (|E| + gamma), E = (x - xhat, z), computed in float64, returned in x.dtype."""
-    xhat = posterior_mean(x, z, charges, D, among)
-    E_x = x.flatten(1).to(xhat) - xhat
-    E_z = z.to(xhat)
+    E_x = float64(x.flatten(1)) - posterior_mean(x, z, charges, D, among)
+    E_z = float64(z)
     scale = -math.sqrt(E_x.shape[1]) / (torch.hypot(E_x.norm(dim=1), E_z) + gamma)
-    return (E_x * scale[:, None]).view_as(x).to(x), (E_z * scale).to(x)
+    return like((E_x * scale[:, None]).view_as(x), x), like(E_z * scale, x)
 
 
 class ExactField:
@@ -233,15 +264,15 @@ def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu
     if upper_norm is not None:
         radius = x.flatten(1).norm(dim=1)
         x = x * column(radius.clamp(1.0, upper_norm) / radius, x)
-    return x.to(device, dtype)
+    return x.to(dtype).to(device)
 
 
 def prior_logp(x, z_max, D=1):
-    """log density (B,), in nats, of the unclipped prior at x (B, ...). PFGM Section 3.2.
+    """log density (B,), float64, in nats, of the unclipped prior at x (B, ...). PFGM Section 3.2.
 
     D = 1: 2 z_max / (S_N(1) (|x|^2 + z_max^2)^((N+1)/2)), S_N(1) = 2 pi^((N+1)/2) / Gamma((N+1)/2)
     the area of the unit sphere in R^(N+1) (the published code took that of R^N)."""
-    N, r2 = x[0].numel(), x.flatten(1).double().square().sum(1)
+    N, r2 = x[0].numel(), float64(x.flatten(1)).square().sum(1)
     if D == math.inf:
         return -r2 / (2 * z_max ** 2) - N / 2 * math.log(2 * math.pi * z_max ** 2)
     constant = math.lgamma((N + D) / 2) - math.lgamma(D / 2) - N / 2 * math.log(math.pi)
@@ -296,7 +327,7 @@ def schedule(name, x, z_from, z_to, steps, D=1):
         return name(z_from, z_to, steps)[:, None].expand(-1, len(x))
     last = torch.full((len(x),), z_to, dtype=torch.float64)
     if name == 'radius' and D != math.inf:
-        distance = torch.hypot(x.flatten(1).double().norm(dim=1).cpu(), last.new_tensor(z_from))
+        distance = torch.hypot(float64(x.flatten(1)).norm(dim=1).cpu(), last.new_tensor(z_from))
         last = last * math.sqrt((x[0].numel() + D) / D) * z_from / distance
     elif name not in ('log', 'rho7', 'radius'):
         raise ValueError(f'schedule {name!r}: one of {", ".join(SCHEDULES)}')
@@ -311,7 +342,7 @@ def schedule(name, x, z_from, z_to, steps, D=1):
 def euler(f, x, grid, calls, callback=None):
     """Euler in z, one call a step: dx/dz = f / z."""
     for z, z_next in zip(grid[:-1], grid[1:]):
-        x = x + column(z_next / z - 1, x) * f(x, z.to(x))
+        x = x + column(z_next / z - 1, x) * f(x, like(z, x))
         if callback:
             callback(z_next, x)
     return x
@@ -320,10 +351,10 @@ def euler(f, x, grid, calls, callback=None):
 def heun(f, x, grid, calls, callback=None):
     """Heun in z, two calls a step; if `calls` is odd the last step is Euler's. EDM Algorithm 1."""
     for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
-        slope = f(x, z.to(x)) / column(z, x)
+        slope = f(x, like(z, x)) / column(z, x)
         x_next = x + column(z_next - z, x) * slope
         if 2 * i + 1 < calls:
-            slope_next = f(x_next, z_next.to(x)) / column(z_next, x)
+            slope_next = f(x_next, like(z_next, x)) / column(z_next, x)
             x_next = x + column(z_next - z, x) * 0.5 * (slope + slope_next)
         x = x_next
         if callback:
@@ -338,7 +369,7 @@ def ipndm(f, x, grid, calls, callback=None):
             (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     slopes = []
     for z, z_next in zip(grid[:-1], grid[1:]):
-        slopes = [f(x, z.to(x)) / column(z, x), *slopes[:3]]
+        slopes = [f(x, like(z, x)) / column(z, x), *slopes[:3]]
         step = sum(c * slope for c, slope in zip(rows[len(slopes) - 1], slopes))
         x = x + column(z_next - z, x) * step
         if callback:
@@ -350,7 +381,7 @@ def dpm2m(f, x, grid, calls, callback=None):
     """DPM-Solver++(2M), arXiv 2211.01095 Algorithm 2, with lambda = -log z."""
     old = h_old = None
     for z, z_next in zip(grid[:-1], grid[1:]):
-        xhat, h = x - f(x, z.to(x)), (z / z_next).log()
+        xhat, h = x - f(x, like(z, x)), (z / z_next).log()
         ahead = xhat if old is None else xhat + column(h / (2 * h_old), x) * (xhat - old)
         x = column(z_next / z, x) * x + column(1 - z_next / z, x) * ahead
         old, h_old = xhat, h
@@ -379,7 +410,7 @@ def multistep(f, x, grid, calls, callback=None, order=3, correct=False):
     nodes, xhats = [], []
     free = len(grid) - 1 > calls
     for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
-        xhats.append(torch.zeros_like(x) if free and i == 0 else x - f(x, z.to(x)))
+        xhats.append(torch.zeros_like(x) if free and i == 0 else x - f(x, like(z, x)))
         nodes.append(z.log())
         if free and i == 1:  # the guess has served
             del nodes[0], xhats[0]
@@ -402,85 +433,107 @@ def unipc(f, x, grid, calls, callback=None):
     return multistep(f, x, grid, calls, callback, correct=True)
 
 
-def _solve_ivp(f, y, z_from, z_to, rtol, atol, keep_steps=False):
-    """scipy's RK45 in log z on one flat float64 array; f.log_z is where it was last called."""
-    from scipy.integrate import solve_ivp
-    span = (math.log(z_from), math.log(z_to))
-    solution = solve_ivp(f, span, y, method='RK45', rtol=rtol, atol=atol,
-                         t_eval=None if keep_steps else span[1:])
-    if not solution.success:
-        raise SolverError(f'RK45 stopped at z = {math.exp(f.log_z):.4g}: {solution.message}')
-    return solution
-
-
 def rk45(f, x, z_from, z_to, rtol, atol, callback=None):
-    """RK45 in log z with one step size for the whole batch, as published -> (x, calls)."""
+    """scipy's RK45 in log z with one step size for the whole batch, as published -> (x, calls)."""
+    from scipy.integrate import solve_ivp
+
     def flat(log_z, y):
         nonlocal nfe
         nfe, flat.log_z = nfe + 1, log_z
-        y = torch.from_numpy(y).view(x.shape).to(x)
-        return f(y, y.new_full((len(y),), math.exp(log_z))).double().cpu().numpy().ravel()
-    nfe = 0
-    y = x.double().cpu().numpy().ravel()
-    solution = _solve_ivp(flat, y, z_from, z_to, rtol, atol, keep_steps=callback is not None)
-    states = [torch.from_numpy(y.copy()).view(x.shape).to(x) for y in solution.y.T]
+        y = like(torch.from_numpy(y).view(x.shape), x)
+        slope = float64(f(y, y.new_full((len(y),), math.exp(log_z)))).cpu().numpy().ravel()
+        if np.isnan(slope).any() or nfe == 1 and np.isinf(slope).any():  # scipy would go on forever
+            raise SolverError(f'RK45 stopped at z = {math.exp(log_z):.4g}: the network gives NaN')
+        return slope
+    nfe, span = 0, (math.log(z_from), math.log(z_to))
+    solution = solve_ivp(flat, span, float64(x).cpu().numpy().ravel(), method='RK45', rtol=rtol,
+                         atol=atol, t_eval=None if callback else span[1:])
+    if not solution.success:
+        raise SolverError(f'RK45 stopped at z = {math.exp(flat.log_z):.4g}: {solution.message}')
+    states = [like(torch.from_numpy(y.copy()).view(x.shape), x) for y in solution.y.T]
     if callback:
         for log_z, state in zip(solution.t[1:], states[1:]):
-            callback(math.exp(log_z), state)
+            callback(x.new_full((len(x),), math.exp(log_z)), state)
     return states[-1], nfe
 
 
-def rk45_each(f, x, z_from, z_to, rtol, atol):
-    """RK45 in log z, each sample with step sizes of its own, so that it does not depend on the
-    others of its batch -> (x, calls of the slowest sample). One scipy solver a sample, each in a
-    thread that waits while all their questions go through the network as one batch."""
-    questions = queue.SimpleQueue()
-    answers = [queue.SimpleQueue() for _ in x]
+def rms(a):
+    return torch.linalg.vector_norm(a, dim=1) / a.shape[1] ** 0.5
 
-    def solve(i, y):
-        def ask(log_z, y):
-            ask.log_z = log_z
-            questions.put((i, log_z, y))
-            answer = answers[i].get()
-            if answer is None:
-                raise InterruptedError('another sample of the batch failed')
-            return answer
-        try:
-            return _solve_ivp(ask, y, z_from, z_to, rtol, atol).y[:, -1]
-        finally:
-            questions.put((i, None, None))
 
-    running, nfe = set(range(len(x))), 0
-    starts = x.flatten(1).double().cpu().numpy()
-    with ThreadPoolExecutor(len(x)) as pool:
-        futures = [pool.submit(solve, i, y) for i, y in enumerate(starts)]
-        try:
-            while running:
-                asked = sorted((questions.get() for _ in range(len(running))), key=lambda q: q[0])
-                running -= {i for i, log_z, _ in asked if log_z is None}
-                asked = [q for q in asked if q[1] is not None]
-                if asked:
-                    batch = torch.from_numpy(np.stack([y for _, _, y in asked]))
-                    z = torch.tensor([math.exp(log_z) for _, log_z, _ in asked]).to(x)
-                    slopes = f(batch.view(-1, *x.shape[1:]).to(x), z, [q[0] for q in asked])
-                    slopes = slopes.flatten(1).double().cpu()
-                    nfe += 1
-                    for (i, _, _), slope in zip(asked, slopes.numpy()):
-                        answers[i].put(slope)
-        finally:
-            for i in running:  # only after an error: wake the threads that wait for an answer
-                answers[i].put(None)
-        ends = np.stack([future.result() for future in futures])
-    return torch.from_numpy(ends).view(x.shape).to(x), nfe
+def first_step(slope, t, y, slope_0, span, rtol, atol):
+    """scipy's guess of a first step (B,) from t (B,), y (B, n), at the cost of one call. Hairer,
+    Norsett, Wanner, Solving Ordinary Differential Equations I, II.4."""
+    scale, longest = atol + rtol * y.abs(), abs(span)
+    d0, d1 = rms(y / scale), rms(slope_0 / scale)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp_max(longest)
+    ahead = math.copysign(1, span) * h0
+    d2 = rms((slope(t + ahead, y + ahead[:, None] * slope_0) - slope_0) / scale) / h0
+    d = torch.maximum(d1, d2)
+    h1 = torch.where(d <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / d) ** 0.2)
+    return torch.minimum(100 * h0, h1).clamp_max(longest)
+
+
+def rk45_each(f, x, z_from, z_to, rtol, atol, callback=None):
+    """The same, each sample with step sizes of its own, so that it does not depend on the others of
+    its batch -> (x, calls of the slowest sample). f(x, z, rows) with the rows of x that are asked.
+
+    scipy's coefficients and step control, all samples at once; those that arrive leave."""
+    from scipy.integrate import RK45
+    start, end, calls = math.log(z_from), math.log(z_to), 0
+    way, y = math.copysign(1, end - start), float64(x.flatten(1))
+    t, rows = y.new_full((len(y),), start), torch.arange(len(y), device=y.device)
+    A, B, C, E = (torch.from_numpy(v).to(y.device) for v in (RK45.A, RK45.B, RK45.C, RK45.E))
+    all_y, all_t = y.clone(), t.clone()
+
+    def slope(t, y):
+        nonlocal calls
+        calls += 1
+        return float64(f(like(y.view(-1, *x.shape[1:]), x), like(t.exp(), x), rows).flatten(1))
+
+    def combined(weights, K):
+        return torch.mv(K.flatten(1).T, weights).view_as(K[0])
+    slope_0, again = slope(t, y), torch.zeros_like(t, dtype=torch.bool)
+    h = first_step(slope, t, y, slope_0, end - start, rtol, atol)
+    K = y.new_empty(7, *y.shape)  # the slopes of a step: at its start, four between, two at its end
+    K[0] = slope_0
+    while len(rows):
+        least = 10 * (torch.nextafter(t, t + way) - t).abs()
+        stuck = h.isnan() | again & (h < least)
+        if stuck.any():
+            raise SolverError(f'RK45 stopped at z = {float(t[stuck][0].exp()):.4g}: ' + (
+                'the network gives NaN' if h.isnan().any() else 'its steps became too small'))
+        t_next = t + way * torch.maximum(h, least)
+        t_next = torch.where(way * (t_next - end) > 0, end, t_next)
+        h = t_next - t
+        for s in range(1, 6):
+            K[s] = slope(t + C[s] * h, torch.addcmul(y, h[:, None], combined(A[s, :s], K[:s])))
+        y_next = torch.addcmul(y, h[:, None], combined(B, K[:6]))
+        K[6] = slope(t + h, y_next)
+        scale = torch.maximum(y.abs(), y_next.abs()).mul_(rtol).add_(atol)
+        error = rms(combined(E, K).mul_(h[:, None]).div_(scale))
+        good, factor = error < 1, 0.9 * error ** -0.2
+        growth = torch.where(again, factor.clamp_max(1), factor.clamp_max(10))
+        h, again = h.abs() * torch.where(good, growth, factor.clamp_min(0.2)), ~good
+        t, y = torch.where(good, t_next, t), torch.where(good[:, None], y_next, y)
+        K[0] = torch.where(good[:, None], K[6], K[0])
+        all_t[rows], left = t, t != end
+        if callback or not left.all():
+            all_y[rows] = y
+        if callback:
+            callback(like(all_t.exp(), x), like(all_y.view(x.shape).clone(), x))
+        if not left.all():
+            rows, t, y, h, again, slope_0 = (v[left] for v in (rows, t, y, h, again, K[0]))
+            K = y.new_empty(7, *y.shape)
+            K[0] = slope_0
+    return like(all_y.view(x.shape), x), calls
 
 
 def _adaptive(f, x, z_from, z_to, rtol, atol, official, each, callback):
     """The RK45 half of sample_ode. The published state has z, of slope z, as one more channel of
     x: its small error loosens the norm by which the steps are chosen."""
     if each:
-        if callback:
-            raise ValueError('callback with each=True: the samples do not share their steps')
-        return rk45_each(f, x, z_from, z_to, rtol, atol)
+        return rk45_each(f, x, z_from, z_to, rtol, atol, callback)
     if not official:
         return rk45(f, x, z_from, z_to, rtol, atol, callback)
 
@@ -508,18 +561,19 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, 
     `each`, per sample; those in SOLVERS, or a function like them, make exactly `nfe` calls on
     schedule(schedule_name).
     `to_data`: the last call is made on z_to and leads straight to z = 0, x = xhat.
-    callback(z (B,), x) after each step. The network works in x.dtype, on x.device; D matters to the
-    schedule only; labels (B,) and guidance as in drift().
+    callback(z (B,), x) after each step. The network works in x.dtype, on x.device, under RK45 in
+    full_float32(); D matters to the schedule only; labels (B,) and guidance as in drift().
     Raises ValueError for an unknown solver or nfe < 1, SolverError where RK45 cannot go on."""
-    def f(x, z, rows=slice(None)):  # rows: which of the batch are asked for
-        which = None if labels is None else labels[rows]
+    def f(x, z, rows=None):  # rows: which of the batch are asked for
+        which = labels if labels is None or rows is None else labels[rows.to(labels.device)]
         return drift(net, x, z, gamma, z_exp, small_z, which, guidance)
     if solver != 'rk45' and (solver not in SOLVERS and not callable(solver) or nfe < 1):
         raise ValueError(f'solver {solver!r}, nfe {nfe}: rk45 or one of {", ".join(SOLVERS)}, '
                          'and nfe of 1 or more')
     if solver == 'rk45':
-        report = callback and (lambda z, x: callback(x.new_full((len(x),), z), x))
-        x, nfe = _adaptive(f, x, z_from, z_to, rtol, atol, small_z == 'official', each, report)
+        with full_float32(x.device):
+            x, nfe = _adaptive(f, x, z_from, z_to, rtol, atol, small_z == 'official', each,
+                               callback)
         nfe += to_data
     else:
         calls = nfe - to_data
@@ -532,7 +586,7 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, 
         else:
             z_to = z_from
     if to_data:
-        x = x - f(x, torch.as_tensor(z_to).to(x).expand(len(x)))
+        x = x - f(x, like(torch.as_tensor(z_to), x).expand(len(x)))
         if callback:
             callback(x.new_zeros(len(x)), x)
     return x, nfe
@@ -558,7 +612,7 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
     if divergence not in ('hutchinson', 'exact'):
         raise ValueError(f"divergence {divergence!r}: 'hutchinson' or 'exact'")
     B, N = len(x), x[0].numel()
-    probe = torch.randint(0, 2, (B, N), generator=generator).to(x) * 2 - 1
+    probe = like(torch.randint(0, 2, (B, N), generator=generator), x) * 2 - 1
 
     def f(state, z):  # state (B, N + 1): x and the integral so far; z (B,)
         with torch.enable_grad():
@@ -574,7 +628,8 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
         return torch.cat([slope.detach(), div[:, None]], dim=1)
 
     start = torch.cat([x.flatten(1), torch.zeros_like(x.flatten(1)[:, :1])], dim=1)
-    end, nfe = rk45(f, start, z_min, z_max, rtol, atol)
+    with full_float32(x.device):
+        end, nfe = rk45(f, start, z_min, z_max, rtol, atol)
     latent = end[:, :N].view(x.shape)
-    logp = prior_logp(latent, z_max, D) + end[:, N].double()
+    logp = prior_logp(latent, z_max, D) + float64(end[:, N])
     return Likelihood(logp, -logp / math.log(2) / N + 7, latent, nfe)

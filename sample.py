@@ -8,20 +8,24 @@
 is a folder. Image i depends on --seed and i alone, however the work is split.
 """
 import argparse
+import json
 import math
 import os
+import shutil
 import time
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data as datasets
 import pfgm
 from baselines import ancestral
-from data import BadInput, step_seed, write
-from train import PRESETS, Parser, above, fast_bf16, flow_constants, grid_of, run, setup
+from launch import (BadInput, Parser, above, fast_bf16, fingerprint, run, setup, step_seed, wait,
+                    write)
+from train import PRESETS, flow_constants, grid_of
 from unet import load_checkpoint
 
 
@@ -89,6 +93,15 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+def place_for(args):
+    """setup(), on the CPU where the exact field would have no float64."""
+    device, rank, world = setup(args.device)
+    if args.exact and device.type == 'mps':
+        print('--exact: in float64, which mps lacks; on the CPU')
+        device = torch.device('cpu')
+    return device, rank, world
+
+
 def load_flow(args, device):
     """(net, flow, images or None); flow is what sample_ode needs to know beside the network."""
     if args.solver == 'rk45' and args.nfe:
@@ -99,7 +112,7 @@ def load_flow(args, device):
         if images.pixels is None:
             raise BadInput(f'--exact --dataset {args.dataset}: does not fit in memory')
         flow = flow_constants(images, args.dataset)
-        net = pfgm.ExactField(datasets.to_float(images.pixels.to(device)).double())
+        net = pfgm.ExactField(datasets.Charges(images.pixels.to(device), dtype=torch.float64))
         flow.update(z_exp=0.0, D=1.0, classes=0, student=False,  # its v_z needs no help
                     shape=tuple(images.pixels.shape[1:]))
     else:
@@ -115,8 +128,8 @@ def load_flow(args, device):
             saved = {**saved, **PRESETS[name], 'z_min': 1e-3, 'gamma': 5.0}
         flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
         flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
-        flow.update(classes=saved['classes'], method=saved['method'],
-                    student=bool(saved.get('distill')))
+        flow.update(classes=saved['classes'], method=saved['method'], step=saved['step'],
+                    weights=args.weights, student=bool(saved.get('distill')))
     official = saved.get('official', False)
     nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
     solver = args.solver or ('rk45' if not nfe else 'heun' if official else 'unipc')
@@ -155,7 +168,7 @@ def check_flow(args, net, flow):
     ):
         if wrong:
             raise BadInput(message)
-    flow['classes'] = wanted
+    flow.update(classes=wanted, known=known)
 
 
 def prior(flow, seed, indices):
@@ -178,6 +191,30 @@ def noise_of(flow, indices):
     return lambda step: torch.stack([torch.randn(flow['shape'], generator=g) for g in draws])
 
 
+def ending(net, flow):
+    """(whether the last call leads straight to z = 0, the plane on which it is made or, without it,
+    the flow ends)."""
+    fixed, z = flow['solver'] != 'rk45', flow['z_min']
+    to_data = fixed if flow['to_data'] is None else flow['to_data']
+    if to_data and fixed:
+        if isinstance(net, pfgm.ExactField) and not flow['z_last']:
+            flow['z_last'] = pfgm.deciding_z(net.charges)  # below it the lines are straight
+        z = flow['z_last'] or pfgm.last_plane(z, flow['nfe'], flow['D'])
+    return to_data, z
+
+
+def facts(net, flow):
+    """What a line of results needs to say of a flow, so that two that differ can be told apart."""
+    to_data, z_last = ending(net, flow)
+    names = ('method', 'D', 'weights', 'step', 'solver', 'nfe', 'schedule', 'small_z', 'z_min',
+             'z_exp', 'guidance', 'eta', 'classes', 'bf16')
+    found = {k: flow[k] for k in names if k in flow}
+    found.update(D='inf' if flow['D'] == math.inf else flow['D'], to_data=to_data, z_last=z_last)
+    if flow['solver'] == 'rk45':
+        found.update(tol=flow['tol'], nfe=None, schedule=None, bf16=False)
+    return found
+
+
 @torch.no_grad()
 def follow(net, flow, x, device, indices=(), up=False, callback=None):
     """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an exact
@@ -186,47 +223,43 @@ def follow(net, flow, x, device, indices=(), up=False, callback=None):
     solver = flow['solver']
     if solver == 'ddim':
         solver = ancestral(flow['eta'], noise_of(flow, indices)) if flow['eta'] else 'euler'
-    to_data = solver != 'rk45' if flow['to_data'] is None else flow['to_data']
-    exact, z_min = isinstance(net, pfgm.ExactField), flow['z_min']
-    if to_data and not up and solver != 'rk45':
-        if exact and not flow['z_last']:  # below it the lines of charges are straight
-            flow['z_last'] = pfgm.deciding_z(net.charges)
-        z_min = flow['z_last'] or pfgm.last_plane(z_min, flow['nfe'], flow['D'])
-    ends = (z_min, flow['z_max']) if up else (flow['z_max'], z_min)
-    dtype = torch.float64 if exact else torch.float32
+    to_data, z_last = ending(net, flow)
+    ends = (flow['z_min'], flow['z_max']) if up else (flow['z_max'], z_last)
+    dtype = torch.float64 if isinstance(net, pfgm.ExactField) else torch.float32
     twice = labels is not None and flow['guidance'] != 1
     how = {k: flow[k] for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
     bf16 = flow['bf16'] and solver != 'rk45'  # whose tolerance is finer than bfloat16
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x, nfe = pfgm.sample_ode(
-                net, x.to(device, dtype), *ends, solver, flow['nfe'], labels=labels, **how,
+                net, x.to(dtype).to(device), *ends, solver, flow['nfe'], labels=labels, **how,
                 rtol=flow['tol'], atol=flow['tol'],
-                each=callback is None and flow['small_z'] != 'official',
+                each=flow['small_z'] != 'official',
                 schedule_name='log' if up else net.planes if flow['schedule'] == 'time' else
                 flow['schedule'], to_data=to_data and not up, callback=callback)
     except pfgm.SolverError as error:
         raise BadInput(f'--tol {flow["tol"]}: {error}; try a larger one, or --nfe 100') from error
+    if not x.isfinite().all():
+        raise BadInput('--ckpt: the network leads to images that are not finite; it has diverged: '
+                       'give another one, or train it again with a lower --lr')
     return x, nfe * (1 + twice)
 
 
-def generate(net, flow, n, seed, batch_size, device, rank=0, world=1, starts=None):
-    """Yield (first index, uint8 images on the CPU) of this rank's share of n, with progress.
-
-    `starts` (n, C, H, W) replaces the prior's draws."""
-    share = range(n * rank // world, n * (rank + 1) // world)
+def generate(net, flow, indices, args, place, starts=None):
+    """Yield (indices, uint8 images on the CPU) of a list of indices, a batch at a time, with
+    progress. `starts` (n, C, H, W) replaces the prior's draws."""
+    device, rank, _ = place
     clock = time.time()
-    for first in range(share.start, share.stop, batch_size):
-        indices = range(first, min(first + batch_size, share.stop))
-        x = prior(flow, seed, indices) if starts is None else starts[first:indices.stop]
-        x, nfe = follow(net, flow, x, device, indices)
+    for first in range(0, len(indices), args.batch_size):
+        batch = indices[first:first + args.batch_size]
+        x = prior(flow, args.seed, batch) if starts is None else starts[batch]
+        x, nfe = follow(net, flow, x, device, batch)
         if rank == 0:
-            done = indices.stop - share.start
-            seconds = time.time() - clock
-            left = int(seconds / done * (len(share) - done))
-            print(f'{indices.stop - share.start}/{len(share)} images  {flow["solver"]} nfe {nfe}  '
+            done, seconds = first + len(batch), time.time() - clock
+            left = int(seconds / done * (len(indices) - done))
+            print(f'{done}/{len(indices)} images  {flow["solver"]} nfe {nfe}  '
                   f'{done / seconds:.2f} img/s  {left // 60}:{left % 60:02d} left', flush=True)
-        yield first, datasets.to_uint8(x).cpu()
+        yield batch, datasets.to_uint8(x).cpu()
 
 
 def special_starts(args, flow):
@@ -320,25 +353,23 @@ def field_lines(path):
     print(f'{path}: {n} field lines of {len(charges)} charges')
 
 
-def save_png(path, pixels):
-    """uint8 (C, H, W) as a file."""
-    from PIL import Image
-    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2 if len(pixels) == 1 else ()).numpy())
-    write('--out', path, lambda file: image.save(file, 'PNG'))
+# ---------------------------------------------------------------- files
+
+KINDS = ('.png', '.gif', '.npz')
+MARK = '.made_by.json'  # in a folder of samples: what made them
 
 
-def check_out(out):
+def check_out(out, single):
+    """Whether --out can be written: now, not after an hour of sampling. single: one file."""
     folder = os.path.dirname(out.rstrip('/'))
     if folder and not os.path.isdir(folder):
         raise BadInput(f'--out {out}: no folder {folder}; make it with: mkdir -p {folder}')
-    if not out.endswith(('.png', '.gif', '.npz')) and os.path.splitext(out)[1]:
+    if not single and os.path.splitext(out)[1]:
         raise BadInput(f'--out {out}: must end in .png, .gif or .npz, or be a folder')
-    if os.path.isdir(out) and os.listdir(out):
-        raise BadInput(f'--out {out}: a folder that is not empty; give a new one')
-    if not os.path.splitext(out)[1] and os.path.lexists(out) and not os.path.isdir(out):
+    if not single and os.path.lexists(out) and not os.path.isdir(out):
         raise BadInput(f'--out {out}: a file; must end in .png, .gif or .npz, or be a folder')
-    try:  # now, not after an hour of sampling
-        if os.path.splitext(out)[1]:
+    try:
+        if single:
             with open(f'{out}.part', 'wb'):
                 pass
             os.remove(f'{out}.part')
@@ -348,14 +379,131 @@ def check_out(out):
         raise BadInput(f'--out {out}: cannot be written ({error}); give another') from error
 
 
+def claim(folder, flag, made_by):
+    """Make the folder, or go on with one that holds images made by the same flags: image i depends
+    on them and on i alone. They are written to it, so that other images are not taken for these."""
+    path = os.path.join(folder, MARK)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with open(path) as file:
+            before = json.load(file)
+    except (OSError, ValueError):
+        before = {}
+        if os.listdir(folder):
+            raise BadInput(f'{flag}: {folder} is a folder that is not empty, and does not say what '
+                           'made it; give a new one') from None
+    differ = [k for k in made_by if before and before.get(k) != made_by[k]]
+    if differ:
+        raise BadInput(f'{flag}: {folder} holds images made with {differ[0]} {before.get(differ[0])}'
+                       f', not {made_by[differ[0]]}; give a new one, or remove that')
+    write(flag, path, lambda file: file.write(json.dumps(made_by).encode()))
+
+
+def image_path(folder, i):
+    return os.path.join(folder, f'{i:06d}.png')
+
+
+def save_png(folder, i, pixels):
+    """uint8 (C, H, W) as a file, whole or not at all."""
+    from PIL import Image
+    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2 if len(pixels) == 1 else ()).numpy())
+    write('--out', image_path(folder, i), lambda file: image.save(file, 'PNG'))
+
+
+def read_png(folder, i):
+    """The array (H, W, C) of save_png()."""
+    from PIL import Image
+    with Image.open(image_path(folder, i)) as image:
+        return np.array(image).reshape(*image.size[::-1], -1)
+
+
+def write_npz(path, folder, n, shape):
+    """arr_0, uint8 (n, H, W, C), from the folder's images, one at a time: it may not fit in memory."""
+    C, H, W = shape
+    head = dict(descr='|u1', fortran_order=False, shape=(n, H, W, C))
+
+    def save(file):
+        with zipfile.ZipFile(file, 'w') as archive, archive.open('arr_0.npy', 'w',
+                                                                 force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, head)
+            for i in range(n):
+                array.write(read_png(folder, i).tobytes())
+    write('--out', path, save)
+
+
+def compare_with(images, folder, n):
+    """Print how many of the images made are images of a data set."""
+    found, count, worst = images.pixels.cpu().flatten(1), 0, 0.0
+    for part in torch.arange(n).split(64):
+        x = torch.from_numpy(np.stack([read_png(folder, i).transpose(2, 0, 1) for i in part.tolist()]))
+        x = x.flatten(1).double()
+        nearest = torch.cat([torch.cdist(x, y.double()) for y in found.split(4096)], 1).argmin(1)
+        error = (x - found[nearest]).square().mean(1).sqrt()
+        count, worst = count + int((error < 1).sum()), max(worst, float(error.max()))
+    print(f'{count} of {n} samples are images of {images.name} to within a grey level, '
+          f'{worst:.2f} RMS at most')
+
+
+def make_images(net, flow, images, args, place):
+    """The images of --out, each process its share, each image a file as soon as it is made, so that
+    the same command again makes only what is missing. A .png or .npz is made of them at the end."""
+    _, rank, world = place
+    special = special_starts(args, flow) if args.interpolate or args.rescale else None
+    n = args.n if special is None else len(special)
+    tensors = [images.pixels] if args.exact else net.state_dict().values()
+    made_by = json.dumps(dict(flow, weights=f'{fingerprint(tensors):08x}', rows=(
+        'interpolate' if args.interpolate else 'rescale' if args.rescale else None)))
+    single = args.out.endswith(KINDS)
+    folder = f'{args.out}.{zlib.crc32(made_by.encode()):08x}' if single else args.out
+    if rank == 0:
+        claim(folder, f'--out {args.out}', json.loads(made_by))
+    wait()
+    missing = [i for i in range(n) if not os.path.exists(image_path(folder, i))]
+    if rank == 0 and len(missing) < n:
+        print(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
+    wait()  # all have looked before any adds to them
+    with ThreadPoolExecutor(4) as pool:  # files are written while the next batch is sampled
+        saves = []
+        for indices, pixels in generate(net, flow, missing[rank::world], args, place, special):
+            saves += [pool.submit(save_png, folder, *pair) for pair in zip(indices, pixels)]
+            while saves and saves[0].done():
+                saves.pop(0).result()  # a disk that is full ends the run here
+        for save in saves:
+            save.result()
+    wait()
+    if rank > 0:
+        return
+    lost = next((i for i in range(n) if not os.path.exists(image_path(folder, i))), None)
+    if lost is not None:
+        raise BadInput(f'--out {args.out}: {image_path(folder, lost)} is not there; all processes '
+                       'must write to one folder')
+    if args.exact:
+        compare_with(images, folder, n)
+    if args.out.endswith('.npz'):
+        write_npz(args.out, folder, n, flow['shape'])
+    elif single:
+        pixels = torch.from_numpy(np.stack([read_png(folder, i) for i in range(n)]))
+        picture = grid_of(pixels.permute(0, 3, 1, 2), nrow=8 if special is not None else None)
+        write('--out', args.out, lambda file: picture.save(file, 'PNG'))
+    if single:
+        shutil.rmtree(folder)
+    print(f'{args.out}: {n} images')
+
+
 def main(args):
     if args.gif and not args.out.endswith('.gif'):
         args.out = os.path.splitext(args.out)[0] + '.gif'
-    if os.environ.get('RANK', '0') == '0':
-        check_out(args.out)
+    picture, rows = args.encode or args.field_lines, args.interpolate or args.rescale
+    if picture and not args.out.endswith('.png') or rows and args.out.endswith('.gif'):
+        raise BadInput(f'--out {args.out}: a picture; must end in .png')
+    one = picture or args.out.endswith('.gif')  # made by one process
+    device, rank, world = place = place_for(args)
+    if rank == 0:
+        check_out(args.out, args.out.endswith(KINDS))
+    if one and rank > 0:
+        return
     if args.field_lines:
         return field_lines(args.out)
-    device, rank, world = setup(args.device)
     net, flow, images = load_flow(args, device)
     if rank == 0:
         print('  '.join(f'{k} {v}' for k, v in flow.items()), flush=True)
@@ -363,44 +511,7 @@ def main(args):
         return encode(net, flow, args, device)
     if args.out.endswith('.gif'):
         return write_flow_gif(net, flow, args, device)
-
-    special = special_starts(args, flow) if args.interpolate or args.rescale else None
-    n = args.n if special is None else len(special)
-    folder = not args.out.endswith(('.png', '.npz'))
-    made = []
-    with ThreadPoolExecutor(4) as pool:  # files are written while the next batch is sampled
-        saves = []
-        for first, pixels in generate(net, flow, n, args.seed, args.batch_size, device, rank, world,
-                                      special):
-            made.append(pixels)
-            if folder:
-                saves += [pool.submit(save_png, os.path.join(args.out, f'{i:06d}.png'), image)
-                          for i, image in enumerate(pixels, first)]
-            while saves and saves[0].done():
-                saves.pop(0).result()  # a disk that is full ends the run here
-        for save in saves:
-            save.result()
-    made = torch.cat(made) if made else torch.empty(0, *flow['shape'], dtype=torch.uint8)
-    if images is not None and len(made):
-        found = images.pixels.cpu().flatten(1)
-        nearest = torch.cat([torch.cdist(x, found.float()).argmin(1)
-                             for x in made.flatten(1).float().split(64)])
-        error = (made.flatten(1).double() - found[nearest]).square().mean(1).sqrt()
-        print(f'{int((error < 1).sum())} of {len(made)} samples are images of {images.name} to '
-              f'within a grey level, {error.max():.2f} RMS at most')
-    if world > 1 and not folder:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(made, parts)
-        made = torch.cat(parts) if rank == 0 else made
-    if rank > 0:
-        return
-    if args.out.endswith('.npz'):
-        write('--out', args.out,
-              lambda file: np.savez(file, arr_0=made.permute(0, 2, 3, 1).numpy()))
-    elif not folder:
-        picture = grid_of(made, nrow=8 if special is not None else None)
-        write('--out', args.out, lambda file: picture.save(file, 'PNG'))
-    print(f'{args.out}: {n} images')
+    make_images(net, flow, images, args, place)
 
 
 if __name__ == '__main__':

@@ -9,8 +9,10 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -36,10 +38,12 @@ from scipy import integrate, stats
 import baselines
 import data
 import evaluate
+import launch
 import pfgm
 import sample
 import train
 import unet
+from launch import run
 from pfgm import ExactField
 
 HERE = Path(__file__).parent
@@ -47,13 +51,15 @@ GOLDEN = HERE.parent / 'shared' / 'golden'
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='no ../shared/golden: the reference '
                             'numbers of the authors\' code are not here')
 F64 = torch.float64
-warnings.filterwarnings('ignore', category=pytest.PytestUnknownMarkWarning)  # slow, below
+warnings.filterwarnings('ignore', category=pytest.PytestUnknownMarkWarning)  # slow, cuda
 
 
 @pytest.fixture(autouse=True)
 def slow_only_when_asked(request):
     if request.node.get_closest_marker('slow') and 'slow' not in request.config.option.markexpr:
         pytest.skip('slow: run it with pytest -m slow -s')
+    if request.node.get_closest_marker('cuda') and not torch.cuda.is_available():
+        pytest.skip('no GPU here: run it where there is one, by pytest -m cuda')
 
 
 def seeded(seed=0):
@@ -524,15 +530,58 @@ def test_classes_have_fields_of_their_own_and_guidance_mixes_them():
 
 
 def test_rk45_steps_of_a_sample_do_not_depend_on_its_batch():
-    charges, x = torch.randn(9, 16, generator=seeded()), pfgm.sample_prior((6, 16), 30.0, 500.0,
-                                                                           generator=seeded(1))
-    net = ExactField(charges)
+    charges = torch.randn(9, 16, generator=seeded(), dtype=F64)
+    x, net = pfgm.sample_prior((6, 16), 30.0, 500.0, generator=seeded(1), dtype=F64), ExactField(charges)
     whole, nfe = pfgm.sample_ode(net, x, 30.0, 1e-3, each=True)
     for part in ([0, 1], [4], [5, 3]):
         out, _ = pfgm.sample_ode(net, x[part], 30.0, 1e-3, each=True)
-        close(out, whole[part], atol=1e-6)
+        close(out, whole[part], atol=1e-8)
     together, _ = pfgm.sample_ode(net, x, 30.0, 1e-3)
     close(whole, together, atol=5e-3)
+
+
+def one_by_one(net):
+    """The same field, whose rounding does not depend on the batch."""
+    def each(x, z):
+        parts = [net(x[i:i + 1], z[i:i + 1]) for i in range(len(x))]
+        return tuple(map(torch.cat, zip(*parts)))
+    return each
+
+
+@golden
+@pytest.mark.parametrize('z_from, z_to, least', [(40.0, 1e-3, 1e-12), (1e-3, 40.0, 1e-11)])
+def test_rk45_takes_the_steps_of_scipy_on_each_image_alone(z_from, z_to, least, monkeypatch):
+    """Equal to 1e-12 where sums are made in scipy's order; the error estimate, which cancels to a
+    1e-4 of its terms, makes other orders differ by 1e-8."""
+    ref = np.load(GOLDEN / 'ode.npz')
+    net = one_by_one(ExactField(torch.from_numpy(ref['data_points']).double()))
+    x = torch.from_numpy(ref['x_init']).double()[:16]
+    if z_to > z_from:
+        x = pfgm.sample_ode(net, x, z_to, z_from, z_exp=5)[0]
+    want = []
+    for one in x:
+        def f(log_z, y):
+            y = torch.from_numpy(y).view(1, *one.shape)
+            return pfgm.drift(net, y, y.new_full((1,), math.exp(log_z)), z_exp=5).numpy().ravel()
+        want.append(integrate.solve_ivp(f, (math.log(z_from), math.log(z_to)), one.numpy().ravel(),
+                                        rtol=1e-4, atol=1e-4))
+
+    def check(tolerance):
+        states = [[] for _ in x]
+        def keep(z, x):
+            for found, z_i, x_i in zip(states, z.tolist(), x):
+                if not found or found[-1][0] != z_i:  # else its step was rejected, or it has arrived
+                    found.append((z_i, x_i))
+        _, nfe = pfgm.sample_ode(net, x, z_from, z_to, z_exp=5, each=True, callback=keep)
+        assert nfe == max(w.nfev for w in want)
+        for found, w in zip(states, want):
+            assert len(found) == len(w.t) - 1
+            close([z for z, _ in found], np.exp(w.t[1:]), rtol=tolerance)
+            close(torch.stack([x for _, x in found]).flatten(1), w.y.T[1:], tolerance, tolerance)
+    check(1e-6)
+    monkeypatch.setattr(torch, 'mv', lambda A, b: torch.from_numpy(np.dot(A.numpy(), b.numpy())))
+    monkeypatch.setattr(torch, 'addcmul', lambda y, h, slope: y + h * slope)
+    check(least)
 
 
 @pytest.mark.parametrize('each', [False, True])
@@ -727,7 +776,7 @@ TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_ever
 def script(command):
     """Run a command line in this process; a list of words, the first a script."""
     module = SCRIPTS[command[0].removesuffix('.py')]
-    train.run(module.main, module.parse_args([str(word) for word in command[1:]]))
+    run(module.main, module.parse_args([str(word) for word in command[1:]]))
 
 
 def refuses(command, message):
@@ -916,7 +965,7 @@ def test_a_folder_in_use_is_not_overwritten(trained, tmp_path):
     script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path / 'runs'])
     (tmp_path / 'photos' / 'cats').mkdir(parents=True)
     refuses(['train.py', *TINY, '--out_dir', tmp_path / 'photos'], 'not empty')
-    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--lr', 0.5], '--lr 0.5: the run')
+    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--ema_decay', 0.5], '--ema_decay 0.5: the run')
     refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--nf', 16], '--nf 16: the run')
     refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 10], 'has 10 already')
     assert (trained / 'ckpt.pt').read_bytes() == before
@@ -1264,7 +1313,7 @@ def test_processes_share_the_images(trained, tmp_path):
                         '--', HERE / 'sample.py', *command, '--out', tmp_path / out], check=True,
                        capture_output=True)
     one, two = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in ('one', 'two'))
-    assert abs(one - two).max() <= 1 and len(os.listdir(tmp_path / 'folder')) == 5
+    assert abs(one - two).max() <= 1 and len(list((tmp_path / 'folder').glob('*.png'))) == 5
     first = np.asarray(Image.open(tmp_path / 'folder' / '000000.png')).astype(int)
     assert abs(first - one[0, :, :, 0]).max() <= 1
 
@@ -1633,7 +1682,11 @@ def test_transparent_is_white(tmp_path, mode):
 @pytest.mark.parametrize('name', ['a.png', 'a.tif', 'a.pgm'])
 def test_16_bits_are_scaled_not_clipped(tmp_path, name):
     ramp = (np.arange(16, dtype=np.uint16) * 257 * 17).reshape(4, 4)
-    set_ = one(tmp_path, name, Image.fromarray(ramp))
+    if name == 'a.pgm':  # which Pillow 10 can read only
+        (tmp_path / name).write_bytes(b'P5 4 4 65535\n' + ramp.astype('>u2').tobytes())
+        set_ = data.load(tmp_path, channels=None)
+    else:
+        set_ = one(tmp_path, name, Image.fromarray(ramp))
     assert set_.channels == 1 and set_.pixels.flatten().tolist() == list(range(0, 256, 17))
 
 
@@ -2584,3 +2637,554 @@ def test_rubbish_beside_the_weights_ends_training_in_one_line(trained, tmp_path,
     (tmp_path / 'o').mkdir()
     torch.save({**saved, part: value}, tmp_path / 'o' / 'ckpt.pt')
     refuses(['train.py', *TINY, '--dropout', 0.1, '--steps', 12, '--out_dir', tmp_path / 'o'], 'damaged')
+
+
+# ---------------------------------------------------------------- combinations of flags
+
+SMALL = '--nf 8 --ch_mult 1 1 --attn 8 --warmup 2 --log_every 1 --pairs 9 --steps 2 --out_dir a'
+OF_TRAINING = '''--flip|--no-flip  --bf16|--no-bf16  --loss sum|--loss mean  --dropout 0.2
+--ema_decay 0|--ema_decay 0.9  --accum 2|--accum 2|--accum 3  --z_max 20|--z_max 1  --z_min 0.01
+--lr 1e-2|--lr 0.5|--lr 1e9 --save_every 1  --grad_clip 0.1  --seed 5  --keep 1 --save_every 1
+--sample_every 2  --image_size 8  --channels 1|--channels 3  --attn|--attn 4 8  --workers 0
+--ch_mult 1|--ch_mult 1 2 1  --preset cifar10|--preset lsun_bedroom|--preset cifar10_pp'''
+OF_FIELD = '''--field_batch 8|--field_batch 16|--field_batch all|--field_batch 64|--field_batch 2
+--gamma 0|--gamma 1  --z_exp 0|--z_exp 1|--z_exp 9  --sigma 0.1  --tau 0.1  --M 3  --upper_norm 9'''
+OF_FLOW = '--solver ' + '|--solver '.join(evaluate.SOLVERS) + '''  --nfe 1|--nfe 2|--nfe 3|--nfe 4
+--nfe 3  --schedule log|--schedule rho7|--schedule radius  --to_data|--no-to_data  --weights raw
+--z_min 0.1|--z_min 1e-6|--z_min 1|--z_min 1e9  --small_z official|--small_z exact  --seed 3
+--batch_size 1|--batch_size 3  --bf16|--no-bf16'''
+OUTPUTS = '''--out s.png|--out s.npz|--out folder|--out s.gif  --gif|--interpolate|--encode {0}
+|--rescale|--encode {1} --out s.png|--rescale --out s.npz|--interpolate --out folder'''
+MEASURES = '''--swd|--neighbours|--bpd|--straightness|--swd --neighbours --bpd|--bpd --dataset {1}
+|--swd --dataset {1}|--swd --ref {0}|--prc --ref {1}|--fid --n 40|--prc --is --n 12|--kid --ref {1}
+|--save_stats f.npz|--fid --kid --n 40 --ref {0}|--bpd --repeats 2|--fid --ref f.npz --n 40'''
+SWEEPS = '''--swd --sweep 1,3|--swd --sweep nfe=2 --solvers euler,rk45|--swd --sweep 4 --bpd
+|--straightness --kid --swd --sweep nfe=2,4 --solvers heun,ipndm'''
+check_counts = evaluate.check_counts  # newcomer takes it away
+
+
+def chain(rng):
+    """Yield the commands of a random chain; the later ones use what those before have made."""
+    def some(p, flags):  # of each 'a|b c|d' in flags one, with probability p
+        groups = flags.replace('\n|', '|').replace('\n', '  ').split('  ')
+        return [word for group in groups if rng.random() < p
+                for word in rng.choice(group.split('|')).split()]
+
+    def flow(p):  # of a checkpoint, with flags most of which it takes
+        ckpt = rng.choice([*ckpts * 3, official])
+        about = unet.read_checkpoint(ckpt)['args']
+        return ['--ckpt', ckpt, *some(p, OF_FLOW), *some(
+            .5 if about['classes'] else .03, '--guidance 0|--guidance 2  --classes 0|--classes 0,1'
+            '|--classes none|--classes 9'), *some(
+            .3 if about['D'] == math.inf else .02, '--solver ddim --nfe 3|--solver ddim --eta 0.5'
+            '|--solver ddim --nfe 2 --eta 1'), *some(
+            .3 if about['method'] in RIVALS else .02, '--schedule time'), *some(
+            .8 if about.get('official') else 0, '--dataset cifar10')]
+    sets = ['../colour.npz', '../folder', 'glyphs', '../grey.npy', '../images.zip']
+    source, other, official = rng.choice(sets), rng.choice(sets), '../checkpoint_500000.pth'
+    method = rng.choice(['pfgm', 'pfgm', 'pfgmpp', 'pfgmpp', 'rf', 'rf', *RIVALS])
+    base = ['train.py', '--dataset', source, *SMALL.split(), '--batch_size', rng.choice('48'),
+            *some(.5 if source in sets[:3] else .03, '--classes')]
+    first = [*base, '--method', method, *some(.09, OF_TRAINING)]
+    first += some(method == 'pfgmpp', '--D 1|--D 2|--D 128|--D inf')
+    first += some(.3 * (method == 'pfgm'), OF_FIELD)
+    yield first
+    if not os.path.exists('a/ckpt.pt'):
+        return
+    more = some(.04, OF_TRAINING)
+    kinds = ['--reflow a/ckpt.pt', '--distill a/ckpt.pt'] * (method == 'rf' or rng.random() < .1)
+    taught = [[*base, *kind.split(), '--out_dir', 'b', *more] for kind in kinds]
+    yield from rng.sample([
+        [*first, '--steps', 3, *more], *taught,
+        [*first, '--steps', 4, '--out_dir', 'b', '--init_from', 'a/ckpt.pt', *more],
+        [*base, *'--attn 16 --image_size 32 --channels 3 --no-classes --steps 9'.split(),
+         '--init_from', official, '--out_dir', 'b', *more]], rng.random() < .6)
+    ckpts = [path for path in ('a/ckpt.pt', 'b/ckpt.pt') if os.path.exists(path)]
+    exact = ['--exact', '--dataset', source, *some(.25, OF_FLOW)]
+    for _ in range(2):
+        yield ['sample.py', *rng.choice([flow(.3)] * 6 + [exact]), '--n', 3,
+               *some(.5, OUTPUTS.format(source, other))]
+    made = [path for path in ('s.npz', 'folder') if os.path.exists(path)] or ckpts
+    for _ in range(2):
+        yield ['evaluate.py', *rng.choices([
+            [*flow(.15), '--n', 4, *some(1, MEASURES.format(source, other))],
+            [*exact, '--n', 4, *some(1, MEASURES.format(source, other))],
+            [*flow(0), '--n', 4, *some(1, SWEEPS), *some(.1, '--weights raw  --small_z official')],
+            ['--compare', *ckpts, 'a/ckpt.pt', '--sweep', '1,2', '--n', 3, '--swd',
+             *some(.3, '--bpd  --straightness  --solvers rk45,heun  --batch_size 2')],
+            ['--samples', rng.choice(made), *some(.9, f'--dataset {source}|--ref {source}'),
+             *some(1, '--swd|--neighbours|--swd --n 2|--kid|--is|--neighbours --swd')],
+            ['--solver_bench', '--dataset', source, '--n', 3, '--sweep', '2,3',
+             *some(.7, '--solvers rk45,heun|--solvers unipc,euler,dpm3m')],
+            ['--curves', *(path.replace('ckpt.pt', 'log.jsonl') for path in ckpts)]],
+            (7, 1, 2, 2, 2, 1, .5))[0]]
+
+
+def ends(command):
+    """Whether a command ends well, and what it leaves is sound; else in one line, with code 2."""
+    line, stderr = ' '.join(map(str, command)), io.StringIO()
+    try:
+        with limited(60, 8), warnings.catch_warnings(action='error'), \
+                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
+            warnings.simplefilter('ignore', ResourceWarning)
+            script([*command, '--device', 'cpu', *['--tol', '0.1'] * (command[0] != 'train.py')])
+        for path in map(str, Path('.').rglob('*.*')):
+            assert path[-3:] not in ('png', 'gif') or Image.open(path).format.lower() == path[-3:]
+            assert not path.endswith('npz') or len(np.load(path).files)
+            for row in open(path) if path.endswith('jsonl') else ():
+                json.loads(row, parse_constant=pytest.fail)  # NaN, Infinity
+        return True
+    except SystemExit as stop:
+        globals().update(last_line=stderr.getvalue().strip())
+        assert stop.code == 2 and stderr.getvalue().count('\n') == 1, (line, stderr.getvalue())
+        return False
+    except (Exception, TooSlow, pytest.fail.Exception) as error:
+        raise AssertionError(line) from error
+
+
+def run_chain(k, world, monkeypatch):
+    """Whether each command of chain k ended well."""
+    rng = random.Random(k)
+    (world / str(k)).mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(world / str(k))
+        patch.setattr(data, 'MEMORY_LIMIT', 1 if rng.random() < .2 else data.MEMORY_LIMIT)
+        return [ends(command) for command in chain(rng)]
+
+
+@pytest.fixture
+def world(newcomer, tmp_path, monkeypatch):
+    """Beside the newcomer's files, small data sets of every kind; no image drawn is NaN."""
+    x = torch.randint(0, 256, (40, 16, 16, 3), generator=seeded()).to(torch.uint8).numpy()
+    y, follow = np.arange(40) % 3, sample.follow
+    np.savez('colour.npz', train_images=x, train_labels=y, test_images=x[:9])
+    np.save('grey.npy', x[:, :8, :8, 0])
+    for k, pixels in enumerate(x):
+        os.makedirs(f'folder/class {k % 3}', exist_ok=True)
+        Image.fromarray(pixels).save(f'folder/class {k % 3}/{k}.png')
+
+    def finite(*args, **kw):
+        x, nfe = follow(*args, **kw)
+        assert x.isfinite().all()
+        return x, nfe
+    monkeypatch.setattr(sample, 'follow', finite)
+    monkeypatch.setattr(evaluate, 'follow', finite)
+    monkeypatch.setattr(evaluate, 'check_counts', check_counts)
+    monkeypatch.setattr(data, 'glyphs', functools.partial(data.glyphs, 50))
+    return tmp_path
+
+
+def test_combinations(world, monkeypatch):
+    for k in range(12):
+        run_chain(k, world, monkeypatch)
+
+
+@pytest.mark.slow
+def test_500_combinations(world, monkeypatch, capsys):
+    ended, k = [], 12
+    while len(ended) < 500:
+        ended, k = ended + run_chain(k, world, monkeypatch), k + 1
+    with capsys.disabled():
+        print(f'\n{len(ended)} commands: {sum(ended)} ended well, the others were refused')
+
+
+# ---------------------------------------------------------------- where people run it
+
+PRETEND = HERE.parent / 'shared' / 'tools' / 'pretend_cuda.py'
+MODES = """
+train.py TINY --steps 2 --dropout 0.1 --out_dir o
+sample.py --ckpt o/ckpt.pt --nfe 4 --n 3
+sample.py --ckpt o/ckpt.pt --solver rk45 --tol 0.1 --n 3 --out digits
+evaluate.py --ckpt o/ckpt.pt --bpd --swd --neighbours --n 2 --nfe 2 --tol 0.1
+train.py TINY --steps 4 --sample_every 2 --dropout 0.1 --out_dir o
+sample.py --exact --n 2
+train.py TINY --field_batch all --steps 2 --classes --dropout 0.1 --out_dir all
+sample.py --ckpt all/ckpt.pt --nfe 3 --n 2 --weights raw --classes 3 --guidance 2
+train.py TINY_PP --D 128 --classes --steps 2 --accum 2 --out_dir pp
+sample.py --ckpt pp/ckpt.pt --nfe 3 --n 2 --guidance 2 --out a.npz
+train.py TINY_PP --dataset large.npz --D inf --steps 2 --workers 1 --out_dir large
+train.py TINY_PP --method vp --steps 2 --out_dir vp
+train.py TINY_PP --method ddpm --steps 2 --out_dir ddpm
+sample.py --ckpt ddpm/ckpt.pt --solver ddim --eta 1 --nfe 3 --n 2 --schedule time
+train.py TINY_PP --method rf --steps 2 --out_dir rf
+train.py TINY_PP --reflow rf/ckpt.pt --pairs 16 --steps 2 --out_dir reflow
+train.py TINY_PP --distill rf/ckpt.pt --pairs 16 --steps 2 --out_dir distill
+train.py --dataset 32.npz --batch_size 4 --field_batch 8 --steps 8 --sample_every 0 --init_from a.pth --out_dir official
+sample.py --ckpt a.pth --nfe 2 --n 2
+sample.py --ckpt a.pth --tol 0.5 --n 2
+sample.py --ckpt o/ckpt.pt --nfe 2 --n 2 --gif
+sample.py --ckpt o/ckpt.pt --n 2 --tol 0.1 --encode glyphs
+sample.py --ckpt o/ckpt.pt --nfe 2 --n 8 --interpolate
+sample.py --ckpt o/ckpt.pt --nfe 2 --n 8 --rescale
+evaluate.py --ckpt rf/ckpt.pt --straightness --n 2
+evaluate.py --compare o/ckpt.pt rf/ckpt.pt reflow/ckpt.pt --swd --sweep nfe=2,3 --n 2
+evaluate.py --exact --bpd --n 2 --tol 0.1
+evaluate.py --solver_bench --n 2 --sweep nfe=2 --solvers unipc,rk45
+"""
+DRIVER = """
+import sys
+sys.path.insert(0, {here!r})
+import data, evaluate, launch, sample, train
+for line in open('modes'):
+    data.MEMORY_LIMIT = 1 if '--workers' in line else 2 << 30
+    name, *words = line.split()
+    module = dict(train=train, sample=sample, evaluate=evaluate)[name[:-3]]
+    print(line)
+    launch.run(module.main, module.parse_args(words))
+print('all modes ran')
+"""
+
+
+@pytest.mark.skipif(not PRETEND.exists(), reason='no ../shared/tools: nothing here pretends a GPU')
+@pytest.mark.parametrize('count', [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', ['cuda', 'mps'])
+def test_modes_on_a_pretended_device(kind, count, tmp_path):
+    tiny_official(tmp_path / 'a.pth')
+    for size in (16, 32):
+        pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
+        np.savez(tmp_path / {16: 'large.npz', 32: '32.npz'}[size], x=pixels)
+    words = {'TINY_PP': ' '.join(TINY_PP), 'TINY': ' '.join(TINY)}
+    modes = re.sub('TINY_PP|TINY', lambda word: words[word[0]], MODES).replace('--device cpu', '')
+    (tmp_path / 'modes').write_text('\n'.join(modes.strip().splitlines()[:count]))
+    (tmp_path / 'driver.py').write_text(DRIVER.format(here=str(HERE)))
+    done = subprocess.run([sys.executable, PRETEND, 'driver.py'], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, 'PRETEND': kind})
+    assert done.stdout.endswith('all modes ran\n'), done.stdout[-999:] + done.stderr
+    assert f'1 x {kind}' in done.stdout
+
+
+def test_cuda_alone_is_its_first_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device: None)
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda precision: None)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    device, rank, world = launch.setup('cuda')
+    assert chosen == [device] and (device.index, rank, world) == (0, 0, 1)
+
+
+def test_no_tf32_in_the_field_rk45_and_likelihood(monkeypatch):
+    seen = []
+    def settings():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    class Watched(data.Charges):  # the field's products are made as its chunks come
+        def split(self, size):
+            for part in super().split(size):
+                seen.append(settings())
+                yield part
+    def net(x, z):
+        seen.append(settings())
+        return -x, -z
+    torch.set_float32_matmul_precision('high')
+    try:
+        x, z = torch.ones(2, 3, requires_grad=True), torch.ones(2)
+        pfgm.sample_ode(net, x.detach(), 2.0, 1.0, 'euler', 1, z_exp=0)
+        assert seen == [('high', True)]
+        seen.clear()
+        for each in (False, True):
+            pfgm.sample_ode(net, x.detach(), 2.0, 1.0, each=each, z_exp=0)
+        pfgm.log_likelihood(net, x.detach(), 1.0, 2.0, z_exp=0)
+        assert set(seen) == {('highest', False)} and settings() == ('high', True)
+        seen.clear()
+        pixels = torch.zeros(4, 3, 1, 1, dtype=torch.uint8)
+        pfgm.posterior_mean(torch.zeros(2, 3), z, Watched(pixels))
+        assert seen[-1] == ('highest', False)
+        with torch.autocast('cpu', torch.bfloat16):  # a caller's autocast ends there too
+            exact = pfgm.poisson_field(x.detach(), z, torch.eye(3))
+        close(exact[0], pfgm.poisson_field(x.detach(), z, torch.eye(3))[0])
+    finally:
+        torch.set_float32_matmul_precision('highest')
+
+
+def test_charges_are_made_of_their_pixels_a_chunk_at_a_time(monkeypatch):
+    pixels = torch.randint(0, 256, (11, 3, 4, 4), generator=seeded()).to(torch.uint8)
+    want = data.to_float(torch.cat([pixels, pixels.flip(-1)]))
+    charges = data.Charges(pixels, mirror=True)
+    x, z = pfgm.perturb(want[:6], 100, generator=seeded())
+    among = torch.rand(6, 22, generator=seeded()) < 0.5
+    whole = pfgm.poisson_field(x, z, want, among=among)
+    for size in (1, 4, 22):  # the last of the images and the first mirrored one share a chunk
+        monkeypatch.setattr(pfgm, 'chunk', lambda x: size)
+        assert torch.equal(torch.cat(list(charges.split(size))), want) and len(charges) == 22
+        for a, b in zip(pfgm.poisson_field(x, z, charges, among=among), whole):
+            close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_likelihood_in_the_exact_field_of_many_charges(monkeypatch):
+    y, x = torch.randn(20, 6, generator=seeded(), dtype=F64), torch.zeros(2, 6, dtype=F64)
+    want = pfgm.log_likelihood(ExactField(y), x, 0.5, 40.0, 'exact').logp
+    monkeypatch.setattr(pfgm, 'chunk', lambda x: 3)  # each backward needs all chunks
+    close(pfgm.log_likelihood(ExactField(y), x, 0.5, 40.0, 'exact').logp, want, rtol=1e-9)
+
+
+def soak(tmp_path, monkeypatch, steps, before):
+    """Resident MB after step `before` and at the end; no graph may hang on what is kept."""
+    kept, resident, update = {}, [], train.update
+    observe = train.observe
+
+    def watched(net, ema, opt, clip, decay):
+        norm = update(net, ema, opt, clip, decay)
+        kept.update(ema=list(ema.parameters()), norm=[norm], opt=[
+            v for state in opt.state.values() for v in state.values() if torch.is_tensor(v)])
+        return norm
+
+    def counted(meter, step, *more):
+        observe(meter, step, *more)
+        kept.update(meter=[v for v in meter.values() if torch.is_tensor(v)])
+        if step in (before, steps):
+            pages = int(Path('/proc/self/statm').read_text().split()[1])
+            resident.append(pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20)
+    monkeypatch.setattr(train, 'update', watched)
+    monkeypatch.setattr(train, 'observe', counted)
+    script(['train.py', *TINY, '--steps', steps, '--log_every', 50, '--dropout', 0.1, '--out_dir', tmp_path])
+    for name, tensors in kept.items():
+        assert tensors and not any(t.requires_grad or t.grad_fn for t in tensors), name
+    return resident
+
+
+def test_nothing_that_is_kept_hangs_on_a_graph(tmp_path, monkeypatch):
+    soak(tmp_path, monkeypatch, 60, 30)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(tmp_path, monkeypatch):
+    before, after = soak(tmp_path, monkeypatch, 3000, 300)
+    print(f'resident: {before:.0f} MB at step 300, {after:.0f} MB at step 3000')
+    assert after < before + 30
+
+
+def test_a_resumed_run_may_be_tuned(tmp_path, capsys):
+    out = ['--out_dir', tmp_path / 'o']
+    script(['train.py', *TINY, *out, '--steps', 4])
+    saved = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
+    torch.save({**saved, 'net': {k: v * math.nan for k, v in saved['net'].items()}}, tmp_path / 'o' / 'ckpt.pt')
+    refuses(['train.py', *TINY, *out, '--steps', 9], r'step 5: .* a lower --lr \(it was 0.002\)')
+    torch.save(saved, tmp_path / 'o' / 'ckpt.pt')
+    capsys.readouterr()
+    script(['train.py', *TINY, *out, '--steps', 6, '--lr', 1e-4, '--batch_size', 4, '--grad_clip', 0.5,
+            '--warmup', 2, '--accum', 2])
+    said = capsys.readouterr().out
+    assert 'going on with --lr 0.0001 (it was 0.002), --warmup 2 (it was 3), --grad_clip 0.5' in said
+    assert [json.loads(line)['images'] for line in open(tmp_path / 'o' / 'log.jsonl')] == [8, 16, 24, 32, 36, 40]
+    script(['train.py', *TINY_PP, '--D', 2, '--steps', 2, '--out_dir', tmp_path / 'pp'])
+    script(['train.py', *TINY_PP, '--D', 2, '--steps', 3, '--batch_size', 4, '--out_dir', tmp_path / 'pp'])
+
+
+def test_samples_are_files_as_they_are_made_and_only_missing_ones_are_made_again(
+        trained, tmp_path, monkeypatch, capsys):
+    command = ['sample.py', '--ckpt', trained / 'ckpt.pt', '--nfe', 3, '--device', 'cpu', '--batch_size', 2]
+    script([*command, '--n', 7, '--out', tmp_path / 'whole.npz'])
+    whole = np.load(tmp_path / 'whole.npz')['arr_0']
+    follow, calls = sample.follow, []
+
+    def stopped(net, flow, x, *more):
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return follow(net, flow, x, *more)
+    for out in (tmp_path / 'a.npz', tmp_path / 'b.png', tmp_path / 'folder'):
+        calls.clear()
+        monkeypatch.setattr(sample, 'follow', stopped)
+        with pytest.raises(SystemExit) as stop:
+            script([*command, '--n', 7, '--out', out])
+        assert stop.value.code == 130 and (not out.exists() or out.is_dir())
+        script([*command, '--n', 7, '--out', out])
+        assert sum(calls) == 2 + 2 + 2 + 3  # the one that was stopped drew two in vain
+    assert np.array_equal(np.load(tmp_path / 'a.npz')['arr_0'], whole)
+    made = [sample.read_png(tmp_path / 'folder', i) for i in range(7)]
+    assert np.array_equal(np.stack(made), whole)
+    assert sorted(os.listdir(tmp_path)) == ['a.npz', 'b.png', 'folder', 'whole.npz']
+    calls.clear()
+    script([*command, '--n', 9, '--out', tmp_path / 'folder'])
+    assert sum(calls) == 2
+    for other in (['--seed', 1], ['--weights', 'raw'], ['--solver', 'euler']):
+        refuses([*command, '--n', 9, '--out', tmp_path / 'folder', *other], f'made with {other[0][2:]} ')
+    Image.new('L', (16, 16)).save(tmp_path / 'x.png')
+    refuses([*command, '--out', tmp_path], 'does not say what made it')
+
+
+def torchrun(*words, nodes=1, node=0, port=0, **how):
+    where = [f'--nnodes={nodes}', f'--node_rank={node}', '--master_addr=127.0.0.1',
+             f'--master_port={port}'] if nodes > 1 else ['--nproc_per_node=2']
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *where, *map(str, words)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def two_machines(*folders, steps):
+    port = free_port()
+    running = [torchrun(HERE / 'train.py', *TINY, '--dropout', 0, '--steps', steps, '--timeout', 60,
+                        '--out_dir', folder, nodes=2, node=k, port=port)
+               for k, folder in enumerate(folders)]
+    said = [p.communicate(timeout=120)[0] for p in running]
+    return [p.returncode for p in running], said
+
+
+def test_two_machines_with_one_folder_and_with_two(tmp_path):
+    one, shared, a, b = (tmp_path / k for k in ('one', 'shared', 'a', 'b'))
+    script(['train.py', *TINY, '--dropout', 0, '--steps', 4, '--out_dir', one])
+    for folders, steps in (((shared, shared), 4), ((a, b), 2)):
+        codes, said = two_machines(*folders, steps=steps)
+        assert codes == [0, 0], said
+    close(losses(shared), losses(one), rtol=1e-4)
+    codes, said = two_machines(a, b, steps=4)  # only the first has the checkpoint
+    assert codes == [1, 1] and 'step 0 in process 1, 2 in process 0; give all processes' in said[0], said
+    shutil.copytree(a, b)  # as the line says
+    assert two_machines(a, b, steps=4)[0] == [0, 0]
+    close(losses(a), losses(one), rtol=1e-4)
+
+
+DOWNLOAD = """
+import os, sys, time
+sys.path.insert(0, {here!r})
+import numpy as np
+import torchvision
+import data, launch
+
+class MNIST:
+    def __init__(self, root, train, download):
+        rank = os.environ['RANK']
+        if os.path.exists('whole'):
+            print('rank', rank, 'finds it', flush=True)
+        else:
+            open('part', 'x').close()
+            time.sleep(1)
+            os.rename('part', 'whole')
+            print('rank', rank, 'downloads', flush=True)
+        self.data, self.targets = np.zeros((4, 28, 28), np.uint8), np.arange(4)
+        self.classes = None
+
+torchvision.datasets.MNIST = MNIST
+launch.setup('cpu')
+data.load('mnist', image_size=28)
+"""
+
+
+def test_one_process_of_a_machine_downloads_and_the_others_wait(tmp_path):
+    (tmp_path / 'download.py').write_text(DOWNLOAD.format(here=str(HERE)))
+    p = torchrun('download.py', cwd=tmp_path)
+    said = p.communicate(timeout=60)[0]
+    assert p.returncode == 0 and 'rank 0 downloads' in said and 'rank 1 finds it' in said, said
+
+
+def test_without_the_modules_that_windows_lacks(tmp_path):
+    (tmp_path / 'windows.py').write_text(
+        f'import sys; sys.path.insert(0, {str(HERE)!r})\n'
+        'sys.modules.update(resource=None, fcntl=None)\n'
+        'import evaluate, sample, train\n'
+        f'train.main(train.parse_args({[str(w) for w in TINY]} + ["--steps", "2"]))\n')
+    done = subprocess.run([sys.executable, 'windows.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and 'saved' in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc on this system')
+def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path):
+    p = start([*TINY, '--steps', 100000, '--out_dir', tmp_path / 'o'], 2)
+    until(p, 'step 3/')
+    hung, stopped = workers(p)
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(0.5)
+    for _ in range(2):
+        assert Path(f'/proc/{hung}/wchan').exists()
+        os.kill(hung, signal.SIGINT)
+        time.sleep(1)
+    assert ' Z ' in Path(f'/proc/{hung}/stat').read_text() if Path(f'/proc/{hung}').exists() else True
+    os.kill(stopped, signal.SIGKILL)
+    p.communicate(timeout=60)  # torchrun sees that they have ended
+    assert p.returncode != 0
+
+
+def test_lines_of_results_say_what_made_them(trained, tmp_path):
+    command = ['evaluate.py', '--ckpt', trained / 'ckpt.pt', '--swd', '--n', 4, '--device', 'cpu', '--results',
+               tmp_path / 'r.jsonl', '--nfe', 3]
+    changes = [[], ['--bf16'], ['--schedule', 'log'], ['--no-to_data'], ['--z_min', '0.01'], ['--small_z',
+               'official'], ['--weights', 'raw'], ['--solver', 'heun'], ['--seed', 3], ['--solver', 'rk45']]
+    for flags in changes:
+        script([*command, *flags])
+    rows = [json.loads(line) for line in open(tmp_path / 'r.jsonl')]
+    same = ('command', 'time', 'seconds', 'swd', 'swd_of_test', 'git')
+    told = {json.dumps({k: v for k, v in row.items() if k not in same}) for row in rows}
+    assert len(told) == len(changes) and all(row['step'] == 10 for row in rows)
+
+
+# Run these where there is a GPU: pytest -m cuda
+
+@pytest.fixture
+def cuda_run(tmp_path, monkeypatch):
+    """Runs a training script on the GPU, with the same bits each time."""
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    words = [w for w in TINY if w not in ('--device', 'cpu', '--no-bf16')] + ['--device', 'cuda']
+    return lambda *more: script(['train.py', *words, *more])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('bf16', ['--bf16', '--no-bf16'])
+def test_cuda_resume_is_bit_for_bit(cuda_run, tmp_path, bf16):
+    for folder, stops in (('whole', [8]), ('parts', [3, 8])):
+        for steps in stops:
+            cuda_run(bf16, '--dropout', 0.1, '--steps', steps, '--out_dir', tmp_path / folder)
+    a, b = (torch.load(tmp_path / k / 'ckpt.pt', weights_only=True) for k in ('whole', 'parts'))
+    for part in ('net', 'ema'):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+
+
+@pytest.mark.cuda
+def test_cuda_solvers_follow_those_of_the_cpu(tmp_path):
+    charges = data.to_float(data.load('glyphs').pixels[:50]).double()
+    x = pfgm.sample_prior((4, 1, 16, 16), 40.0, 800.0, generator=seeded(), dtype=F64)
+    for solver in ('rk45', *pfgm.SOLVERS):
+        ends = [pfgm.sample_ode(ExactField(charges.to(device)), x.to(device), 40.0, 0.05, solver, 12,
+                                z_exp=0, each=True, rtol=1e-8, atol=1e-8)[0].cpu() for device in ('cpu', 'cuda')]
+        close(*ends, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_cuda_field_is_exact_to_1e_6():
+    charges = torch.rand(4096, 3, 32, 32, generator=seeded()) * 2 - 1
+    x, z = pfgm.perturb(charges[:64], 291, generator=seeded(1))
+    torch.set_float32_matmul_precision('high')
+    try:
+        v = pfgm.poisson_field(x.cuda(), z.cuda(), charges.cuda())
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    want = plain_field(x, z, charges, 5.0)
+    assert ((joined(v).cpu() - want).norm(dim=1) <= 1e-6 * want.norm(dim=1)).all()
+
+
+@pytest.mark.cuda
+def test_cuda_modes(cuda_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, flags in (('pfgm', []), ('accum', ['--accum', 2]), ('compiled', ['--compile']),
+                        ('pp', ['--D', '128', '--field_batch', 8, '--classes'])):
+        flags = [f for f in flags if f not in ('--field_batch', 8)]
+        words = [w for w in TINY_PP if w not in ('--device', 'cpu', '--no-bf16')] if name == 'pp' else []
+        if words:
+            script(['train.py', *words, '--device', 'cuda', *flags, '--steps', 3, '--out_dir', name])
+        else:
+            cuda_run(*flags, '--steps', 3, '--out_dir', name)
+        for more in (['--nfe', 3], ['--solver', 'rk45', '--tol', 0.01]):
+            script(['sample.py', '--ckpt', f'{name}/ckpt.pt', '--n', 5, '--device', 'cuda', *more, '--out', 'a.npz'])
+        script(['evaluate.py', '--ckpt', f'{name}/ckpt.pt', '--bpd', '--swd', '--n', 2, '--nfe', 2, '--tol', 0.1,
+                '--device', 'cuda', '--results', 'r.jsonl'])
+    assert all(np.isfinite(row.get('bpd', 0)) for row in map(json.loads, open('r.jsonl')))
+
+
+@pytest.mark.cuda
+def test_cuda_one_rank_of_nccl_follows_the_loss_of_none(cuda_run, tmp_path):
+    cuda_run('--no-bf16', '--dropout', 0, '--steps', 4, '--out_dir', tmp_path / 'none')
+    words = [w for w in TINY if w not in ('--device', 'cpu')]
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1', HERE / 'train.py', *words,
+                    '--device', 'cuda', '--dropout', '0', '--steps', '4', '--out_dir', tmp_path / 'nccl'], check=True)
+    close(losses(tmp_path / 'nccl'), losses(tmp_path / 'none'), rtol=1e-4)
+
+
+@pytest.mark.cuda
+def test_cuda_memory_stays_flat(cuda_run, tmp_path, monkeypatch):
+    observe, held = train.observe, []
+    monkeypatch.setattr(train, 'observe', lambda *args: (observe(*args), held.append(torch.cuda.memory_allocated())))
+    cuda_run('--steps', 300, '--log_every', 50, '--out_dir', tmp_path)
+    assert held[-1] < held[50] + 2 ** 20

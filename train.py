@@ -10,26 +10,23 @@ last one stopped. PFGM: arXiv 2209.11178; its equations are in pfgm.py, its netw
 import argparse
 import contextlib
 import copy
-import ctypes
 import glob
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
-from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import data as datasets
 import pfgm
 from baselines import METHODS, as_flow, make_pairs, straightness
-from data import BadInput, step_seed, write
+from launch import (AT_THE_END, BadInput, Parser, above, agree, everywhere, fast_bf16, fingerprint, listen,
+                    peak_memory, run, setup, step_seed, write)
 from unet import ARCHITECTURE, UNet, build, load_checkpoint, read_checkpoint, save
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
@@ -52,37 +49,10 @@ PRESETS = {name: dict(zip((
     'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum',
                      *BY_DATA),
 }.items()}
-FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'accum', 'bf16', 'compile', 'workers',
-                  'log_every', 'sample_every', 'save_every', 'keep', 'timeout', 'init_from'}
+TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
+FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile', 'log_every',
+                  'sample_every', 'save_every', 'keep', 'timeout', 'init_from', *TUNED}
 Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags are spelled out, shown with their defaults, and a wrong one ends in one line."""
-
-    def __init__(self, **kw):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **kw)
-
-    def error(self, message):
-        message = ' '.join(message.removeprefix('argument ').split())
-        print(f'{message} (see {self.prog} --help)', file=sys.stderr)
-        sys.exit(2)
-
-
-def above(low, kind=float, below=2 ** 31):
-    """An argparse type: a number of that kind with low < number < below."""
-    def convert(text):
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not low < number < below:
-            word = 'a whole number' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(
-                f'{text}: must be {word} above {low} and below {below}')
-        return number
-    return convert
 
 
 def count_or_all(text):
@@ -158,77 +128,14 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def run(main, args):
-    """main(args); whatever the user can mend ends in one line on stderr and exit code 2."""
-    try:
-        main(args)
-    except BadInput as error:
-        print(' '.join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
-    except RuntimeError as error:  # TorchDynamoException, whose import takes a second
-        if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            raise
-        print(f'--compile: {str(error).splitlines()[0]}; leave it out', file=sys.stderr, flush=True)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def keep_freed_memory():
-    """Where the C library is glibc, have it keep freed tensors of up to 32 MB. It would return them,
-    and a twentieth of a CIFAR-10 step on CPUs would be the page faults of the next ones."""
-    if sys.platform == 'linux' and hasattr(library := ctypes.CDLL(None), 'mallopt'):
-        library.mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD, at most 32 MB
-        library.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-
-
-def setup(name, timeout=600.0):
-    """(device, rank, world size) of this process, alone or under torchrun, where a rank that is
-    silent for `timeout` seconds ends the job."""
-    ddp = 'RANK' in os.environ  # set by torchrun
-    rank, local, world = (int(os.environ[k]) if ddp else default for k, default in
-                          (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    if name == 'auto':
-        name = ('cuda' if torch.cuda.is_available() else
-                'mps' if torch.backends.mps.is_available() else 'cpu')
-    keep_freed_memory()
-    try:
-        device = torch.device(f'cuda:{local}' if name == 'cuda' and ddp else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f'--device {name}: not on this machine '
-                       f'({str(error).splitlines()[0]}); use --device cpu') from error
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-    if ddp:
-        wait = timedelta(seconds=timeout)
-        store = next(dist.rendezvous('env://', timeout=wait))[0]
-        # torchrun keeps its store through restarts, with the addresses of the processes that died;
-        # its count of restarts is every rank's only where there is one machine
-        restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
-            store = dist.PrefixStore(f'restart {restarts}', store)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
-                                rank=rank, world_size=world, timeout=wait)
-    return device, rank, world
-
-
-def fast_bf16(device):
-    """Whether bfloat16 products run faster than float32 on this device."""
-    if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
-
-
 def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
     """M, z_max, upper_norm, z_exp of a data set: the official row of its name, or by the rule."""
     flow = {k: PRESETS.get(name, {}).get(k) for k in ('M', 'z_max', 'upper_norm', 'z_exp')}
     if None in flow.values():
         N = images.channels * images.image_size ** 2
+        norm = datasets.mean_norm(images)
         try:
-            rule = pfgm.hyperparameters(datasets.mean_norm(images), N, sigma, tau)
+            rule = pfgm.hyperparameters(norm, N, sigma, tau)
         except ValueError as error:
             raise BadInput(f'--dataset {images.name}: {error}') from error
         flow = dict(rule._asdict(), z_exp=10 * gamma / math.sqrt(N))
@@ -242,6 +149,9 @@ def resolve(args, images, saved, world):
     name = args.preset or args.dataset
     teacher = args.reflow or args.distill
     args.method = args.method or ('rf' if teacher else 'pfgmpp' if args.D else 'pfgm')
+    if teacher and args.init_from:
+        raise BadInput(f'--init_from {args.init_from}: --reflow and --distill go on from their '
+                       'teacher; leave it out')
     if teacher and (args.method != 'rf' or args.reflow and args.distill):
         raise BadInput(f'--{"reflow" if args.reflow else "distill"} {teacher}: belongs to --method '
                        f'rf, not {args.method}; and --reflow and --distill are two runs')
@@ -275,7 +185,7 @@ def resolve(args, images, saved, world):
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.method == 'pfgm' and args.field_batch != 'all' and args.field_batch >= len(images):
-        args.field_batch = 'all'
+        args.field_batch = len(images) if images.pixels is None else 'all'
     if args.z_min >= args.z_max:
         raise BadInput(f'--z_min {args.z_min}: must be below --z_max {args.z_max:.4g}')
     if args.batch_size % (world * args.accum):
@@ -349,11 +259,9 @@ def training_steps(images, flow, args, step, device, rank, world):
         if images.pixels is None:
             raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
                            'give a number of charges')
-        charges = datasets.to_float(images.pixels.to(device))
-        kinds = images.labels.to(device) if args.classes else None
-        if args.flip:
-            charges = torch.cat([charges, charges.flip(-1)])
-            kinds = kinds.repeat(2) if args.classes else None
+        images.pixels = images.pixels.to(device)
+        charges = datasets.Charges(images.pixels, args.flip)
+        kinds = images.labels.to(device).repeat(1 + args.flip) if args.classes else None
     B = args.batch_size
     mine = slice(rank * B // world, (rank + 1) * B // world)
     count = B if every else args.field_batch
@@ -395,21 +303,20 @@ def update(net, ema, opt, clip, decay):
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
     opt.step()
     opt.zero_grad(set_to_none=True)
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    with torch.no_grad():  # else every step would hang one more graph on the average
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
     return norm
 
 
 # ---------------------------------------------------------------- checkpoints
 
 def rng_state(device):
-    """Generators that dropout draws from, of every rank, in rank order."""
-    mine = [torch.get_rng_state()]
+    """The states of the generators that dropout draws from: the CPU's, and the GPU's."""
+    states = [torch.get_rng_state()]
     if device.type == 'cuda':
-        mine.append(torch.cuda.get_rng_state(device))
-    states = [mine]
-    if dist.is_initialized():
-        states = [None] * dist.get_world_size()
-        dist.all_gather_object(states, mine)
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type == 'mps' and torch.backends.mps.is_built():
+        states.append(torch.mps.get_rng_state())
     return states
 
 
@@ -428,8 +335,8 @@ def restore(opt, saved, device, rank):
                 raise ValueError(f'step is {float(state["step"])}')
         if rank < len(saved.get('rng', [])):
             torch.set_rng_state(saved['rng'][rank][0])
-            if device.type == 'cuda' and len(saved['rng'][rank]) > 1:
-                torch.cuda.set_rng_state(saved['rng'][rank][1], device)
+            for state in saved['rng'][rank][1:] if device.type != 'cpu' else ():
+                torch.get_device_module(device).set_rng_state(state)
     except Exception as error:  # load_state_dict checks next to nothing itself
         raise BadInput(f'the checkpoint is damaged: opt or rng do not fit '
                        f'({repr(error)[:150]})') from error
@@ -462,7 +369,7 @@ def claim(folder):
     try:
         import fcntl
     except ImportError:  # Windows: there two runs on one folder are the user's own affair
-        return None
+        return
     held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -473,7 +380,7 @@ def claim(folder):
     except OSError as error:  # a network file system without locks
         print(f'--out_dir {folder}: cannot be locked ({error}); let no other run use it',
               file=sys.stderr)
-    return held
+    AT_THE_END.callback(os.close, held)
 
 
 def open_run(args):
@@ -525,20 +432,36 @@ def check_resume(args, old):
     """A flag that changes what is trained must be what it was."""
     for key in (key for key in vars(args) if key in old and key not in FREE_ON_RESUME):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
-        if a != b:
+        if a != b and (key != 'field_batch' or args.method == 'pfgm'):
             raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
                            'or give another --out_dir')
+    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in TUNED
+               if key in old and getattr(args, key) != old[key]]
+    if changed and os.environ.get('RANK', '0') == '0':
+        print(f'going on with {", ".join(changed)}', flush=True)
+
+
+def check_origin(args, old, path):
+    """A flag that contradicts the checkpoint whose network is taken."""
+    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes'):
+        a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
+        if a != b:
+            raise BadInput(f'--{key} {a}: {path} has {b}; take that')
 
 
 def open_log(args, start):
-    """log.jsonl, to append to, without the lines of steps that are about to be made again."""
+    """log.jsonl, to append to, without the lines of steps that are about to be made again; and the
+    number of images that its run has seen at step `start`."""
     path = os.path.join(args.out_dir, 'log.jsonl')
     lines = open(path).read().splitlines() if os.path.exists(path) else []
+    rows = [row for row in (json.loads(line) for line in lines if line.endswith('}'))
+            if row['step'] <= start]
     with open(f'{path}.part', 'w') as file:
-        file.writelines(f'{line}\n' for line in lines
-                        if line.endswith('}') and json.loads(line)['step'] <= start)
+        file.writelines(f'{json.dumps(row)}\n' for row in rows)
     os.replace(f'{path}.part', path)
-    return open(path, 'a', buffering=1)
+    last = rows[-1] if rows else dict(step=0, images=0)  # --batch_size may have changed since
+    seen = last['images'] + (start - last['step']) * args.batch_size
+    return open(path, 'a', buffering=1), seen
 
 
 def sample_grid(net, args, device, path):
@@ -616,23 +539,24 @@ def stop_if_bad(meter, args, n, rank, world, path):
     saved = f'{path} holds an earlier step' if os.path.exists(path) else 'nothing was saved yet'
     made = f'images {made}{" ..." * (len(wrong) > 8)}' if made else 'none of the images'
     raise BadInput(f'step {step}: the gradient is not finite; loss not finite for {made}; '
-                   f'stopped, {saved}; go on with a lower --lr')
+                   f'stopped, {saved}; go on by the same command with a lower --lr (it was '
+                   f'{args.lr:g})' + ', or --no-bf16' * args.bf16)
 
 
-def progress(args, step, meter, seen, seconds, device):
-    """One line for people, and the dict that log.jsonl keeps. sums (bins, 2): loss and count."""
+def progress(args, step, meter, images, rate, device):
+    """One line for people, and the dict that log.jsonl keeps. images: seen in all; rate: a second;
+    sums (bins, 2): loss and count."""
     total, count = meter['sums'].sum(0).tolist()
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-    rate, peak, peak_step = seen / seconds, float(meter['peak']), int(meter['peak_step'])
+    peak, peak_step, memory = float(meter['peak']), int(meter['peak_step']), peak_memory(device)
     left = int((args.steps - step) * args.batch_size / rate)
     by_z = [round(a / n, 5) if n else None for a, n in meter['sums'].tolist()]
     lr = args.lr * min(step / max(args.warmup, 1), 1)
     spike = f'  spike {peak:.4g} at step {peak_step}' if peak > 5 * total / count else ''
     print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
-          f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  {memory:.1f} GB  loss by z '
+          f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  '
+          + (f'{memory:.1f} GB  ' if memory else '') + 'loss by z '
           + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
-    return dict(step=step, images=step * args.batch_size, loss=total / count, lr=lr,
+    return dict(step=step, images=images, loss=total / count, lr=lr,
                 img_per_s=rate, memory_gb=memory, loss_by_z=by_z, z_bins=meter['edges'].tolist(),
                 peak=peak, peak_step=peak_step)
 
@@ -656,6 +580,7 @@ def main(args):
     # devices
     device, rank, world = setup(args.device, args.timeout)
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic  # shapes stay
     args.bf16 = fast_bf16(device) if args.bf16 is None else args.bf16
 
     # data
@@ -665,17 +590,23 @@ def main(args):
     if resumed:
         check_resume(args, saved['args'])
     path = os.path.join(args.out_dir, 'ckpt.pt')
+    origin = path if resumed else args.reflow or args.distill or args.init_from
+    if saved and not resumed:
+        check_origin(args, saved['args'], origin)
     start = saved['step'] if saved else 0
+    agree(f'--out_dir {args.out_dir}', 'give all processes the same flags and data, and an --out_dir '
+          'that all machines share, or copies of its ckpt.pt', step=start, images=len(images),
+          weights=saved and f'{fingerprint(saved["net"].values()):08x}',
+          **{k: v for k, v in vars(args).items() if k not in ('out_dir', 'data_dir', 'device')})
     if start >= args.steps:
-        raise BadInput(f'--steps {args.steps}: {path if resumed else args.init_from} has '
-                       f'{start} already; give more, or sample from it with: '
-                       f'python sample.py --ckpt {path}')
+        raise BadInput(f'--steps {args.steps}: {origin} has {start} already; give more, or sample '
+                       f'from it with: python sample.py --ckpt {origin}')
 
     # net and ema
     architecture = {k: getattr(args, k) for k in ARCHITECTURE}
-    raw = build(saved['net'], vars(args), path) if saved else UNet(**architecture)
+    raw = build(saved['net'], vars(args), origin) if saved else UNet(**architecture)
     raw.to(device, memory_format=torch.channels_last).train()
-    ema = build(saved['ema'], vars(args), path) if saved else copy.deepcopy(raw)
+    ema = build(saved['ema'], vars(args), origin) if saved else copy.deepcopy(raw)
     ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
     flow = None if args.method == 'pfgm' else net
@@ -688,15 +619,14 @@ def main(args):
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if saved and 'opt' in saved:
         restore(opt, saved, device, rank)
+    saved = None  # a quarter of it stays in use
 
-    # folder
-    if dist.is_initialized():
-        dist.barrier()  # every rank has looked at --out_dir before rank 0 writes to it
+    # folder; every rank has looked at it, since all agree
     if rank == 0:
         try:
             os.makedirs(args.out_dir, exist_ok=True)
-            held = claim(args.out_dir)
-            log = open_log(args, start)
+            claim(args.out_dir)
+            log, images_seen = open_log(args, start)
         except OSError as error:
             raise BadInput(f'--out_dir {args.out_dir}: cannot write there ({error})') from error
         count = sum(p.numel() for p in raw.parameters())
@@ -709,11 +639,9 @@ def main(args):
     if args.reflow or args.distill:
         images = pairs_of_teacher(args, start, device, rank, world)
 
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    signals = listen()
     unit = flow.unit if flow else 1.0
-    meter, clock, seen, last_saved = new_meter(device, unit), time.time(), 0, start
+    meter, clock, logged, last_saved = new_meter(device, unit), time.time(), start, start
     batches = training_steps(images, flow, args, start, device, rank, world)
     for step in range(start + 1, args.steps + 1):
         # lr
@@ -731,7 +659,6 @@ def main(args):
             losses.append(loss.detach())
         norm = update(raw, ema, opt, args.grad_clip, min(args.ema_decay, (1 + step) / (10 + step)))
         observe(meter, step, batch[1], torch.cat(losses), norm)
-        seen += args.batch_size
 
         # log, sample, save
         asked = heard(signals, step, device, world)
@@ -745,13 +672,15 @@ def main(args):
             if world > 1:
                 dist.all_reduce(meter['sums'])
             if rank == 0:
-                log.write(json.dumps(progress(args, step, meter, seen, time.time() - clock,
-                                              device)) + '\n')
-            meter, clock, seen = new_meter(device, unit), time.time(), 0
+                rate = (step - logged) * args.batch_size / (time.time() - clock)
+                images_seen += (step - logged) * args.batch_size
+                row = progress(args, step, meter, images_seen, rate, device)
+                log.write(json.dumps(row) + '\n')
+            meter, clock, logged = new_meter(device, unit), time.time(), step
         if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:
             sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'))
         if saves:
-            rng = rng_state(device)  # on every rank
+            rng = everywhere(rng_state(device))
             if rank == 0:
                 keep_older(path, last_saved, args.keep)
                 save(path, dict(net=raw.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
@@ -761,8 +690,6 @@ def main(args):
             break
     if rank == 0:
         print(f'saved {path} at step {step}; sample with: python sample.py --ckpt {path}')
-        if held is not None:
-            os.close(held)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from baselines import METHODS, as_flow
-from data import CLASS_LIMIT, SIZE_LIMIT, BadInput, write
+from data import CLASS_LIMIT, SIZE_LIMIT
+from launch import BadInput, write
 
 
 def initialise(layer, scale=1.0):
@@ -223,15 +224,16 @@ BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5)  # of files tha
 
 
 def load_checkpoint(path, weights='ema'):
-    """A trained network and the arguments it was trained with: (net in eval mode, args dict); a
-    denoiser comes as a pfgm.Denoiser, called the same way.
+    """A trained network and the arguments it was trained with, with its `step`: (net in eval mode,
+    args dict); a denoiser comes as a pfgm.Denoiser, called the same way.
 
     Reads our files and the authors', told apart by content; nothing in a file is executed.
     Raises BadInput where the file is absent, truncated, of another kind or another architecture."""
     saved, part = read_checkpoint(path), {'ema': 'ema', 'raw': 'net'}[weights]
     if part not in saved:
         raise BadInput(f'--weights {weights}: {path} holds the EMA only; use --weights ema')
-    return as_flow(build(saved[part], saved['args'], path), saved['args']).eval(), saved['args']
+    args = {**saved['args'], 'step': saved['step']}
+    return as_flow(build(saved[part], args, path), args).eval(), args
 
 
 def blank(args, tensors, path):

@@ -1,0 +1,268 @@
+"""How the scripts start, share out and end: errors, flags, devices, processes, signals, files.
+
+Under torchrun every process runs the same script: `rank` of `world` in all, LOCAL_RANK on its
+machine. A rank that is silent for --timeout seconds in training ends the job; where one may rightly
+be hours behind (a download, its share of the samples) the others wait() for it.
+"""
+import argparse
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import zlib
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+# ---------------------------------------------------------------- errors, files, seeds
+
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message is the one line that he is shown. Empty: some
+    other process shows it."""
+
+    def __init__(self, message):
+        super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
+
+
+def step_seed(seed, step):
+    """A seed of its own for each (seed, step), or (seed, index of an image)."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def fingerprint(tensors, start=0):
+    """A number below 2^32 that tells these tensors from others."""
+    for tensor in tensors:
+        start = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), start)
+    return start
+
+
+def write(flag, path, save):
+    """save(file), whole or not at all: under a temporary name, then renamed over the old file."""
+    part = f'{path}.part'
+    try:
+        with open(part, 'wb') as file:
+            save(file)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
+        if os.path.lexists(part):
+            os.remove(part)
+        kept = 'the one of before is intact' if os.path.lexists(path) else 'nothing was saved'
+        why = str(error).partition('\n')[0]
+        raise BadInput(f'{flag} {path}: cannot be written ({why}); {kept}; free some space or give '
+                       'another, then run the same command again') from error
+
+
+# ---------------------------------------------------------------- flags
+
+class Parser(argparse.ArgumentParser):
+    """Flags are spelled out, shown with their defaults, and a wrong one ends in one line."""
+
+    def __init__(self, **kw):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **kw)
+
+    def error(self, message):
+        message = ' '.join(message.removeprefix('argument ').split())
+        print(f'{message} (see {self.prog} --help)', file=sys.stderr)
+        sys.exit(2)
+
+
+def above(low, kind=float, below=2 ** 31):
+    """An argparse type: a number of that kind with low < number < below."""
+    def convert(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not low < number < below:
+            word = 'a whole number' if kind is int else 'a number'
+            raise argparse.ArgumentTypeError(
+                f'{text}: must be {word} above {low} and below {below}')
+        return number
+    return convert
+
+
+# ---------------------------------------------------------------- beginning and end
+
+AT_THE_END = contextlib.ExitStack()  # of run(), however main ends
+
+
+def run(main, args):
+    """main(args); whatever the user can mend ends in one line on stderr and exit code 2."""
+    try:
+        main(args)
+    except BadInput as error:
+        if str(error):
+            print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        line = str(error).splitlines()[0] if str(error) else repr(error)
+        # TorchDynamoException, whose import takes a second
+        if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            print(f'--compile: {line}; leave it out', file=sys.stderr, flush=True)
+            sys.exit(2)
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in line):
+            print(f'another process has ended, or is silent: see what it says ({line[:150]})',
+                  file=sys.stderr, flush=True)
+            sys.exit(1)
+        raise
+    finally:
+        AT_THE_END.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """Where the C library is glibc, have it keep freed tensors of up to 32 MB. It would return them,
+    and a twentieth of a CIFAR-10 step on CPUs would be the page faults of the next ones."""
+    if sys.platform == 'linux' and hasattr(library := ctypes.CDLL(None), 'mallopt'):
+        library.mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD, at most 32 MB
+        library.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def setup(name, timeout=600.0):
+    """(device, rank, world size) of this process, alone or under torchrun, where a rank that is
+    silent for `timeout` seconds ends the job."""
+    ddp = 'RANK' in os.environ  # set by torchrun
+    rank, local, world = (int(os.environ[k]) if ddp else default for k, default in
+                          (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    if name == 'auto':
+        name = ('cuda' if torch.cuda.is_available() else
+                'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu')
+    keep_freed_memory()
+    try:
+        device = torch.device(f'cuda:{local}' if name == 'cuda' else name)  # set_device wants an index
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f'--device {name}: not on this machine '
+                       f'({str(error).splitlines()[0]}); use --device cpu') from error
+    if device.type == 'mps' and world > 1:
+        raise BadInput(f'--device {name}: is of one process; leave torchrun out, or use '
+                       '--device cpu')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # where exactness counts: pfgm.full_float32
+    if ddp:
+        wait = timedelta(seconds=timeout)
+        store = next(dist.rendezvous('env://', timeout=wait))[0]
+        # torchrun keeps its store through restarts, with the addresses of the processes that died;
+        # its count of restarts is every rank's only where there is one machine
+        restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
+            store = dist.PrefixStore(f'restart {restarts}', store)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
+                                rank=rank, world_size=world, timeout=wait)
+        patient()
+    return device, rank, world
+
+
+def fast_bf16(device):
+    """Whether bfloat16 products run faster than float32 on this device."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
+
+
+def peak_memory(device):
+    """GB: the most that a GPU has lent, elsewhere the most that this process has held; None on
+    Windows, which does not say."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+
+
+# ---------------------------------------------------------------- several processes
+
+@functools.cache
+def patient():
+    """A group of all processes on their CPUs, for what may rightly take hours."""
+    return dist.new_group(backend='gloo', timeout=timedelta(days=7))
+
+
+def wait():
+    """Until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier(group=patient())
+
+
+@contextlib.contextmanager
+def first_of_its_machine():
+    """The block runs in one process of each machine, then in the others: what it fetches is there."""
+    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if not first:
+        wait()
+    yield
+    if first:
+        wait()
+
+
+def everywhere(value):
+    """The value of every process, in rank order. By pickle: for small things."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=patient())
+    return values
+
+
+def agree(flag, mend, **facts):
+    """BadInput, shown by rank 0, unless every process has the same facts."""
+    each = everywhere(facts)
+    for key, value in each[0].items():
+        rank = next((r for r, other in enumerate(each) if other[key] != value), None)
+        if rank is not None:
+            raise BadInput(f'{flag}: {key} {each[rank][key]} in process {rank}, {value} in process '
+                           f'0; {mend}' if dist.get_rank() == 0 else '')
+
+
+# ---------------------------------------------------------------- signals
+
+def listen():
+    """A list to which the numbers of SIGINT, SIGTERM and SIGUSR1 are added. Once asked to leave,
+    another SIGINT or SIGTERM ends the process at once: a thread hears it, so even where it waits
+    in C for a process that hangs, and where no handler of Python's would run."""
+    heard, (ours, listen.theirs) = [], socket.socketpair()  # kept: closed, it would end the thread
+    leave = signal.SIGINT, signal.SIGTERM
+
+    def hear():
+        first = None
+        while number := ours.recv(1):
+            number, now = number[0], time.monotonic()
+            if number in leave and first and now > first + 0.5:  # torchrun repeats a terminal's
+                print('ended at the second signal', file=sys.stderr, flush=True)
+                os._exit(128 + number)
+            if number in leave and not first:
+                first = now
+                if os.environ.get('LOCAL_RANK', '0') == '0':
+                    print('leaving after this step; once more ends it at once', flush=True)
+            heard.append(number)
+    listen.theirs.setblocking(False)
+    threading.Thread(target=hear, daemon=True).start()
+    for number in (*leave, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(listen.theirs.fileno(), warn_on_full_buffer=False)
+    return heard
+
+
+def deaf(worker):
+    """For a forked reader of images: not to pass on to the run what is sent to all of a terminal."""
+    signal.set_wakeup_fd(-1)
