@@ -1,17 +1,22 @@
-"""The flows that PFGM is compared with, on the same network, trainer, solvers and likelihood.
+"""The flows that one network can learn, on one trainer, with the same solvers and likelihood.
 
-A Gaussian path x_t = alpha (y + z eps), y the data, is a flow of D = inf in x_t / alpha:
-dx/dlog z = x - xhat, whatever alpha(t) and whatever the network predicts. So each rival is a
-pfgm.Denoiser with its own z(t), its own coefficients and its own draws of z:
-
+    pfgm    the Poisson field of charges                             arXiv 2209.11178
+    pfgmpp  any D, as a denoiser; D = inf is diffusion as in EDM     arXiv 2302.04265, 2206.00364
     vp      variance preserving: alpha^2 = 1 / (1 + z^2)             arXiv 2011.13456, Appendix C
     subvp   sub-VP: alpha z = 1 - alpha^2                            arXiv 2011.13456, Eq. 29
     ddpm    1000 levels, alpha^2 = prod (1 - beta); DDIM is Euler    arXiv 2006.11239, 2010.02502
     rf      rectified flow: alpha = t = 1 / (1 + z), F = y - eps     arXiv 2209.03003
+
+A Gaussian path x_t = alpha (y + z eps), y the data, is a flow of D = inf in x_t / alpha:
+dx/dlog z = x - xhat, whatever alpha(t) and whatever the network predicts. So each rival is a
+Denoiser with its own z(t), its own coefficients and its own draws of z.
+
+Each says where to train, perturb(), on what, target(), and how its errors count, weight().
 """
 import math
 import os
 import time
+import types
 
 import numpy as np
 import torch
@@ -23,7 +28,88 @@ SHARD = 1000  # pairs a file
 PAIR_NFE = 40  # calls of the teacher for each, by unipc
 
 
-class VP(pfgm.Denoiser):
+
+
+class PFGM:
+    """The Poisson field of charges, as what a network is trained on. It predicts the field itself,
+    so that nothing is between it and the solvers."""
+    unit = 1.0
+
+    def __init__(self, args):
+        self.how = args['M'], args['sigma'], args['tau']
+        self.gamma = args['gamma']
+
+    def perturb(self, x, generator=None):
+        return pfgm.perturb(x, *self.how, generator=generator)
+
+    def target(self, moved, z, clean, charges, among=None):
+        return pfgm.poisson_field(moved, z, charges, self.gamma, among=among)
+
+    def weight(self, moved, z):
+        return torch.ones_like(z)
+
+
+class Denoiser(torch.nn.Module):
+    """A network F as the mean of the data, xhat = c_skip x + c_out F(c_in x, c_noise), called like
+    a field: net(x, z) -> (xhat - x, -z). EDM Table 1 and PFGM++ Section 3.
+
+    The noise level is sigma = z / sqrt(D), for D = inf z. Student-t tails make |x| of any size at
+    small D, and no c_in of sigma alone bounds it; so where |x| shows that the noise is larger,
+    sigma is what it shows, sqrt((|x|^2 - N + z^2) / (N + D)) (no data has |y|^2 > N). So |c_in x|^2
+    stays below max(N / sigma_data^2, N + D), and at D = inf sigma is always EDM's own."""
+    mean, std = -1.2, 1.2  # of ln sigma in training
+    low, high = 0.002, 80.0  # sigma in sampling
+    only = None  # the z of training, where it is one: of a student of one call
+
+    def __init__(self, net, D=math.inf, sigma_data=0.5):
+        super().__init__()
+        self.net, self.D, self.sigma_data = net, D, sigma_data
+        self.unit = pfgm.unit(D)
+
+    def sigma(self, x, z):
+        if self.D == math.inf:
+            return z
+        r2, N = x.flatten(1).square().sum(1) + z * z, x[0].numel()
+        return torch.maximum(z / self.unit, ((r2 - N) / (N + self.D)).clamp_min(0).sqrt())
+
+    def coefficients(self, sigma):
+        """c_skip, c_out, c_in, c_noise, each (B,)."""
+        total = (sigma ** 2 + self.sigma_data ** 2).sqrt()
+        return ((self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total,
+                sigma.log() / 4)
+
+    def perturb(self, x, generator=None, eps=None):
+        """x (B, ...) -> (moved, z): by the kernel, or by given noise eps (of reflow's pairs)."""
+        z = self.draw(len(x), generator, x.device)
+        if self.only:
+            z = torch.full_like(z, self.only)
+        noise = (pfgm.kernel(x.shape, z, self.D, generator) if eps is None else
+                 pfgm.column(z, x) * eps)
+        return x + noise, z
+
+    def target(self, moved, z, clean, charges=None, among=None):
+        """(xhat - moved, -z): xhat is the image, or its mean given all charges, arXiv 2302.00670."""
+        if charges is not None:
+            mean = pfgm.posterior_mean(moved, z, charges, self.D, among)
+            clean = pfgm.like(mean.view_as(moved), moved)
+        return clean - moved, -z
+
+    def draw(self, B, generator=None, device='cpu'):
+        """z (B,) of a training step."""
+        noise = torch.randn(B, generator=generator, device=device)
+        return self.unit * torch.exp(self.mean + self.std * noise)
+
+    def weight(self, x, z):
+        """(B,): the squared error of xhat times it is the squared error of F."""
+        return 1 / self.coefficients(self.sigma(x, z))[1] ** 2
+
+    def forward(self, x, z, labels=None):
+        c_skip, c_out, c_in, c_noise = self.coefficients(self.sigma(x, z))
+        F, _ = self.net(pfgm.column(c_in, x) * x, c_noise, *([] if labels is None else [labels]))
+        return pfgm.column(c_skip - 1, x) * x + pfgm.column(c_out, x) * F, -z
+
+
+class VP(Denoiser):
     """beta(t) = 0.1 + 19.9 t, t in [0, 1]; F predicts eps and sees 999 t."""
     b, d = 0.1, 19.9
     t_train, t_sample, t_max = 1e-5, 1e-3, 1.0  # smallest t of each, and the largest
@@ -113,7 +199,7 @@ class RectifiedFlow(VP):
         return t, 1 - t, t, self.scale * t
 
 
-METHODS = dict(pfgm=None, pfgmpp=pfgm.Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=RectifiedFlow)
+METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=RectifiedFlow)
 
 
 def as_flow(net, args):
@@ -121,6 +207,41 @@ def as_flow(net, args):
     method = METHODS[args['method']]
     return net if method is None else method(net, args['D'], args['sigma_data'])
 
+
+# ---------------------------------------------------------------- target, loss, update
+
+def training_point(flow, clean, generator, mine, charges=None, kinds=None, eps=()):
+    """(moved, z, target_x, target_z, weight[, labels]) for the rows `mine` of clean (B, ...): the
+    same on every process, from the generator alone. kinds: the classes of clean and of the charges,
+    (B,) and (K,), of which the network does not see a tenth; eps: (the noise of clean,) or ()."""
+    labels, among = [], None
+    if kinds:
+        dropped = torch.rand(len(clean), generator=generator, device=clean.device) < 0.1
+        labels = [torch.where(dropped, -1, kinds[0])[mine]]
+        among = (labels[0][:, None] == kinds[1]) | (labels[0] < 0)[:, None]
+    moved, z = (part[mine] for part in flow.perturb(clean, generator, *eps))
+    target = flow.target(moved, z, clean[mine], charges, among)
+    return moved, z, *target, flow.weight(moved, z), *labels
+
+
+def field_loss(net, reduce, moved, z, target_x, target_z, weight, *labels):
+    """(B,) half the weighted squared error summed over the N + 1 components, or its mean (LSUN)."""
+    v_x, v_z = net(moved, z, *labels)
+    error = (v_x - target_x).square().flatten(1).sum(1) * weight + (v_z - target_z).square()
+    return error / 2 if reduce == 'sum' else error / (moved[0].numel() + 1)
+
+
+def update(net, ema, opt, clip, decay):
+    """One step of `opt` on the clipped gradients, and of the EMA -> their norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    with torch.no_grad():  # else every step would hang one more graph on the average
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    return norm
+
+
+# ---------------------------------------------------------------- following them
 
 def ancestral(eta, noise):
     """A solver: DDIM with eta = 0, ancestral sampling of DDPM with 1. arXiv 2010.02502 Eq. 12.
@@ -136,6 +257,82 @@ def ancestral(eta, noise):
                 callback(z_next, x)
         return x
     return solver
+
+
+class Flow(types.SimpleNamespace):
+    """A network, or an exact field, and what it takes to follow its lines; checkpoint.load_flow()
+    makes one. Of its training: net, shape (C, H, W), D, z_min, z_max, upper_norm, z_exp, gamma,
+    known (how many classes), and of a checkpoint method, step, weights, student. Of sampling:
+    solver, nfe, tol, schedule, to_data, z_last, small_z, guidance, eta, classes (the labels of the
+    images, in turn), seed, bf16."""
+
+    def prior(self, indices):
+        """The starts of images `indices`, each drawn from (seed, its index) alone."""
+        return torch.cat([pfgm.sample_prior(
+            (1, *self.shape), self.z_max, self.upper_norm, self.D,
+            generator=torch.Generator().manual_seed(step_seed(self.seed, i))) for i in indices])
+
+    def labels_of(self, indices, device):
+        """The classes (b,) of images `indices`, or None for none."""
+        if self.classes and len(indices):
+            labels = [self.classes[i % len(self.classes)] for i in indices]
+            return torch.tensor(labels, device=device)
+
+    def noise_of(self, indices):
+        """The fresh noise of ddim: noise(step) like x, each image from its own generator."""
+        draws = [torch.Generator().manual_seed(step_seed(self.seed, 2 ** 33 + i)) for i in indices]
+        return lambda step: torch.stack([torch.randn(self.shape, generator=g) for g in draws])
+
+    def ending(self):
+        """(whether the last call leads straight to z = 0, the plane on which it is made or, without it,
+        the flow ends)."""
+        fixed, z = self.solver != 'rk45', self.z_min
+        to_data = fixed if self.to_data is None else self.to_data
+        if to_data and fixed:
+            if isinstance(self.net, pfgm.ExactField) and not self.z_last:
+                self.z_last = pfgm.deciding_z(self.net.charges)  # below it the lines are straight
+            z = self.z_last or pfgm.last_plane(z, self.nfe, self.D)
+        return to_data, z
+
+    def facts(self):
+        """What a line of results needs to say of a flow, so that two that differ can be told apart."""
+        to_data, z_last = self.ending()
+        names = ('method', 'D', 'weights', 'step', 'solver', 'nfe', 'schedule', 'small_z', 'z_min',
+                 'z_exp', 'guidance', 'eta', 'classes', 'bf16')
+        found = {k: v for k, v in vars(self).items() if k in names}
+        found.update(D='inf' if self.D == math.inf else self.D, to_data=to_data, z_last=z_last)
+        if self.solver == 'rk45':
+            found.update(tol=self.tol, nfe=None, schedule=None, bf16=False)
+        return found
+
+    @torch.no_grad()
+    def follow(self, x, device, indices=(), up=False, callback=None):
+        """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an exact
+        field). indices: which images these are, for their classes and fresh noise."""
+        labels = self.labels_of(indices, device)
+        solver = self.solver
+        if solver == 'ddim':
+            solver = ancestral(self.eta, self.noise_of(indices)) if self.eta else 'euler'
+        to_data, z_last = self.ending()
+        ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)
+        dtype = torch.float64 if isinstance(self.net, pfgm.ExactField) else torch.float32
+        twice = labels is not None and self.guidance != 1
+        how = {k: getattr(self, k) for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
+        bf16 = self.bf16 and solver != 'rk45'  # whose tolerance is finer than bfloat16
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                x, nfe = pfgm.sample_ode(
+                    self.net, x.to(dtype).to(device), *ends, solver, self.nfe, labels=labels, **how,
+                    rtol=self.tol, atol=self.tol,
+                    each=self.small_z != 'official',
+                    schedule_name='log' if up else self.net.planes if self.schedule == 'time'
+                    else self.schedule, to_data=to_data and not up, callback=callback)
+        except pfgm.SolverError as error:
+            raise BadInput(f'--tol {self.tol}: {error}; try a larger one, or --nfe 100') from error
+        if not x.isfinite().all():
+            raise BadInput('--ckpt: the network leads to images that are not finite; it has diverged: '
+                           'give another one, or train it again with a lower --lr')
+        return x, nfe * (1 + twice)
 
 
 # ---------------------------------------------------------------- reflow and distillation
@@ -219,3 +416,15 @@ def straightness(net, x, labels=None, steps=50):
     whole = path[-1] - path[0]
     error = (whole - steps * path.diff(dim=0)).square().sum(2).mean(0)
     return error / whole.square().sum(1)
+
+
+def pairs_of_teacher(net, args, start, device, rank, world):
+    """The Pairs to train on, made by the teacher; and a line on how straight its own lines are."""
+    pairs = make_pairs(net, args.z_max, args.z_min, args, device, rank, world)
+    if rank == 0 and start == 0:
+        labels = torch.arange(64, device=device) % args.classes if args.classes else None
+        start = net.high * torch.randn(64, args.channels, args.image_size, args.image_size,
+                                       generator=torch.Generator().manual_seed(args.seed))
+        bent = straightness(net, start.to(device), labels).mean()
+        print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
+    return pairs

@@ -13,10 +13,12 @@ from threading import Lock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from launch import BadInput, deaf, first_of_its_machine
+import pfgm
+from launch import CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, first_of_its_machine, step_seed
 
 SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
     'glyphs':        (16, 1, False, '', ''),
@@ -27,6 +29,10 @@ SETS = {  # image size, channels, random flips?, torchvision class, what to fetc
     'celeba64':      (64, 3, True, 'CelebA', '{}/celeba/*.txt and, unzipped, img_align_celeba/'),
     'lsun_bedroom':  (256, 3, True, '', '{}/lsun_bedroom/ (as github.com/fyu/lsun exports)'),
 }
+# M, z_max, upper_norm and z_exp of the official code; other sets' follow from the data.
+OFFICIAL = {'cifar10': (291, 40, 3e3, 5), 'cifar10_deep': (291, 40, 3e3, 5),
+            'celeba64': (291, 60, 6e3, 1), 'lsun_bedroom': (356, 100, 3e4, 0.1)}
+OFFICIAL_BY_SIZE = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
 IMAGE_EXTENSIONS = tuple('.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
 FORMATS = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()  # not EPS, for which Pillow runs Ghostscript
 ACCEPTED = (f"{', '.join(SETS)}, a folder or .zip of images, a .npy or .npz of arrays (n, H, W), "
@@ -34,8 +40,6 @@ ACCEPTED = (f"{', '.join(SETS)}, a folder or .zip of images, a .npy or .npz of a
             '[-1, 1], with one integer label an image or none')
 MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access instead
 ENTRY_LIMIT = 256 << 20  # bytes that one zip entry may claim to unpack to
-SIZE_LIMIT = 1024  # pixels a side
-CLASS_LIMIT = 10_000  # classes of labels
 ZIP_LOCK, ZIPS = Lock(), {}  # archives by (path, process): forked ones share one file position
 
 
@@ -345,6 +349,76 @@ def mean_norm(data, n=10_000):
     parts = (torch.arange(n) * len(data) // n).split(32)
     norms = [to_float(data[part.tolist()]).flatten(1).norm(dim=1).double().sum() for part in parts]
     return float(sum(norms)) / n
+
+
+def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
+    """M, z_max, upper_norm, z_exp of a data set: the official ones of its name, or by the rule, with
+    z_exp = 10 gamma / sqrt(N), where |v| still tells |E| to a few per cent."""
+    if name in OFFICIAL:
+        flow = dict(zip(('M', 'z_max', 'upper_norm', 'z_exp'), OFFICIAL[name]))
+    else:
+        N, norm = images.channels * images.image_size ** 2, mean_norm(images)
+        try:
+            rule = pfgm.hyperparameters(norm, N, sigma, tau)
+        except ValueError as error:
+            raise BadInput(f'--dataset {images.name}: {error}') from error
+        flow = dict(rule._asdict(), z_exp=10 * gamma / N ** 0.5)
+    return dict(flow, gamma=gamma, z_min=z_min)
+
+
+def grid_of(pixels, nrow=None):
+    """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+    pixels = pixels.cpu().repeat_interleave(k := -(-64 // pixels.shape[-1]), 2)
+    grid = make_grid(pixels.repeat_interleave(k, 3), nrow or int(np.ceil(len(pixels) ** 0.5)),
+                     padding=4, pad_value=128)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+# ---------------------------------------------------------------- the images of a training step
+
+def image_order(n, count, seed, step):
+    """Endless indices (count,) of step, step + 1, ...: one shuffle of all n images an epoch."""
+    order, epoch, at = None, None, step * count
+    while True:
+        want = []
+        while sum(map(len, want)) < count:
+            if at // n != epoch:
+                epoch = at // n
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(
+                    step_seed(seed, 2 ** 32 + epoch)))
+            take = order[at % n:][:count - sum(map(len, want))]
+            want.append(take)
+            at += len(take)
+        yield torch.cat(want)
+
+
+def gather(parts):
+    """Each rank's uint8 images, joined in rank order: every rank reads only its share from disk."""
+    whole = parts.new_empty(dist.get_world_size() * len(parts), *parts.shape[1:])
+    dist.all_gather_into_tensor(whole, parts)
+    return whole
+
+
+def shuffled_images(images, count, args, step, device, rank, world):
+    """Endless (x (count, C, S, S) in [-1, 1], classes or None, generator) of step, step + 1, ...,
+    mirrored at random: the same on every rank, from seed and step alone."""
+    indices = image_order(len(images), count, args.seed, step)
+    split = images.pixels is None and world > 1
+    if split:
+        if count % world:
+            raise BadInput(f'--field_batch {count}: must be a multiple of {world} processes')
+        indices = (block.chunk(world)[rank] for block in indices)
+    blocks = batches(images, indices, device, args.workers)
+    for block, order in zip(blocks, image_order(len(images), count, args.seed, step)):
+        x = to_float(gather(block) if split else block)
+        generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
+        if args.flip:
+            flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
+            x = torch.where(flipped, x.flip(-1), x)
+        yield x, images.labels[order].to(device) if args.classes else None, generator
+        step += 1
 
 
 def glyphs(n=10_000, image_size=16, split='train'):

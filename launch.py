@@ -6,7 +6,6 @@ be hours behind (a download, its share of the samples) the others wait() for it.
 """
 import argparse
 import contextlib
-import ctypes
 import functools
 import os
 import signal
@@ -25,6 +24,9 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+SIZE_LIMIT = 1024  # pixels a side
+CLASS_LIMIT = 10_000  # classes of labels
 
 
 # ---------------------------------------------------------------- errors, files, seeds
@@ -128,14 +130,6 @@ def run(main, args):
             dist.destroy_process_group()
 
 
-def keep_freed_memory():
-    """Where the C library is glibc, have it keep freed tensors of up to 32 MB. It would return them,
-    and a twentieth of a CIFAR-10 step on CPUs would be the page faults of the next ones."""
-    if sys.platform == 'linux' and hasattr(library := ctypes.CDLL(None), 'mallopt'):
-        library.mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD, at most 32 MB
-        library.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-
-
 def setup(name, timeout=600.0):
     """(device, rank, world size) of this process, alone or under torchrun, where a rank that is
     silent for `timeout` seconds ends the job."""
@@ -145,7 +139,6 @@ def setup(name, timeout=600.0):
     if name == 'auto':
         name = ('cuda' if torch.cuda.is_available() else
                 'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu')
-    keep_freed_memory()
     try:
         device = torch.device(f'cuda:{local}' if name == 'cuda' else name)  # set_device wants an index
         torch.zeros(1, device=device)

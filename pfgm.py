@@ -207,49 +207,6 @@ class ExactField:
         return poisson_field(x, z, self.charges, self.gamma, self.D)
 
 
-class Denoiser(torch.nn.Module):
-    """A network F as the mean of the data, xhat = c_skip x + c_out F(c_in x, c_noise), called like
-    a field: net(x, z) -> (xhat - x, -z). EDM Table 1 and PFGM++ Section 3.
-
-    The noise level is sigma = z / sqrt(D), for D = inf z. Student-t tails make |x| of any size at
-    small D, and no c_in of sigma alone bounds it; so where |x| shows that the noise is larger,
-    sigma is what it shows, sqrt((|x|^2 - N + z^2) / (N + D)) (no data has |y|^2 > N). So |c_in x|^2
-    stays below max(N / sigma_data^2, N + D), and at D = inf sigma is always EDM's own."""
-    mean, std = -1.2, 1.2  # of ln sigma in training
-    low, high = 0.002, 80.0  # sigma in sampling
-
-    def __init__(self, net, D=math.inf, sigma_data=0.5):
-        super().__init__()
-        self.net, self.D, self.sigma_data = net, D, sigma_data
-        self.unit = unit(D)
-
-    def sigma(self, x, z):
-        if self.D == math.inf:
-            return z
-        r2, N = x.flatten(1).square().sum(1) + z * z, x[0].numel()
-        return torch.maximum(z / self.unit, ((r2 - N) / (N + self.D)).clamp_min(0).sqrt())
-
-    def coefficients(self, sigma):
-        """c_skip, c_out, c_in, c_noise, each (B,)."""
-        total = (sigma ** 2 + self.sigma_data ** 2).sqrt()
-        return ((self.sigma_data / total) ** 2, sigma * self.sigma_data / total, 1 / total,
-                sigma.log() / 4)
-
-    def draw(self, B, generator=None, device='cpu'):
-        """z (B,) of a training step."""
-        noise = torch.randn(B, generator=generator, device=device)
-        return self.unit * torch.exp(self.mean + self.std * noise)
-
-    def weight(self, x, z):
-        """(B,): the squared error of xhat times it is the squared error of F."""
-        return 1 / self.coefficients(self.sigma(x, z))[1] ** 2
-
-    def forward(self, x, z, labels=None):
-        c_skip, c_out, c_in, c_noise = self.coefficients(self.sigma(x, z))
-        F, _ = self.net(column(c_in, x) * x, c_noise, *([] if labels is None else [labels]))
-        return column(c_skip - 1, x) * x + column(c_out, x) * F, -z
-
-
 # ---------------------------------------------------------------- the prior on z = z_max
 
 def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu',

@@ -36,6 +36,9 @@ from PIL import Image
 from scipy import integrate, stats
 
 import baselines
+import bench
+import checkpoint
+import cpu
 import data
 import evaluate
 import launch
@@ -398,19 +401,19 @@ class Linear(torch.nn.Module):
 def test_d_inf_is_edm_and_large_d_converges_to_it():
     x = 3 * torch.randn(6, 3, 8, 8, generator=seeded(), dtype=F64)
     sigma = torch.tensor([0.002, 0.05, 0.5, 2.0, 10.0, 80.0], dtype=F64)
-    v_x, v_z = pfgm.Denoiser(Linear())(x, sigma)
+    v_x, v_z = baselines.Denoiser(Linear())(x, sigma)
     s = sigma.view(-1, 1, 1, 1)  # EDM Table 1, sigma_data 0.5
     c_skip, c_out = 0.25 / (s ** 2 + 0.25), s * 0.5 / (s ** 2 + 0.25).sqrt()
     xhat = c_skip * x + c_out * Linear()(x / (s ** 2 + 0.25).sqrt(), sigma.log() / 4)[0]
     close(x + v_x, xhat, rtol=1e-12, atol=1e-12)
     close(v_z, -sigma)
-    close(pfgm.Denoiser(Linear()).weight(x, sigma), (sigma ** 2 + 0.25) / (sigma / 2) ** 2, rtol=1e-12)
-    close(pfgm.drift(pfgm.Denoiser(Linear()), x, sigma, z_exp=0), x - xhat, rtol=1e-9, atol=1e-12)
+    close(baselines.Denoiser(Linear()).weight(x, sigma), (sigma ** 2 + 0.25) / (sigma / 2) ** 2, rtol=1e-12)
+    close(pfgm.drift(baselines.Denoiser(Linear()), x, sigma, z_exp=0), x - xhat, rtol=1e-9, atol=1e-12)
     y = torch.randn(9, 3, 8, 8, generator=seeded(1), dtype=F64)
     for D, atol in ((1e4, 6), (1e6, 6e-2), (1e8, 6e-4)):
         z = sigma * math.sqrt(D)
         noisy = y[:6] + s * torch.randn(6, 3, 8, 8, generator=seeded(2), dtype=F64)
-        close(pfgm.Denoiser(Linear(), D)(noisy, z)[0], pfgm.Denoiser(Linear())(noisy, sigma)[0], atol=atol)
+        close(baselines.Denoiser(Linear(), D)(noisy, z)[0], baselines.Denoiser(Linear())(noisy, sigma)[0], atol=atol)
         close(pfgm.posterior_mean(noisy, z, y, D), pfgm.posterior_mean(noisy, sigma, y, math.inf), atol=atol)
         a, b = (pfgm.kernel((6, 3, 8, 8), scale, d, seeded(3)) for scale, d in ((z, D), (sigma, math.inf)))
         close(a / s, b / s, rtol=10 * D ** -0.5)
@@ -423,7 +426,7 @@ def test_inputs_stay_bounded_under_heavy_tails(D):
         def forward(self, x, z):
             seen.append(x.flatten(1).square().sum(1).max())
             return super().forward(x, z)
-    flow, N = pfgm.Denoiser(Watch(), D), 192
+    flow, N = baselines.Denoiser(Watch(), D), 192
     y = torch.rand(20000, 3, 8, 8, generator=seeded()) * 2 - 1
     z = flow.draw(len(y), seeded(1))
     x = y + pfgm.kernel(y.shape, z, D, seeded(2))
@@ -517,7 +520,7 @@ def test_classes_have_fields_of_their_own_and_guidance_mixes_them():
         alone = pfgm.poisson_field(x[i:i + 1], z[i:i + 1], charges[kinds == k])
         close(mixed[0][i], alone[0][0], atol=1e-12)
         close(mixed[1][i], alone[1][0], atol=1e-12)
-    net, x = pfgm.Denoiser(Linear()), torch.randn(4, 1, 4, 4, generator=seeded(2), dtype=F64)
+    net, x = baselines.Denoiser(Linear()), torch.randn(4, 1, 4, 4, generator=seeded(2), dtype=F64)
     def f(*how):
         return pfgm.drift(net, x, z, 5.0, 0.0, 'exact', *how)
     none = f(torch.full((4,), -1))
@@ -611,7 +614,8 @@ def test_published_networks_have_their_number_of_parameters(kw, count):
 def test_dropout_drops_each_element_with_probability_p(p, dtype):
     h = torch.ones(10, 64, 33, 47, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     torch.manual_seed(1)
-    y, again = unet.dropout(h, p, True), unet.dropout(h, p, True)
+    dropout = cpu.speed_up(torch.nn.Sequential(torch.nn.Dropout(p)))
+    y, again = dropout(h), dropout(h)
     y.sum().backward()
     kept = y != 0
     assert torch.equal(y, kept.to(dtype) * (1 / (1 - p))) and torch.equal(h.grad, y)
@@ -619,13 +623,13 @@ def test_dropout_drops_each_element_with_probability_p(p, dtype):
                           (~kept[..., 1:] & ~kept[..., :-1], p * p), (~kept[:, 1:] & ~kept[:, :-1], p * p)):
         close(dropped.double().mean(), rate, atol=6 * (rate / dropped.numel()) ** 0.5)
     torch.manual_seed(1)
-    assert torch.equal(unet.dropout(h, p, True), y) and torch.equal(unet.dropout(h, p, False), h)
+    assert torch.equal(dropout(h), y) and torch.equal(dropout.eval()(h), h)
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize('shape', [(3, 512, 4, 4), (2, 32, 32, 32), (2, 24, 33, 32)])
 def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dtype, tolerance):
-    layer = unet.norm(shape[1]).double()
+    layer, = cpu.speed_up(torch.nn.Sequential(unet.norm(shape[1]))).double()
     for p in layer.parameters():
         torch.nn.init.normal_(p, generator=seeded())
     x, dy = (torch.randn(shape, generator=seeded(k), dtype=F64).to(dtype) for k in (1, 2))
@@ -636,7 +640,7 @@ def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dt
         return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
     want = grads(torch.nn.GroupNorm.forward, x.double(), dy.double())
     layer.to(torch.promote_types(dtype, torch.float32))
-    got = grads(unet.Norm.forward, *(a.to(memory_format=torch.channels_last) for a in (x, dy)))
+    got = grads(cpu.GroupNorm.forward, *(a.to(memory_format=torch.channels_last) for a in (x, dy)))
     assert got[1].is_contiguous(memory_format=torch.channels_last)
     for a, b in zip(got, want):
         assert (a - b).norm() <= tolerance * b.norm()
@@ -647,7 +651,7 @@ def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dt
 def test_parameters_are_in_the_published_order_and_law(name, kw):
     torch.manual_seed(0)
     net = unet.UNet(**kw)
-    names, rows = unet.official_names(net), (GOLDEN / f'params_{name}_ddpmpp.txt').read_text()
+    names, rows = checkpoint.official_names(net), (GOLDEN / f'params_{name}_ddpmpp.txt').read_text()
     rows = [line.split('\t') for line in rows.splitlines() if not line.startswith('#')]
     assert len(rows) == len(names)
     for (ours, p), (_, theirs, shape, n, std, largest) in zip(net.named_parameters(), rows):
@@ -662,7 +666,7 @@ def test_parameters_are_in_the_published_order_and_law(name, kw):
 @pytest.mark.parametrize('weights', ['ema', 'raw'])
 def test_official_checkpoints_give_the_authors_outputs(file, weights):
     io_ = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / 'io_cifar10_tiny.npz').items()}
-    net, args = unet.load_checkpoint(GOLDEN / file, weights)
+    net, args = checkpoint.load_checkpoint(GOLDEN / file, weights)
     assert (args['image_size'], args['nf'], args['num_blocks']) == (32, 16, 1)
     with torch.no_grad():
         for far in ('', '_far'):
@@ -675,7 +679,7 @@ def tiny_official(path, change=lambda saved: None):
     """An official checkpoint made from one of our networks (the levels of CIFAR-10, nf 8)."""
     torch.manual_seed(1)
     net = unet.UNet(nf=8, num_blocks=1)
-    names, shadow = unet.official_names(net), []
+    names, shadow = checkpoint.official_names(net), []
     model = {'module.sigmas': torch.zeros(3, dtype=F64)}
     for ours, p in net.named_parameters():
         name, p = names[ours], p.detach() + 0.01
@@ -693,7 +697,7 @@ def tiny_official(path, change=lambda saved: None):
 
 def test_official_checkpoint_is_read_whole(tmp_path):
     net = tiny_official(tmp_path / 'a.pth')
-    saved = unet.read_checkpoint(tmp_path / 'a.pth')
+    saved = checkpoint.read_checkpoint(tmp_path / 'a.pth')
     for i, (name, p) in enumerate(net.named_parameters()):
         close(saved['net'][name], p.detach() + 0.01)
         close(saved['ema'][name], (p.detach() + 0.01) * 2)
@@ -705,10 +709,10 @@ def test_pruned_and_averaged_checkpoints_load(trained, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     a = torch.load(trained / 'ckpt.pt', weights_only=True)
     torch.save({**a, 'ema': {k: v + 1 for k, v in a['ema'].items()}}, 'b.pt')
-    unet.main([str(trained / 'ckpt.pt'), '--out', 'ema.pt'])
-    unet.main([str(trained / 'ckpt.pt'), 'b.pt', '--out', 'mean.pt'])
+    script(['checkpoint.py', *[str(trained / 'ckpt.pt'), '--out', 'ema.pt']])
+    script(['checkpoint.py', *[str(trained / 'ckpt.pt'), 'b.pt', '--out', 'mean.pt']])
     for path, shift in (('ema.pt', 0.0), ('mean.pt', 0.5)):
-        net, _ = unet.load_checkpoint(path)
+        net, _ = checkpoint.load_checkpoint(path)
         for k, v in net.state_dict().items():
             close(v, a['ema'][k] + shift, atol=1e-6)
     assert os.path.getsize('ema.pt') < 0.4 * os.path.getsize('b.pt')
@@ -718,7 +722,7 @@ def test_pruned_and_averaged_checkpoints_load(trained, tmp_path, monkeypatch, ca
     refuses(['train.py', *TINY, '--steps', 20, '--out_dir', 'o'], 'holds the EMA only')
     for bad in (['no.pt', '--out', 'c.pt'], ['b.pt', '--out', 'mean.pt']):
         with pytest.raises(SystemExit):
-            unet.main(bad)
+            script(['checkpoint.py', *bad])
     assert sorted(os.listdir('.')) == ['b.pt', 'mean.pt', 'o']
 
 
@@ -767,7 +771,7 @@ def test_truncated_and_absent_checkpoints(tmp_path):
 
 # ---------------------------------------------------------------- the scripts
 
-SCRIPTS = dict(train=train, sample=sample, evaluate=evaluate)
+SCRIPTS = dict(train=train, sample=sample, evaluate=evaluate, checkpoint=checkpoint)
 data.glyphs = functools.lru_cache(data.glyphs)  # drawn once for all tests
 TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
        '--sample_every 0 --device cpu --no-bf16'.split()
@@ -923,11 +927,11 @@ def test_a_slow_file_system_without_links_and_locks(tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err
     assert 'cannot be locked (not supported)' in said and said.count('\n') == 2
     assert 'ckpt.pt: cannot be written (stale file handle); the one of before is intact' in said
-    assert unet.read_checkpoint(tmp_path / 'ckpt.pt')['step'] == 4
+    assert checkpoint.read_checkpoint(tmp_path / 'ckpt.pt')['step'] == 4
     script(command)
     kept = sorted(path.name for path in tmp_path.glob('*.pt*'))
     assert kept == ['ckpt-0000004.pt', 'ckpt-0000006.pt', 'ckpt.pt']
-    assert [unet.read_checkpoint(tmp_path / name)['step'] for name in kept] == [4, 6, 8]
+    assert [checkpoint.read_checkpoint(tmp_path / name)['step'] for name in kept] == [4, 6, 8]
 
 
 def test_a_spike_is_logged(trained, capsys):
@@ -976,8 +980,8 @@ def test_official_moments_serve_fused_adam_as_they_serve_plain_adam(tmp_path):
     tiny_official(tmp_path / 'a.pth')
     after = []
     for fused in (True, False):
-        saved = unet.read_checkpoint(tmp_path / 'a.pth')
-        net = unet.build(saved['net'], saved['args'], 'a.pth').to(memory_format=torch.channels_last)
+        saved = checkpoint.read_checkpoint(tmp_path / 'a.pth')
+        net = checkpoint.build(saved['net'], saved['args'], 'a.pth').to(memory_format=torch.channels_last)
         opt = torch.optim.Adam(net.parameters())
         train.restore(opt, saved, torch.device('cpu'), 0)
         assert all(state[k].stride() == p.stride() for p, state in opt.state.items()
@@ -1130,8 +1134,8 @@ def test_any_d_trains_samples_and_has_a_likelihood(D, tmp_path, capsys):
         assert made.shape == (5, 16, 16, 1)
     script(['evaluate.py', *ckpt, '--bpd', '--n', 3, '--tol', '1e-2'])
     assert 'bpd' in capsys.readouterr().out
-    net, args = unet.load_checkpoint(out / 'ckpt.pt')
-    assert args['D'] == float(D) and args['classes'] == 10 and isinstance(net, pfgm.Denoiser)
+    net, args = checkpoint.load_checkpoint(out / 'ckpt.pt')
+    assert args['D'] == float(D) and args['classes'] == 10 and isinstance(net, baselines.Denoiser)
     refuses(['train.py', *TINY_PP, '--D', '5', '--classes', '--lr', '1e-2', '--steps', 20,
              '--out_dir', out], '--D 5.0: the run .* has')
     refuses(['sample.py', *ckpt, '--classes', '10'], '--classes 10: the network knows 0 to 9')
@@ -1170,8 +1174,8 @@ def test_straightness_of_known_lines():
     close(baselines.straightness(flow, x), bent.expand(5), rtol=1e-9)
 
 
-def few_bits(bits_per_dim, net, flow, images, n, args, place):
-    return bits_per_dim(net, flow, images, 3, args, place)
+def few_bits(bits_per_dim, flow, images, n, args, place):
+    return bits_per_dim(flow, images, 3, args, place)
 
 
 def test_comparing_checkpoints(trained, tmp_path, monkeypatch, capsys):
@@ -1218,7 +1222,7 @@ def test_reflow_and_distillation(tmp_path, capsys):
                 tmp_path / 's.npz', *(['--nfe', 1] if kind == 'reflow' else [])])
         assert 'nfe 1 ' in capsys.readouterr().out
     eps, y = torch.from_numpy(np.concatenate([np.load(f) for f in files])).float().unbind(1)
-    net, args = unet.load_checkpoint(out / 'ckpt.pt')
+    net, args = checkpoint.load_checkpoint(out / 'ckpt.pt')
     with torch.no_grad():
         end, _ = pfgm.sample_ode(net, eps * args['z_max'], args['z_max'], 1e-3, rtol=1e-4, atol=1e-4,
                                  labels=torch.arange(40) % 10, z_exp=0)
@@ -1384,11 +1388,11 @@ def shrunk(words):
     """The script and flags of a README command, with sizes for a test; of a flag given twice the
     last one counts."""
     words = words[next(i for i, word in enumerate(words) if word.endswith('.py')):]
-    small = [*words, '--device', 'cpu', '--no-bf16'] if words[0] != 'unet.py' else words
+    small = [*words, '--device', 'cpu', '--no-bf16'] if words[0] != 'checkpoint.py' else words
     if words[0] == 'train.py':
         small += ['--steps', 10 if '--init_from' in words else 3, '--batch_size', 8, '--log_every', 1]
         small += ['--pairs', 4] if '--pairs' in words else []
-    elif words[0] != 'unet.py' and '--bench' not in words and '--curves' not in words:
+    elif words[0] != 'checkpoint.py' and '--bench' not in words and '--curves' not in words:
         small += ['--n', 4] if '--exact' not in words else ['--n', 2]
         small += ['--tol', '0.1'] if {'--bpd', 'rk45', '--compare', '--encode'} & set(words) else []
         small += ['--sweep', 'nfe=2,3'] if {'--sweep', '--compare'} & set(words) else []
@@ -1405,13 +1409,13 @@ def newcomer(tmp_path, monkeypatch):
     monkeypatch.setattr(unet.UNet.__init__, '__defaults__', (32, 3, 8, (1, 1), 1, (16,), 0.1, 0))
     monkeypatch.setattr('torchvision.datasets.MNIST', Toy(28, 1))
     monkeypatch.setattr('torchvision.datasets.CIFAR10', Toy(32, 3))
-    monkeypatch.setattr(evaluate, 'POOL', 32)
+    monkeypatch.setattr(bench, 'POOL', 32)
     way = torch.randn(48, 32, generator=seeded())
-    monkeypatch.setattr(evaluate, 'load_inception', lambda *args: (len, torch.randn(1008, 32).double()))
-    monkeypatch.setattr(evaluate, 'features', lambda net, pixels, resize: torch.nn.functional.interpolate(
+    monkeypatch.setattr(bench, 'load_inception', lambda *args: (len, torch.randn(1008, 32).double()))
+    monkeypatch.setattr(bench, 'features', lambda net, pixels, resize: torch.nn.functional.interpolate(
         pixels.expand(-1, 3, -1, -1).float(), size=(4, 4)).flatten(1) @ way)
     monkeypatch.setattr(evaluate, 'check_counts', lambda *args: None)
-    monkeypatch.setattr(evaluate, 'BENCH_CHARGES', (64, 128))
+    monkeypatch.setattr(bench, 'BENCH_CHARGES', (64, 128))
     os.mkdir('photos')
     with zipfile.ZipFile('images.zip', 'w') as file:
         for k, image in enumerate(torch.randint(0, 256, (8, 32, 32, 3), generator=seeded())):
@@ -1433,11 +1437,11 @@ def test_readme_commands_in_their_order(newcomer, count):
             command = shrunk(words)
             kind = tuple(word for word in map(str, command) if word.startswith('--'))
             if k >= count or command[0] == 'evaluate.py' and kind in ran:
-                if command[0] != 'unet.py':
+                if command[0] != 'checkpoint.py':
                     SCRIPTS[command[0].removesuffix('.py')].parse_args([str(word) for word in command[1:]])
                 continue
-            if command[0] == 'unet.py':
-                unet.main(command[1:])
+            if command[0] == 'checkpoint.py':
+                checkpoint.main(checkpoint.parse_args(command[1:]))
             else:
                 script(command)
             made = [command[i + 1] for i, word in enumerate(command) if word in ('--out', '--out_dir')]
@@ -1472,30 +1476,30 @@ def test_frechet_of_gaussians():
     mu = torch.arange(6, dtype=F64)
     diagonal = [torch.diag(m.diagonal()) for m in (a, b)]
     want = 6.0 * 4 + float((diagonal[0].sqrt() - diagonal[1].sqrt()).square().sum())
-    close(evaluate.frechet(mu, diagonal[0], mu + 2, diagonal[1]), want, rtol=1e-10)
+    close(bench.frechet(mu, diagonal[0], mu + 2, diagonal[1]), want, rtol=1e-10)
     a, b = a @ a.T, b[:, :2] @ b[:, :2].T  # b is singular
     from scipy.linalg import sqrtm
     want = float((a + b).trace()) - 2 * float(np.trace(sqrtm((a @ b).numpy())).real)
-    close(evaluate.frechet(mu, a, mu, b), want, atol=1e-6)
+    close(bench.frechet(mu, a, mu, b), want, atol=1e-6)
 
 
 def test_inception_score_kid_and_precision_recall():
     one_hot = torch.eye(10, dtype=F64).repeat(50, 1) * 1e3
-    score, _ = evaluate.inception_score(one_hot, splits=1)
+    score, _ = bench.inception_score(one_hot, splits=1)
     close(score, 10.0, rtol=1e-9)
     x, y = (torch.randn(300, 16, generator=seeded(i)) for i in (0, 1))
-    mean, std, size = evaluate.kid(x, y, subsets=20)
+    mean, std, size = bench.kid(x, y, subsets=20)
     assert size == 300 and abs(mean) < 0.1
     k = [((u.double() @ v.double().T / 16 + 1) ** 3) for u, v in ((x, x), (y, y), (x, y))]
     off = ~torch.eye(300, dtype=torch.bool)
     close(mean, float(k[0][off].mean() + k[1][off].mean() - 2 * k[2].mean()), rtol=1e-9)
-    assert evaluate.precision_recall(x, x) == (1.0, 1.0)
-    assert evaluate.precision_recall(x, y + 100) == (0.0, 0.0)
+    assert bench.precision_recall(x, x) == (1.0, 1.0)
+    assert bench.precision_recall(x, y + 100) == (0.0, 0.0)
 
 
 def test_tf1_resize_reads_from_the_corner():
     x = torch.rand(1, 1, 5, 7, generator=seeded(), dtype=F64)
-    got, size = evaluate.resize_tf1(x, 11)[0, 0], 11
+    got, size = bench.resize_tf1(x, 11)[0, 0], 11
     for i in range(size):
         for j in range(size):
             v, u = i * 5 / size, j * 7 / size
@@ -1507,14 +1511,14 @@ def test_tf1_resize_reads_from_the_corner():
 
 def test_sliced_wasserstein_of_a_shift():
     x = torch.randint(0, 200, (64, 1, 4, 4), generator=seeded()).to(torch.uint8)
-    shifted = evaluate.sliced_wasserstein(x, x + 20, projections=4000)
+    shifted = bench.sliced_wasserstein(x, x + 20, projections=4000)
     close(shifted, 20 / 127.5, rtol=0.05)  # |shift| / sqrt(N), the rms of its projections
-    assert evaluate.sliced_wasserstein(x, x) == 0
+    assert bench.sliced_wasserstein(x, x) == 0
 
 
 def test_statistics_and_features(tmp_path, capsys):
     place = (torch.device('cpu'), 0, 1)
-    net, weight = evaluate.load_inception('random', place[0])
+    net, weight = bench.load_inception('random', place[0])
     assert 'the numbers mean nothing' in capsys.readouterr().out and weight.shape == (1008, 2048)
     pixels = torch.randint(0, 256, (5, 1, 8, 8), generator=seeded()).to(torch.uint8)
     got = evaluate.collect(iter(pixels.split(2)), 5, net, 'pytorch', {'features', 'pixels'}, place)
@@ -1536,9 +1540,9 @@ def test_metrics_are_those_of_pytorch_fid_and_torch_fidelity(tmp_path, monkeypat
     extractor = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
     from pytorch_fid.fid_score import calculate_frechet_distance
     from torch_fidelity import metric_isc, metric_kid, metric_prc
-    net, weight = evaluate.load_inception('random', 'cpu')
+    net, weight = bench.load_inception('random', 'cpu')
     from torchvision.models import Inception3
-    state = evaluate.random_weights(Inception3(1008, aux_logits=False, init_weights=False))
+    state = bench.random_weights(Inception3(1008, aux_logits=False, init_weights=False))
     torch.save(state, tmp_path / 'w.pth')
     monkeypatch.setattr(fid, 'load_state_dict_from_url', lambda *args, **kw: state)
     by_fid = fid.InceptionV3([3]).eval()
@@ -1550,23 +1554,23 @@ def test_metrics_are_those_of_pytorch_fid_and_torch_fidelity(tmp_path, monkeypat
     with torch.no_grad():
         for pixels in (grey, coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)):
             want = by_fid(pixels[:16] / 255)[0][:, :, 0, 0]
-            close(evaluate.features(net, pixels[:16], 'pytorch'), want, rtol=1e-4, atol=1e-6)
+            close(bench.features(net, pixels[:16], 'pytorch'), want, rtol=1e-4, atol=1e-6)
             found = [by_fidelity(part) for part in pixels.split(16)]
             theirs, logits = ([*old, torch.cat(new)] for old, new in zip((theirs, logits), zip(*found)))
-            ours.append(torch.cat([evaluate.features(net, part, 'tf1') for part in pixels.split(16)]))
+            ours.append(torch.cat([bench.features(net, part, 'tf1') for part in pixels.split(16)]))
             close(ours[-1], theirs[-1], rtol=1e-4, atol=1e-6)
     moments = [m for x in ours for m in (x[:, :32].double().mean(0), torch.cov(x[:, :32].double().T))]
-    close(evaluate.frechet(*moments), calculate_frechet_distance(*map(np.asarray, moments)), rtol=1e-3)
+    close(bench.frechet(*moments), calculate_frechet_distance(*map(np.asarray, moments)), rtol=1e-3)
     got = metric_kid.kid_features_to_metric(
         *theirs, kid_subsets=100, kid_subset_size=50, kid_degree=3, kid_gamma=None, kid_coef0=1,
         rng_seed=0, verbose=False)
-    close(evaluate.kid(*ours, size=50)[0], got['kernel_inception_distance_mean'], rtol=1e-3)
+    close(bench.kid(*ours, size=50)[0], got['kernel_inception_distance_mean'], rtol=1e-3)
     got = metric_isc.isc_features_to_metric(torch.cat(logits), splits=10, shuffle=True, rng_seed=0)
-    close(evaluate.inception_score(torch.cat(ours).double() @ weight.T)[0], got['inception_score_mean'],
+    close(bench.inception_score(torch.cat(ours).double() @ weight.T)[0], got['inception_score_mean'],
           rtol=1e-3)
     got = metric_prc.prc_features_to_metric(
         *theirs[::-1], prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False)
-    assert evaluate.precision_recall(*ours) == (got['precision'], got['recall'])
+    assert bench.precision_recall(*ours) == (got['precision'], got['recall'])
 
 
 def test_offline_measures_are_recorded(trained, tmp_path, capsys):
@@ -1591,10 +1595,11 @@ def test_bits_per_dim_of_a_known_flow():
     class Net(torch.nn.Module):
         def forward(self, x, z):
             return images_net(16, 2.0)(x, z)
-    flow = dict(gamma=5.0, z_exp=0.0, small_z='exact', z_min=1e-3, z_max=1e4, D=1.0, classes=[])
+    flow = baselines.Flow(net=Net(), gamma=5.0, z_exp=0.0, small_z='exact', z_min=1e-3, z_max=1e4,
+                          D=1.0, classes=[])
     pixels = torch.randint(0, 256, (6, 1, 4, 4), generator=seeded()).to(torch.uint8)
     args = evaluate.parse_args(['--bpd', '--tol', '1e-6', '--repeats', '2'])
-    got = evaluate.bits_per_dim(Net(), flow, pixels, 6, args, (torch.device('cpu'), 0, 1))
+    got = evaluate.bits_per_dim(flow, pixels, 6, args, (torch.device('cpu'), 0, 1))
     want = pfgm.prior_logp((pixels + 0.5) / 128 - 1, 2.0 + 1e-3)
     want = (-want / math.log(2) / 16 + 7).mean()
     assert abs(got['bpd'] - float(want)) < 0.3 and got['bpd_se'] > 0  # the probe's noise
@@ -2408,7 +2413,7 @@ def bad_contents(saved, rng):
     elif kind == 1:
         del saved[part]
     elif kind == 2 and 'args' in saved:
-        key = str(rng.choice([*unet.ARCHITECTURE, 'z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma']))
+        key = str(rng.choice([*checkpoint.ARCHITECTURE, 'z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma']))
         saved['args'] = {**saved['args'], key: rubbish()}
         if rng.random() < 0.2:
             del saved['args'][key]
@@ -2475,16 +2480,16 @@ def same(a, b):
 def fuzz_checkpoints(trained, tmp_path, capsys, seed, count):
     tiny_official(tmp_path / 'official.pth')
     files, used = [trained / 'ckpt.pt', tmp_path / 'official.pth'], 0
-    nets = [[unet.load_checkpoint(path, weights)[0].state_dict() for weights in ('ema', 'raw')]
+    nets = [[checkpoint.load_checkpoint(path, weights)[0].state_dict() for weights in ('ema', 'raw')]
             for path in files]
     for which, raw in checkpoint_cases([path.read_bytes() for path in files], seed, count):
         (tmp_path / 'a.pt').write_bytes(raw)
         try:
             with limited(20, 2), warnings.catch_warnings():
                 warnings.simplefilter('error')
-                net, args = unet.load_checkpoint(tmp_path / 'a.pt')
+                net, args = checkpoint.load_checkpoint(tmp_path / 'a.pt')
             assert which is None or any(same(net.state_dict(), known) for known in nets[which])
-            assert {*unet.ARCHITECTURE} <= args.keys()
+            assert {*checkpoint.ARCHITECTURE} <= args.keys()
             used += 1
         except data.BadInput as error:
             message = str(error)
@@ -2672,7 +2677,7 @@ def chain(rng):
 
     def flow(p):  # of a checkpoint, with flags most of which it takes
         ckpt = rng.choice([*ckpts * 3, official])
-        about = unet.read_checkpoint(ckpt)['args']
+        about = checkpoint.read_checkpoint(ckpt)['args']
         return ['--ckpt', ckpt, *some(p, OF_FLOW), *some(
             .5 if about['classes'] else .03, '--guidance 0|--guidance 2  --classes 0|--classes 0,1'
             '|--classes none|--classes 9'), *some(
@@ -2756,7 +2761,7 @@ def run_chain(k, world, monkeypatch):
 def world(newcomer, tmp_path, monkeypatch):
     """Beside the newcomer's files, small data sets of every kind; no image drawn is NaN."""
     x = torch.randint(0, 256, (40, 16, 16, 3), generator=seeded()).to(torch.uint8).numpy()
-    y, follow = np.arange(40) % 3, sample.follow
+    y, follow = np.arange(40) % 3, baselines.Flow.follow
     np.savez('colour.npz', train_images=x, train_labels=y, test_images=x[:9])
     np.save('grey.npy', x[:, :8, :8, 0])
     for k, pixels in enumerate(x):
@@ -2767,8 +2772,7 @@ def world(newcomer, tmp_path, monkeypatch):
         x, nfe = follow(*args, **kw)
         assert x.isfinite().all()
         return x, nfe
-    monkeypatch.setattr(sample, 'follow', finite)
-    monkeypatch.setattr(evaluate, 'follow', finite)
+    monkeypatch.setattr(baselines.Flow, 'follow', finite)
     monkeypatch.setattr(evaluate, 'check_counts', check_counts)
     monkeypatch.setattr(data, 'glyphs', functools.partial(data.glyphs, 50))
     return tmp_path
@@ -2974,16 +2978,16 @@ def test_samples_are_files_as_they_are_made_and_only_missing_ones_are_made_again
     command = ['sample.py', '--ckpt', trained / 'ckpt.pt', '--nfe', 3, '--device', 'cpu', '--batch_size', 2]
     script([*command, '--n', 7, '--out', tmp_path / 'whole.npz'])
     whole = np.load(tmp_path / 'whole.npz')['arr_0']
-    follow, calls = sample.follow, []
+    follow, calls = baselines.Flow.follow, []
 
-    def stopped(net, flow, x, *more):
+    def stopped(flow, x, *more):
         calls.append(len(x))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return follow(net, flow, x, *more)
+        return follow(flow, x, *more)
     for out in (tmp_path / 'a.npz', tmp_path / 'b.png', tmp_path / 'folder'):
         calls.clear()
-        monkeypatch.setattr(sample, 'follow', stopped)
+        monkeypatch.setattr(baselines.Flow, 'follow', stopped)
         with pytest.raises(SystemExit) as stop:
             script([*command, '--n', 7, '--out', out])
         assert stop.value.code == 130 and (not out.exists() or out.is_dir())

@@ -5,18 +5,16 @@
     torchrun --nproc_per_node=8 train.py --dataset cifar10         # the published CIFAR-10 run
 
 Writes ckpt.pt, log.jsonl and sample grids to --out_dir. The same command again goes on where the
-last one stopped. PFGM: arXiv 2209.11178; its equations are in pfgm.py, its network in unet.py.
+last one stopped. PFGM: arXiv 2209.11178; its equations are in pfgm.py, its network in unet.py, and
+what a step is trained on, its loss and its update in baselines.py, for PFGM and the others.
 """
 import argparse
 import contextlib
 import copy
-import glob
 import json
 import math
 import os
-import shutil
 import signal
-import sys
 import time
 
 import torch
@@ -24,31 +22,31 @@ import torch.distributed as dist
 
 import data as datasets
 import pfgm
-from baselines import METHODS, as_flow, make_pairs, straightness
-from launch import (AT_THE_END, BadInput, Parser, above, agree, everywhere, fast_bf16, fingerprint, listen,
+from baselines import (METHODS, PFGM, as_flow, field_loss, pairs_of_teacher, training_point, update)
+from checkpoint import (ARCHITECTURE, build, claim, keep_older, load_checkpoint, open_log, open_run,
+                        save)
+from cpu import speed_up
+from launch import (BadInput, Parser, above, agree, everywhere, fast_bf16, fingerprint, listen,
                     peak_memory, run, setup, step_seed, write)
-from unet import ARCHITECTURE, UNet, build, load_checkpoint, read_checkpoint, save
+from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
-# of the official code, cifar10_pp EDM's for PFGM++. By the data: M, z_max and upper_norm by
-# pfgm.hyperparameters, z_exp = 10 gamma / sqrt(N), where |v| still tells |E| to a few per cent.
-S, L, LONG, BY_DATA = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999), (None,) * 4
+# of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++.
+S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
-    'ema_decay', 'steps', 'sample_every', 'loss', 'M', 'z_max', 'upper_norm', 'z_exp'), row))
+    'ema_decay', 'steps', 'sample_every', 'loss'), row))
     for name, row in {
-    # name         nf  mult  bl attn drop B  field lr warm ema steps grids loss M z_max upper z_exp
-    'glyphs':       (32, S[:2], 1, (8,), 0, 64, 'all', 2e-3, 100, .995, 600, 200, 'sum', *BY_DATA),
-    'mnist':        (32, S[:3], 1, (7,), 0, 64, 4096, 2e-3, 100, .999, 20000, 1000, 'sum',
-                     *BY_DATA),
-    'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum', 291, 40, 3e3, 5),
-    'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum', 291, 40, 3e3, 5),
-    'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum', 291, 60, 6e3, 1),
-    'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean',
-                     356, 100, 3e4, 0.1),
-    'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum',
-                     *BY_DATA),
+    # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
+    'glyphs':       (32, S[:2], 1, (8,), 0, 64, 'all', 2e-3, 100, .995, 600, 200, 'sum'),
+    'mnist':        (32, S[:3], 1, (7,), 0, 64, 4096, 2e-3, 100, .999, 20000, 1000, 'sum'),
+    'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
+    'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
+    'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
+    'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean'),
+    'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum'),
 }.items()}
+BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile', 'log_every',
                   'sample_every', 'save_every', 'keep', 'timeout', 'init_from', *TUNED}
@@ -69,11 +67,12 @@ def parse_args(argv=None):
                      f'or one of {", ".join(datasets.SETS)}')
     pre.add_argument('--preset', choices=PRESETS, help='row of defaults (by data set, else size)')
     known = pre.parse_known_args(argv)[0]
-    row = PRESETS.get(known.preset or known.dataset, {})
+    preset = known.preset or known.dataset
+    row = {**PRESETS.get(preset, {}), **dict(zip(BY_DATA, datasets.OFFICIAL.get(preset, ())))}
     p = Parser(description=__doc__, parents=[pre])
 
     def flag(name, kind, default, text, **kw):
-        if name in PRESETS['glyphs']:  # stays None until resolve(), when the data is known
+        if name in (*PRESETS['glyphs'], *BY_DATA):  # None until resolve(), when the data is known
             value = row.get(name)
             text += f' (preset: {"by the data" if value is None else value})'
         elif default is not None:
@@ -105,7 +104,8 @@ def parse_args(argv=None):
     flag('steps', above(0, int), None, 'updates in all')
     flag('batch_size', above(0, int), None, 'points a step, over all processes')
     flag('accum', above(0, int), 1, 'micro-batches a process splits its share into')
-    flag('field_batch', count_or_all, None, 'charges that define the field, or all')
+    flag('field_batch', count_or_all, None, 'charges that define the target, or all (default of all '
+         'methods but pfgm: 1, each image its own)')
     flag('lr', above(0), None, "Adam's learning rate")
     flag('warmup', above(-1, int), None, 'steps in which lr rises from 0')
     flag('grad_clip', above(0), 1.0, 'largest gradient norm')
@@ -128,20 +128,6 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
-    """M, z_max, upper_norm, z_exp of a data set: the official row of its name, or by the rule."""
-    flow = {k: PRESETS.get(name, {}).get(k) for k in ('M', 'z_max', 'upper_norm', 'z_exp')}
-    if None in flow.values():
-        N = images.channels * images.image_size ** 2
-        norm = datasets.mean_norm(images)
-        try:
-            rule = pfgm.hyperparameters(norm, N, sigma, tau)
-        except ValueError as error:
-            raise BadInput(f'--dataset {images.name}: {error}') from error
-        flow = dict(rule._asdict(), z_exp=10 * gamma / math.sqrt(N))
-    return dict(flow, gamma=gamma, z_min=z_min)
-
-
 def resolve(args, images, saved, world):
     """Fill the flags left open, from the checkpoint, the preset row or the data, and check them."""
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
@@ -160,14 +146,14 @@ def resolve(args, images, saved, world):
     args.D = args.D or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
     row = dict(PRESETS[name if name in PRESETS else by_size])
     if args.method == 'pfgm':
-        row.update(flow_constants(images, name, args.sigma, args.tau, args.gamma))
-    else:  # no charges beside the images themselves, and constants that do not depend on the data
+        row.update(datasets.flow_constants(images, name, args.sigma, args.tau, args.gamma))
+    else:  # constants that do not depend on the data, and no charge but the image itself
         flow = as_flow(None, vars(args))
-        row.update(field_batch=args.batch_size or row['batch_size'], M=0, upper_norm=None,
-                   z_exp=0.0, z_min=flow.low * flow.unit, z_max=flow.high * flow.unit)
-        if args.field_batch:
-            raise BadInput(f'--field_batch {args.field_batch}: belongs to --method pfgm; '
-                           f'{args.method} needs no charges')
+        row.update(field_batch=1, upper_norm=None, z_exp=0.0, z_min=flow.low * flow.unit,
+                   z_max=flow.high * flow.unit)
+        if teacher and args.field_batch not in (None, 1):
+            raise BadInput(f'--field_batch {args.field_batch}: the pairs of --reflow and --distill '
+                           'have no charges; leave it out')
     if saved:
         row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
         args.classes = saved['args']['classes'] > 0 if teacher else args.classes
@@ -184,131 +170,75 @@ def resolve(args, images, saved, world):
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.method == 'pfgm' and args.field_batch != 'all' and args.field_batch >= len(images):
+    alone = args.field_batch == 1 and args.method != 'pfgm'
+    if not alone and args.field_batch != 'all' and args.field_batch >= len(images):
         args.field_batch = len(images) if images.pixels is None else 'all'
     if args.z_min >= args.z_max:
         raise BadInput(f'--z_min {args.z_min}: must be below --z_max {args.z_max:.4g}')
     if args.batch_size % (world * args.accum):
         raise BadInput(f'--batch_size {args.batch_size}: must be a multiple of '
                        f'{world} processes x --accum {args.accum}')
-    if args.field_batch != 'all' and args.field_batch < args.batch_size:
+    if not alone and args.field_batch != 'all' and args.field_batch < args.batch_size:
         raise BadInput(f'--field_batch {args.field_batch}: the {args.batch_size} points of a step '
                        'are among its charges; at least --batch_size')
 
 
+def check_resume(args, old, path):
+    """A flag that changes what is trained must be what it was."""
+    for key in (key for key in vars(args) if key in old and key not in FREE_ON_RESUME):
+        a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
+        if a != b:
+            raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
+                           'or give another --out_dir')
+    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in TUNED
+               if key in old and getattr(args, key) != old[key]]
+    if changed and os.environ.get('RANK', '0') == '0':
+        print(f'going on with {", ".join(changed)}', flush=True)
+
+
+def check_origin(args, old, path):
+    """A flag that contradicts the checkpoint whose network is taken."""
+    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes'):
+        a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
+        if a != b:
+            raise BadInput(f'--{key} {a}: {path} has {b}; take that')
+
+
 # ---------------------------------------------------------------- the data of a step
-
-def image_order(n, count, seed, step):
-    """Endless indices (count,) of step, step + 1, ...: one shuffle of all n images an epoch."""
-    order, epoch, at = None, None, step * count
-    while True:
-        want = []
-        while sum(map(len, want)) < count:
-            if at // n != epoch:
-                epoch = at // n
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(
-                    step_seed(seed, 2 ** 32 + epoch)))
-            take = order[at % n:][:count - sum(map(len, want))]
-            want.append(take)
-            at += len(take)
-        yield torch.cat(want)
-
-
-def gather(parts):
-    """Each rank's uint8 images, joined in rank order: every rank reads only its share from disk."""
-    whole = parts.new_empty(dist.get_world_size() * len(parts), *parts.shape[1:])
-    dist.all_gather_into_tensor(whole, parts)
-    return whole
-
-
-def shuffled_images(images, count, args, step, device, rank, world):
-    """Endless (x (count, C, S, S) in [-1, 1], classes or None, generator) of step, step + 1, ...,
-    mirrored at random: the same on every rank, from seed and step alone."""
-    indices = image_order(len(images), count, args.seed, step)
-    split = images.pixels is None and world > 1
-    if split:
-        if count % world:
-            raise BadInput(f'--field_batch {count}: must be a multiple of {world} processes')
-        indices = (block.chunk(world)[rank] for block in indices)
-    blocks = datasets.batches(images, indices, device, args.workers)
-    for block, order in zip(blocks, image_order(len(images), count, args.seed, step)):
-        x = datasets.to_float(gather(block) if split else block)
-        generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
-        if args.flip:
-            flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
-            x = torch.where(flipped, x.flip(-1), x)
-        yield x, images.labels[order].to(device) if args.classes else None, generator
-        step += 1
-
 
 def shuffled_pairs(pairs, args, step, device):
     """Endless (y (B, C, S, S), classes or None, generator, eps like y) of step, step + 1, ..."""
-    for order in image_order(len(pairs), args.batch_size, args.seed, step):
+    for order in datasets.image_order(len(pairs), args.batch_size, args.seed, step):
         y, eps = (part.to(device) for part in pairs[order])
         generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
         yield y, (order % args.classes).to(device) if args.classes else None, generator, eps
         step += 1
 
 
-def training_steps(images, flow, args, step, device, rank, world):
-    """Endless (moved, z, target_x, target_z, weight[, classes]) for this rank, its slice of the
-    points. flow: the Denoiser whose z and weight they have, or None for the field of charges.
-    images may be the Pairs of --reflow, whose noise is then theirs, and z_max with --distill."""
-    every = args.field_batch == 'all'
-    if every:
+def training_steps(images, flow, args, step, place):
+    """Endless training_point()s for this process. images may be the Pairs of --reflow."""
+    device, rank, world = place
+    B, all_charges = args.batch_size, args.field_batch == 'all'
+    mine = slice(rank * B // world, (rank + 1) * B // world)
+    charges = kinds = None
+    if all_charges:
         if images.pixels is None:
             raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
                            'give a number of charges')
         images.pixels = images.pixels.to(device)
         charges = datasets.Charges(images.pixels, args.flip)
         kinds = images.labels.to(device).repeat(1 + args.flip) if args.classes else None
-    B = args.batch_size
-    mine = slice(rank * B // world, (rank + 1) * B // world)
-    count = B if every else args.field_batch
-    paired = args.reflow or args.distill
-    source = (shuffled_pairs(images, args, step, device) if paired else
-              shuffled_images(images, count, args, step, device, rank, world))
+    count = B if all_charges else max(B, args.field_batch)
+    source = (shuffled_pairs(images, args, step, device) if args.reflow or args.distill else
+              datasets.shuffled_images(images, count, args, step, device, rank, world))
     for x, kind, generator, *eps in source:
-        if not every:
+        if args.field_batch not in ('all', 1):
             charges, kinds = x, kind
-        labels, among, clean = [], None, x[:B]
-        if args.classes:
-            dropped = torch.rand(B, generator=generator, device=device) < 0.1
-            labels = [torch.where(dropped, -1, kind[:B])[mine]]
-            among = (labels[0][:, None] == kinds) | (labels[0] < 0)[:, None]
-        if flow is None:
-            moved, z = pfgm.perturb(clean, args.M, args.sigma, args.tau, generator=generator)
-            moved, z = moved[mine], z[mine]
-            target = pfgm.poisson_field(moved, z, charges, args.gamma, among=among)
-            weight = torch.ones_like(z)
-        else:
-            z = torch.full((B,), args.z_max, device=device) if args.distill else flow.draw(
-                B, generator, device)
-            noise = (pfgm.column(z, x) * eps[0] if paired else
-                     pfgm.kernel(clean.shape, z, args.D, generator))
-            moved, z = (clean + noise)[mine], z[mine]
-            target, weight = (clean[mine] - moved, -z), flow.weight(moved, z)
-        yield (moved, z, *target, weight, *labels)
+        labels = kind is not None and (kind[:B], kind if kinds is None else kinds)
+        yield training_point(flow, x[:B], generator, mine, charges, labels, eps=eps)
 
 
-def field_loss(net, reduce, moved, z, target_x, target_z, weight, *labels):
-    """(B,) half the weighted squared error summed over the N + 1 components, or its mean (LSUN)."""
-    v_x, v_z = net(moved, z, *labels)
-    error = (v_x - target_x).square().flatten(1).sum(1) * weight + (v_z - target_z).square()
-    return error / 2 if reduce == 'sum' else error / (moved[0].numel() + 1)
-
-
-def update(net, ema, opt, clip, decay):
-    """One step of `opt` on the clipped gradients, and of the EMA -> their norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    with torch.no_grad():  # else every step would hang one more graph on the average
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-    return norm
-
-
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- what a run keeps and says
 
 def rng_state(device):
     """The states of the generators that dropout draws from: the CPU's, and the GPU's."""
@@ -342,128 +272,6 @@ def restore(opt, saved, device, rank):
                        f'({repr(error)[:150]})') from error
 
 
-def complete(path):
-    """The checkpoint at path, if training can go on from it."""
-    saved = read_checkpoint(path)
-    if not {'net', 'opt'} <= saved.keys():
-        raise BadInput(f'{path} holds the EMA only; training needs the whole checkpoint')
-    return saved
-
-
-def taught(args):
-    """What --reflow and --distill start from: the teacher's EMA, at step 0."""
-    flag, path = ('reflow', args.reflow) if args.reflow else ('distill', args.distill)
-    saved = read_checkpoint(path)
-    method, dataset = saved['args']['method'], saved['args'].get('dataset')
-    if method != 'rf':
-        raise BadInput(f'--{flag} {path}: made by --method {method}; give a checkpoint of rf')
-    if dataset != args.dataset:
-        raise BadInput(f'--dataset {args.dataset}: --{flag} {path} was trained on {dataset}; give '
-                       f'--dataset {dataset}')
-    net = {k: v.clone() for k, v in saved['ema'].items()}
-    return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
-
-
-def claim(folder):
-    """Lock the folder for this process (until it ends, however it ends): one run at a time."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there two runs on one folder are the user's own affair
-        return
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(held)
-        raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
-                       'another --out_dir') from error
-    except OSError as error:  # a network file system without locks
-        print(f'--out_dir {folder}: cannot be locked ({error}); let no other run use it',
-              file=sys.stderr)
-    AT_THE_END.callback(os.close, held)
-
-
-def open_run(args):
-    """(checkpoint to go on from or None, whether it is this folder's own). A damaged one is named
-    and the one before it is used."""
-    newest = os.path.join(args.out_dir, 'ckpt.pt')
-    older = sorted(glob.glob(os.path.join(glob.escape(args.out_dir), 'ckpt-*.pt')), reverse=True)
-    paths = [path for path in (newest, *older) if os.path.exists(path)]
-    for path, following in zip(paths, [*paths[1:], None]):
-        try:
-            saved = complete(path)
-        except BadInput as error:
-            if following is None:
-                raise
-            print(f'{error}; going back to {following}', file=sys.stderr)
-            continue
-        if saved['args'].get('dataset') != args.dataset:
-            raise BadInput(f'--out_dir {args.out_dir}: holds a run on '
-                           f'{saved["args"].get("dataset")}, not on {args.dataset}; '
-                           'give another --out_dir')
-        return saved, True
-    kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
-    kept = [name for name in kept if not glob.glob(  # folders of other runs may be in it
-        glob.escape(os.path.join(args.out_dir, name)) + '/**/log.jsonl', recursive=True)]
-    if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
-        raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
-                       'give another --out_dir')
-    if args.reflow or args.distill:
-        return taught(args), False
-    return (complete(args.init_from), False) if args.init_from else (None, False)
-
-
-def keep_older(path, step, keep):
-    """Give the checkpoint of `step` a second name before a newer one replaces it, and drop all but
-    the last keep - 1 of those names."""
-    stem = path.removesuffix('.pt')
-    name = f'{stem}-{step:07d}.pt'
-    if os.path.exists(path) and not os.path.exists(name):
-        try:
-            os.link(path, name)
-        except OSError:  # a file system without hard links
-            shutil.copy2(path, f'{name}.part')
-            os.replace(f'{name}.part', name)
-    for old in sorted(glob.glob(f'{glob.escape(stem)}-*.pt'), reverse=True)[keep - 1:]:
-        os.remove(old)
-
-
-def check_resume(args, old):
-    """A flag that changes what is trained must be what it was."""
-    for key in (key for key in vars(args) if key in old and key not in FREE_ON_RESUME):
-        a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
-        if a != b and (key != 'field_batch' or args.method == 'pfgm'):
-            raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
-                           'or give another --out_dir')
-    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in TUNED
-               if key in old and getattr(args, key) != old[key]]
-    if changed and os.environ.get('RANK', '0') == '0':
-        print(f'going on with {", ".join(changed)}', flush=True)
-
-
-def check_origin(args, old, path):
-    """A flag that contradicts the checkpoint whose network is taken."""
-    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes'):
-        a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
-        if a != b:
-            raise BadInput(f'--{key} {a}: {path} has {b}; take that')
-
-
-def open_log(args, start):
-    """log.jsonl, to append to, without the lines of steps that are about to be made again; and the
-    number of images that its run has seen at step `start`."""
-    path = os.path.join(args.out_dir, 'log.jsonl')
-    lines = open(path).read().splitlines() if os.path.exists(path) else []
-    rows = [row for row in (json.loads(line) for line in lines if line.endswith('}'))
-            if row['step'] <= start]
-    with open(f'{path}.part', 'w') as file:
-        file.writelines(f'{json.dumps(row)}\n' for row in rows)
-    os.replace(f'{path}.part', path)
-    last = rows[-1] if rows else dict(step=0, images=0)  # --batch_size may have changed since
-    seen = last['images'] + (start - last['step']) * args.batch_size
-    return open(path, 'a', buffering=1), seen
-
-
 def sample_grid(net, args, device, path):
     """A PNG of what the network makes now: 36 images from fixed noise, 20 calls."""
     shape = (36, args.channels, args.image_size, args.image_size)
@@ -475,35 +283,9 @@ def sample_grid(net, args, device, path):
         x, _ = pfgm.sample_ode(as_flow(net, vars(args)), x, args.z_max, z_last, 'unipc', 20,
                                D=args.D, gamma=args.gamma, z_exp=args.z_exp, labels=labels,
                                schedule_name='radius', to_data=True)
-    picture = grid_of(datasets.to_uint8(x))
+    picture = datasets.grid_of(datasets.to_uint8(x))
     write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
 
-
-def grid_of(pixels, nrow=None):
-    """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more."""
-    from PIL import Image
-    from torchvision.utils import make_grid
-    pixels = pixels.cpu().repeat_interleave(k := -(-64 // pixels.shape[-1]), 2)
-    grid = make_grid(pixels.repeat_interleave(k, 3), nrow or math.ceil(len(pixels) ** 0.5),
-                     padding=4, pad_value=128)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-def pairs_of_teacher(args, start, device, rank, world):
-    """The Pairs to train on, made by the teacher; and a line on how straight its own lines are."""
-    net, saved = load_checkpoint(args.reflow or args.distill)
-    net.to(device, memory_format=torch.channels_last)
-    pairs = make_pairs(net, saved['z_max'], saved['z_min'], args, device, rank, world)
-    if rank == 0 and start == 0:
-        labels = torch.arange(64, device=device) % args.classes if args.classes else None
-        start = net.high * torch.randn(64, args.channels, args.image_size, args.image_size,
-                                       generator=torch.Generator().manual_seed(args.seed))
-        bent = straightness(net, start.to(device), labels).mean()
-        print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
-    return pairs
-
-
-# ---------------------------------------------------------------- the run
 
 def new_meter(device, unit=1.0):
     """What is known of the steps since the last log line, on the device; z is binned in `unit`s."""
@@ -531,9 +313,9 @@ def stop_if_bad(meter, args, n, rank, world, path):
     step = int(meter['bad'])
     if not step:
         return
-    count = args.batch_size if args.field_batch == 'all' else args.field_batch
+    count = args.batch_size if args.field_batch == 'all' else max(args.batch_size, args.field_batch)
     share = args.batch_size // world
-    images = next(image_order(n, count, args.seed, step - 1))[:args.batch_size][rank * share:]
+    images = next(datasets.image_order(n, count, args.seed, step - 1))[:args.batch_size][rank * share:]
     wrong = (~meter['bad_loss'].isfinite()).nonzero().flatten().tolist()
     made = ', '.join(f'{int(images[i])} at z = {float(meter["bad_z"][i]):.4g}' for i in wrong[:8])
     saved = f'{path} holds an earlier step' if os.path.exists(path) else 'nothing was saved yet'
@@ -576,23 +358,16 @@ def heard(signals, step, device, world):
     return ('', 'save', 'leave')[wish]
 
 
-def main(args):
-    # devices
-    device, rank, world = setup(args.device, args.timeout)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic  # shapes stay
-    args.bf16 = fast_bf16(device) if args.bf16 is None else args.bf16
+# ---------------------------------------------------------------- the run
 
-    # data
-    images = datasets.load(args.dataset, args.data_dir, args.image_size, args.channels)
+def prepare(args, images, place):
+    """The flags, filled in and checked, and where to start: (checkpoint or None, its path)."""
     saved, resumed = open_run(args)
-    resolve(args, images, saved, world)
-    if resumed:
-        check_resume(args, saved['args'])
-    path = os.path.join(args.out_dir, 'ckpt.pt')
-    origin = path if resumed else args.reflow or args.distill or args.init_from
-    if saved and not resumed:
-        check_origin(args, saved['args'], origin)
+    resolve(args, images, saved, place[2])
+    origin = (os.path.join(args.out_dir, 'ckpt.pt') if resumed else
+              args.reflow or args.distill or args.init_from)
+    if saved:
+        (check_resume if resumed else check_origin)(args, saved['args'], origin)
     start = saved['step'] if saved else 0
     agree(f'--out_dir {args.out_dir}', 'give all processes the same flags and data, and an --out_dir '
           'that all machines share, or copies of its ckpt.pt', step=start, images=len(images),
@@ -601,15 +376,62 @@ def main(args):
     if start >= args.steps:
         raise BadInput(f'--steps {args.steps}: {origin} has {start} already; give more, or sample '
                        f'from it with: python sample.py --ckpt {origin}')
+    return saved, origin
 
-    # net and ema
-    architecture = {k: getattr(args, k) for k in ARCHITECTURE}
-    raw = build(saved['net'], vars(args), origin) if saved else UNet(**architecture)
+
+def networks(args, saved, origin, device):
+    """(the network, its average), from a checkpoint or new."""
+    if saved:
+        raw, ema = (build(saved[part], vars(args), origin) for part in ('net', 'ema'))
+    else:
+        try:
+            raw = speed_up(UNet(**{k: getattr(args, k) for k in ARCHITECTURE}))
+        except ValueError as error:
+            raise BadInput(f'--{error}') from error
+        ema = copy.deepcopy(raw)
     raw.to(device, memory_format=torch.channels_last).train()
-    ema = build(saved['ema'], vars(args), origin) if saved else copy.deepcopy(raw)
     ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return raw, ema
+
+
+def open_folder(args, start, raw, images, place):
+    """Make --out_dir this run's, say what is trained -> (its log, images seen by step start)."""
+    device, _, world = place
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+        claim(args.out_dir)
+        log, seen = open_log(args, start)
+    except OSError as error:
+        raise BadInput(f'--out_dir {args.out_dir}: cannot write there ({error})') from error
+    count = sum(p.numel() for p in raw.parameters())
+    how = (f'M {args.M}, upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}, field of '
+           f'{args.field_batch} charges' if args.method == 'pfgm' else f'D {args.D:g}')
+    print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
+          f'{args.channels}; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
+          f'; {world} x {device}{", bf16" * args.bf16}'
+          + (f'; going on from step {start}' if start else ''), flush=True)
+    return log, seen
+
+
+def main(args):
+    # set up
+    device, rank, world = place = setup(args.device, args.timeout)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic  # shapes stay
+    args.bf16 = fast_bf16(device) if args.bf16 is None else args.bf16
+
+    # data, and the checkpoint to go on from
+    images = datasets.load(args.dataset, args.data_dir, args.image_size, args.channels)
+    saved, origin = prepare(args, images, place)
+    path = os.path.join(args.out_dir, 'ckpt.pt')
+    start = saved['step'] if saved else 0
+
+    # model
+    raw, ema = networks(args, saved, origin, device)
     net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
-    flow = None if args.method == 'pfgm' else net
+    flow = PFGM(vars(args)) if args.method == 'pfgm' else net
+    if args.distill:
+        flow.only = args.z_max
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -621,28 +443,18 @@ def main(args):
         restore(opt, saved, device, rank)
     saved = None  # a quarter of it stays in use
 
-    # folder; every rank has looked at it, since all agree
+    # folder: every process has looked at it, since all agree
     if rank == 0:
-        try:
-            os.makedirs(args.out_dir, exist_ok=True)
-            claim(args.out_dir)
-            log, images_seen = open_log(args, start)
-        except OSError as error:
-            raise BadInput(f'--out_dir {args.out_dir}: cannot write there ({error})') from error
-        count = sum(p.numel() for p in raw.parameters())
-        how = (f'M {args.M}, upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}, field of '
-               f'{args.field_batch} charges' if args.method == 'pfgm' else f'D {args.D:g}')
-        print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
-              f'{args.channels}; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
-              f'; {world} x {device}{", bf16" * args.bf16}'
-              + (f'; going on from step {start}' if start else ''), flush=True)
+        log, images_seen = open_folder(args, start, raw, images, place)
     if args.reflow or args.distill:
-        images = pairs_of_teacher(args, start, device, rank, world)
+        teacher, _ = load_checkpoint(args.reflow or args.distill)
+        teacher.to(device, memory_format=torch.channels_last)
+        images = pairs_of_teacher(teacher, args, start, device, rank, world)
 
+    # loop
     signals = listen()
-    unit = flow.unit if flow else 1.0
-    meter, clock, logged, last_saved = new_meter(device, unit), time.time(), start, start
-    batches = training_steps(images, flow, args, start, device, rank, world)
+    meter, clock, logged, last_saved = new_meter(device, flow.unit), time.time(), start, start
+    batches = training_steps(images, flow, args, start, place)
     for step in range(start + 1, args.steps + 1):
         # lr
         for group in opt.param_groups:
@@ -676,7 +488,7 @@ def main(args):
                 images_seen += (step - logged) * args.batch_size
                 row = progress(args, step, meter, images_seen, rate, device)
                 log.write(json.dumps(row) + '\n')
-            meter, clock, logged = new_meter(device, unit), time.time(), step
+            meter, clock, logged = new_meter(device, flow.unit), time.time(), step
         if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:
             sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'))
         if saves:

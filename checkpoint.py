@@ -1,0 +1,509 @@
+"""Checkpoints: ours and the authors', told apart by content; nothing in a file is executed.
+
+    net, args = load_checkpoint('out/ckpt.pt')       # called net(x, z), see pfgm.py
+    python checkpoint.py out/ckpt.pt --out ema.pt    # only the EMA, a quarter of the size; of
+                                                     # several files, their average
+
+A file of ours is one dict: net, ema, opt, step, args, rng.
+"""
+import argparse
+import codecs
+import glob
+import json
+import math
+import os
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import torch
+
+import data as datasets
+import pfgm
+from baselines import METHODS, Flow, as_flow
+from cpu import keep_freed_memory, speed_up
+from launch import (AT_THE_END, CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16, run, setup,
+                    write)
+from unet import UNet
+
+
+ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
+                'classes')
+BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5)  # of files that do not say
+
+
+def load_checkpoint(path, weights='ema'):
+    """A trained network and the arguments it was trained with, with its `step`: (net in eval mode,
+    args dict); a denoiser comes as a baselines.Denoiser, called the same way.
+
+    Reads our files and the authors', told apart by content; nothing in a file is executed.
+    Raises BadInput where the file is absent, truncated, of another kind or another architecture."""
+    saved, part = read_checkpoint(path), {'ema': 'ema', 'raw': 'net'}[weights]
+    if part not in saved:
+        raise BadInput(f'--weights {weights}: {path} holds the EMA only; use --weights ema')
+    args = {**saved['args'], 'step': saved['step']}
+    return as_flow(build(saved[part], args, path), args).eval(), args
+
+
+def blank(args, tensors, path):
+    """The UNet of `args` without memory for its weights, of which a file has that many tensors."""
+    try:
+        if not (args['num_blocks'] * len(args['ch_mult']) <= tensors and args['channels'] in (1, 3)
+                and args['image_size'] <= SIZE_LIMIT and 0 <= args['dropout'] < 1
+                and 0 <= args['classes'] <= CLASS_LIMIT):
+            raise ValueError('a value out of range')  # building it could take forever
+        with torch.device('meta'):
+            return UNet(**{k: args[k] for k in ARCHITECTURE})
+    except Exception as error:  # of the wrong type, it can fail anywhere in there
+        raise BadInput(f'--ckpt {path}: no usable architecture in its args '
+                       f'({repr(error)[:150]})') from error
+
+
+def build(state, args, path):
+    """The UNet of `args` with the tensors of `state`; BadInput names the first that differ."""
+    net = blank(args, len(state), path)
+    check_shapes({k: v.shape for k, v in net.state_dict().items()},
+                 {k: v.shape for k, v in state.items()}, path)
+    net.load_state_dict(state, assign=True)
+    return speed_up(net).eval()
+
+
+def check_shapes(expected, found, path):
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    wrong = [k for k in expected.keys() & found.keys() if expected[k] != found[k]]
+    faults = ([f'{k} is missing' for k in sorted(missing)] +
+              [f'{k} does not belong' for k in sorted(extra)] +
+              [f'{k} is {tuple(found[k])}, expected {tuple(expected[k])}' for k in sorted(wrong)])
+    if faults:
+        more = f' and {len(faults) - 3} more' if len(faults) > 3 else ''
+        raise BadInput(f'--ckpt {path}: not the architecture it claims: '
+                       f'{"; ".join(faults[:3])}{more}')
+
+
+def read_checkpoint(path):
+    """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU; of
+    ema, step, args where it was pruned. Raises BadInput as load_checkpoint does."""
+    if not os.path.isfile(path):
+        raise BadInput(f'--ckpt {path}: no such file; make one with: python train.py')
+    float64, scalar = np.dtype(np.float64), np.float64().__reduce__()[0]
+    numpy_numbers = [np.dtype, type(float64), (codecs.encode, '_codecs.encode'),  # the official lr
+                     (scalar, 'numpy.core.multiarray.scalar'),
+                     (scalar, 'numpy._core.multiarray.scalar')]
+    try:
+        check_archive(path)
+        with torch.serialization.safe_globals(numpy_numbers):
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+        keys = saved.keys() if isinstance(saved, dict) else set()
+        if {'model', 'ema', 'optimizer', 'step'} <= keys:
+            saved = convert_official(saved, path)
+        elif not {'ema', 'args', 'step'} <= keys:
+            raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, '
+                           'args), nor an official one (model, ema, optimizer, step)')
+        saved['args'] = {**BEFORE_D, **saved['args']}
+        if saved['args'].get('M') == 0:  # so older files said that their method has no charges
+            saved['args'].update(M=None, field_batch=1)
+        check_contents(saved)
+    except BadInput:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in any way, none of them ours
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:150]
+        raise BadInput(f'--ckpt {path}: damaged, or not a checkpoint of tensors and numbers '
+                       f'({reason})') from error
+    return saved
+
+
+def check_archive(path):
+    """ValueError where a zip, which torch.save writes stored, is packed or fails its checksums:
+    torch.load would unpack the one to any size and pass over the other."""
+    with open(path, 'rb') as file:
+        if file.read(2) != b'PK':
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+            raise ValueError('its parts claim more bytes than it has')
+        if broken := archive.testzip():
+            raise ValueError(f'{broken} fails its checksum')
+
+
+def check_tensors(tensors):
+    """ValueError unless all are float32 and held in full: a stride of 0 makes one number look like
+    a terabyte, which the first copy would take."""
+    for name, t in tensors.items():
+        if not (isinstance(name, str) and torch.is_tensor(t) and t.dtype == torch.float32
+                and t.layout == torch.strided and t.device.type == 'cpu'
+                and t.untyped_storage().nbytes() >= t.nbytes):
+            raise ValueError(f'{name!r} is not a float32 tensor held in full')
+
+
+def check_contents(saved):
+    """ValueError where something that sampling needs is not there or of the wrong kind."""
+    args, step = saved['args'], saved['step']
+    for part in {'net', 'ema'} & saved.keys():
+        check_tensors(saved[part])
+    if type(step) is not int or step < 0:
+        raise ValueError(f'step {step!r}')
+    if args['method'] not in METHODS:
+        raise ValueError(f'method {args["method"]!r}')
+    if not (args['D'] >= 1 and 0 < args['sigma_data'] < 1e9):
+        raise ValueError(f'D {args["D"]!r}, sigma_data {args["sigma_data"]!r}')
+    if not args.get('official'):
+        for key in ('z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma'):
+            if key == 'upper_norm' and args[key] is None:  # a prior that is not clipped
+                continue
+            if not (0 <= args[key] < 1e9 and 0 < args['z_min'] < args['z_max']):
+                raise ValueError(f'{key} {args[key]!r}')
+
+
+def save(path, checkpoint):
+    """Whole or not at all, and on the disk before the old file goes."""
+    def durable(file):
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    write('checkpoint', path, durable)
+
+
+# ---------------------------------------------------------------- the authors' files
+
+OFFICIAL_NAME = dict(norm1='GroupNorm_0', conv1='Conv_0', emb='Dense_0', norm2='GroupNorm_1',
+                     conv2='Conv_1', shortcut='Conv_2', norm='GroupNorm_0', q='NIN_0', k='NIN_1',
+                     v='NIN_2', out='NIN_3')
+
+
+def official_names(net):
+    """{our parameter name: official name}, in the order of both."""
+    units = [*net.embed, net.conv_in, *(u for s in net.down for u in s), *net.mid,
+             *(u for s in net.up for u in s), net.norm_out, net.conv_out]
+    index = {id(parameter): (i, name) for i, unit in enumerate(units)
+             for name, parameter in unit.named_parameters()}
+    names = {}
+    for ours, parameter in net.named_parameters():
+        i, name = index[id(parameter)]
+        *layer, leaf = name.split('.')
+        if layer and layer[0] in ('q', 'k', 'v', 'out'):
+            leaf = {'weight': 'W', 'bias': 'b'}[leaf]
+        layer = [OFFICIAL_NAME[k] for k in layer]
+        names[ours] = '.'.join([f'module.all_modules.{i}', *layer, leaf])
+    return names
+
+
+def official_architecture(shapes, path):
+    """UNet arguments from the vectors among the official tensors (a matrix may be transposed)."""
+    def width(name):
+        if f'module.all_modules.{name}' not in shapes:
+            raise BadInput(f'--ckpt {path}: module.all_modules.{name} is missing')
+        return shapes[f'module.all_modules.{name}'][0]
+    indices = sorted({int(k.split('.')[2]) for k in shapes if k.startswith('module.all_modules.')})
+    nf, levels = width('2.bias'), [[]]
+    c = nf
+    for i in indices[3:-2]:
+        if f'module.all_modules.{i}.NIN_0.b' in shapes:
+            levels[-1].append('attention')
+            continue
+        c_in, c_out = width(f'{i}.GroupNorm_0.weight'), width(f'{i}.Conv_0.bias')
+        if c_in != c:  # the first block on concat(h, skip): the way up begins
+            break
+        if c_in == c_out and f'module.all_modules.{i}.Conv_2.bias' in shapes:
+            levels.append([])  # it has a shortcut because it halves the image
+        else:
+            levels[-1].append(c_out // nf)
+        c = c_out
+    del levels[-1][-3:]  # the middle: residual, attention, residual
+    attended = [i for i, level in enumerate(levels) if 'attention' in level]
+    if not attended or not all(levels):
+        raise BadInput(f'--ckpt {path}: not a DDPM++ of the authors (levels {levels})')
+    return dict(BEFORE_D, image_size=16 << attended[0], nf=nf,
+                channels=width(f'{indices[-1]}.bias') - 1,
+                ch_mult=[level[0] for level in levels], attn=[16],
+                dropout=0.0 if attended[0] == 4 else 0.1,  # LSUN was trained without
+                num_blocks=len([block for block in levels[0] if block != 'attention']))
+
+
+def convert_official(saved, path):
+    """An official dict(model, ema, optimizer, step) in our own form. q, k, v and out projections
+    are stored (in, out) there, the transpose of a linear layer's weight."""
+    shadow, state = saved['ema']['shadow_params'], saved['optimizer']['state']
+    model = {k: v for k, v in saved['model'].items() if k != 'module.sigmas'}
+    args = official_architecture({k: v.shape for k, v in model.items()}, path)
+    net = blank(args, len(model), path)
+    names = official_names(net)
+    check_shapes({names[k]: v.shape for k, v in net.named_parameters()},  # square, so any way round
+                 {k: v.shape for k, v in model.items()}, path)
+    check_shapes({f'ema.shadow_params[{i}]': v.shape for i, v in enumerate(net.parameters())},
+                 {f'ema.shadow_params[{i}]': v.shape for i, v in enumerate(shadow)}, path)
+    turned = [name.endswith('.W') for name in names.values()]
+
+    def ours(tensors):
+        tensors = dict(zip(names, tensors))
+        check_tensors(tensors)
+        return {k: (t.T if turn else t).clone() for (k, t), turn in zip(tensors.items(), turned)}
+    moments = [ours([state[i][k] for i in range(len(names))]).values() if state else []
+               for k in ('exp_avg', 'exp_avg_sq')]
+    opt = {'state': {i: dict(step=torch.as_tensor(state[i]['step'], dtype=torch.float32),
+                             exp_avg=m, exp_avg_sq=v) for i, (m, v) in enumerate(zip(*moments))},
+           'param_groups': [dict(g, lr=float(g['lr'])) for g in saved['optimizer']['param_groups']]}
+    return dict(net=ours(model[n] for n in names.values()), ema=ours(shadow), opt=opt,
+                step=int(saved['step']), args=dict(args, official=True))
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+def complete(path):
+    """The checkpoint at path, if training can go on from it."""
+    saved = read_checkpoint(path)
+    if not {'net', 'opt'} <= saved.keys():
+        raise BadInput(f'{path} holds the EMA only; training needs the whole checkpoint')
+    return saved
+
+
+def taught(args):
+    """What --reflow and --distill start from: the teacher's EMA, at step 0."""
+    flag, path = ('reflow', args.reflow) if args.reflow else ('distill', args.distill)
+    saved = read_checkpoint(path)
+    method, dataset = saved['args']['method'], saved['args'].get('dataset')
+    if method != 'rf':
+        raise BadInput(f'--{flag} {path}: made by --method {method}; give a checkpoint of rf')
+    if dataset != args.dataset:
+        raise BadInput(f'--dataset {args.dataset}: --{flag} {path} was trained on {dataset}; give '
+                       f'--dataset {dataset}')
+    net = {k: v.clone() for k, v in saved['ema'].items()}
+    return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
+
+
+def claim(folder):
+    """Lock the folder for this process (until it ends, however it ends): one run at a time."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there two runs on one folder are the user's own affair
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
+                       'another --out_dir') from error
+    except OSError as error:  # a network file system without locks
+        print(f'--out_dir {folder}: cannot be locked ({error}); let no other run use it',
+              file=sys.stderr)
+    AT_THE_END.callback(os.close, held)
+
+
+def open_run(args):
+    """(checkpoint to go on from or None, whether it is this folder's own). A damaged one is named
+    and the one before it is used."""
+    newest = os.path.join(args.out_dir, 'ckpt.pt')
+    older = sorted(glob.glob(os.path.join(glob.escape(args.out_dir), 'ckpt-*.pt')), reverse=True)
+    paths = [path for path in (newest, *older) if os.path.exists(path)]
+    for path, following in zip(paths, [*paths[1:], None]):
+        try:
+            saved = complete(path)
+        except BadInput as error:
+            if following is None:
+                raise
+            print(f'{error}; going back to {following}', file=sys.stderr)
+            continue
+        if saved['args'].get('dataset') != args.dataset:
+            raise BadInput(f'--out_dir {args.out_dir}: holds a run on '
+                           f'{saved["args"].get("dataset")}, not on {args.dataset}; '
+                           'give another --out_dir')
+        return saved, True
+    kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
+    kept = [name for name in kept if not glob.glob(  # folders of other runs may be in it
+        glob.escape(os.path.join(args.out_dir, name)) + '/**/log.jsonl', recursive=True)]
+    if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
+        raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
+                       'give another --out_dir')
+    if args.reflow or args.distill:
+        return taught(args), False
+    return (complete(args.init_from), False) if args.init_from else (None, False)
+
+
+def keep_older(path, step, keep):
+    """Give the checkpoint of `step` a second name before a newer one replaces it, and drop all but
+    the last keep - 1 of those names."""
+    stem = path.removesuffix('.pt')
+    name = f'{stem}-{step:07d}.pt'
+    if os.path.exists(path) and not os.path.exists(name):
+        try:
+            os.link(path, name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, f'{name}.part')
+            os.replace(f'{name}.part', name)
+    for old in sorted(glob.glob(f'{glob.escape(stem)}-*.pt'), reverse=True)[keep - 1:]:
+        os.remove(old)
+
+
+def open_log(args, start):
+    """log.jsonl, to append to, without the lines of steps that are about to be made again; and the
+    number of images that its run has seen at step `start`."""
+    path = os.path.join(args.out_dir, 'log.jsonl')
+    lines = open(path).read().splitlines() if os.path.exists(path) else []
+    rows = [row for row in (json.loads(line) for line in lines if line.endswith('}'))
+            if row['step'] <= start]
+    with open(f'{path}.part', 'w') as file:
+        file.writelines(f'{json.dumps(row)}\n' for row in rows)
+    os.replace(f'{path}.part', path)
+    last = rows[-1] if rows else dict(step=0, images=0)  # --batch_size may have changed since
+    seen = last['images'] + (start - last['step']) * args.batch_size
+    return open(path, 'a', buffering=1), seen
+
+
+# ---------------------------------------------------------------- a flow to follow
+
+SOLVERS = ('rk45', *pfgm.SOLVERS, 'ddim')
+
+
+def place_for(args):
+    """setup(), on the CPU where the exact field would have no float64."""
+    device, rank, world = setup(args.device)
+    if args.exact and device.type == 'mps':
+        print('--exact: in float64, which mps lacks; on the CPU')
+        device = torch.device('cpu')
+    return device, rank, world
+
+
+def class_list(text):
+    return [] if text == 'none' else [above(-1, int)(part) for part in text.split(',')]
+
+
+def flow_flags(p):
+    """The flags that say which flow to follow and how, shared with evaluate.py."""
+    p.add_argument('--ckpt', default='out/ckpt.pt', help='ours or an official one')
+    p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
+    p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
+    p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
+                   'checkpoint was trained on (default: as it says)')
+    p.add_argument('--data_dir', default='data')
+    p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
+    p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
+    p.add_argument('--solver', choices=SOLVERS, default=None,
+                   help='default: rk45, or where --nfe is given unipc (official checkpoints: heun)')
+    p.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0, help='fresh noise of ddim:'
+                   ' 0 none (it is euler), 1 ancestral sampling of DDPM (default: 0)')
+    p.add_argument('--nfe', type=above(0, int), default=None,
+                   help='network calls an image, of all solvers but rk45 (default: 100; '
+                   'of a distilled network 1)')
+    p.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None, help='planes of '
+                   'the steps (default: radius; official checkpoints: log); time: even in the t of '
+                   'vp, subvp, ddpm and rf')
+    p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
+                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2)')
+    p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
+                   'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
+                   'for official checkpoints)')
+    p.add_argument('--classes', type=class_list, default=None, metavar='0,7,...', help='labels of '
+                   'the images, in turn, or none (default: all, of a network trained with them)')
+    p.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0, help='classifier-free; '
+                   'other than 1 it takes two calls for each (default: 1)')
+    p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
+    p.add_argument('--small_z', choices=('exact', 'official'), default=None,
+                   help='v_z below z_exp (default: exact; official for official checkpoints)')
+    p.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='bfloat16 '
+                   'autocast (default: where it is fast, not for official checkpoints; '
+                   'never with rk45)')
+    p.add_argument('--compile', action='store_true', help='torch.compile the network')
+    p.add_argument('--seed', type=above(-1, int), default=0)
+    p.add_argument('--device', default='auto')
+
+
+def load_flow(args, device):
+    """(Flow, the images of --exact or None)."""
+    if args.solver == 'rk45' and args.nfe:
+        print(f'--nfe {args.nfe} is not used: rk45 makes the calls that --tol {args.tol} asks for')
+    images, saved = None, {}
+    if args.exact:
+        images = datasets.load(args.dataset or 'glyphs', args.data_dir, args.image_size)
+        if images.pixels is None:
+            raise BadInput(f'--exact --dataset {args.dataset}: does not fit in memory')
+        keep_freed_memory()
+        flow = datasets.flow_constants(images, args.dataset)
+        del flow['M']
+        net = pfgm.ExactField(datasets.Charges(images.pixels.to(device), dtype=torch.float64))
+        flow.update(z_exp=0.0, D=1.0, known=0, student=False,  # its v_z needs no help
+                    shape=tuple(images.pixels.shape[1:]))
+    else:
+        net, saved = load_checkpoint(args.ckpt, args.weights)
+        net.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            net.compile()
+        if saved.get('official'):
+            name = args.dataset or datasets.OFFICIAL_BY_SIZE.get(saved['image_size'])
+            if name not in datasets.OFFICIAL:
+                raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
+                               + ', '.join(datasets.OFFICIAL))
+            saved = {**saved, **datasets.flow_constants(None, name)}
+        flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
+        flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
+        flow.update(known=saved['classes'], method=saved['method'], step=saved['step'],
+                    weights=args.weights, student=bool(saved.get('distill')))
+    official = saved.get('official', False)
+    nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
+    solver = args.solver or ('rk45' if not nfe else 'heun' if official else 'unipc')
+    flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'), solver=solver,
+                nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
+                seed=args.seed, schedule=args.schedule or ('log' if official else 'radius'),
+                to_data=False if official and args.to_data is None else args.to_data,
+                z_min=args.z_min or flow['z_min'], z_last=args.z_min)
+    flow['bf16'] = not args.exact and (fast_bf16(device) and not official
+                                       if args.bf16 is None else args.bf16)
+    flow = Flow(**flow)
+    check_flow(args, flow)
+    return flow, images
+
+
+def check_flow(args, flow):
+    """The flags that this flow does not take; and its classes as a list."""
+    known, wanted = flow.known, args.classes
+    wanted = list(range(known)) if wanted is None else wanted
+    for wrong, message in (
+        (args.schedule == 'time' and not hasattr(flow.net, 'planes'), '--schedule time: only vp, subvp, '
+         f'ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
+        (args.eta and flow.solver != 'ddim', f'--eta {args.eta}: belongs to --solver ddim, not '
+         + flow.solver),
+        (args.eta and getattr(args, 'encode', None), f'--eta {args.eta}: fresh noise cannot be '
+         'encoded; leave it out'),
+        (flow.solver == 'ddim' and flow.D != math.inf, '--solver ddim: adds Gaussian noise, '
+         'for D = inf only (vp, subvp, ddpm, rf, pfgmpp with --D inf)'),
+        ((args.z_min or 0) >= flow.z_max, f'--z_min {args.z_min}: must be below z_max '
+         f'{flow.z_max:.4g}'),
+        (args.compile and args.exact, '--compile: --exact has no network; leave it out'),
+        (args.guidance != 1 and not known, f'--guidance {args.guidance}: the network knows no '
+         'classes; leave it out, or train with --classes'),
+        (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network '
+         'knows '
+         + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
+    ):
+        if wrong:
+            raise BadInput(message)
+    flow.classes = wanted
+
+
+# ---------------------------------------------------------------- pruning and averaging
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__)
+    p.add_argument('ckpt', nargs='+', help='checkpoints of one architecture, ours or official')
+    p.add_argument('--out', required=True, help='the file to write: ema, step, args')
+    return p.parse_args(argv)
+
+
+def main(args):
+    saved = [read_checkpoint(path) for path in args.ckpt]
+    nets = [build(s['ema'], s['args'], path) for s, path in zip(saved, args.ckpt)]
+    if os.path.exists(args.out):
+        raise BadInput(f'--out {args.out}: exists; give a new name')
+    for net, path in zip(nets, args.ckpt):
+        check_shapes({k: v.shape for k, v in nets[0].state_dict().items()},
+                     {k: v.shape for k, v in net.state_dict().items()}, path)
+    mean = {k: sum(s['ema'][k].double() for s in saved).div(len(saved)).float()
+            for k in saved[0]['ema']}
+    save(args.out, dict(ema=mean, step=max(s['step'] for s in saved), args=saved[-1]['args']))
+    print(f'{args.out}: the EMA of {len(saved)} checkpoint{"s" * (len(saved) > 1)}')
+
+
+if __name__ == '__main__':
+    run(main, parse_args())
