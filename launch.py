@@ -127,6 +127,7 @@ def run(main, args):
     finally:
         AT_THE_END.close()
         if dist.is_initialized():
+            patient.cache_clear()  # its threads must not outlive it
             dist.destroy_process_group()
 
 
@@ -249,10 +250,17 @@ def listen():
                     print('leaving after this step; once more ends it at once', flush=True)
             heard.append(number)
     listen.theirs.setblocking(False)
-    threading.Thread(target=hear, daemon=True).start()
+    thread = threading.Thread(target=hear, daemon=True)
+    thread.start()
     for number in (*leave, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, lambda number, frame: None)
     signal.set_wakeup_fd(listen.theirs.fileno(), warn_on_full_buffer=False)
+
+    def stop():
+        signal.set_wakeup_fd(-1)
+        listen.theirs.close()
+        thread.join()
+    AT_THE_END.callback(stop)
     return heard
 
 
