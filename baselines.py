@@ -28,8 +28,6 @@ SHARD = 1000  # pairs a file
 PAIR_NFE = 40  # calls of the teacher for each, by unipc
 
 
-
-
 class PFGM:
     """The Poisson field of charges, as what a network is trained on. It predicts the field itself,
     so that nothing is between it and the solvers."""
@@ -88,7 +86,7 @@ class Denoiser(torch.nn.Module):
         return x + noise, z
 
     def target(self, moved, z, clean, charges=None, among=None):
-        """(xhat - moved, -z): xhat is the image, or its mean given all charges, arXiv 2302.00670."""
+        """(xhat - moved, -z): xhat is the image, or its mean by all charges, arXiv 2302.00670."""
         if charges is not None:
             mean = pfgm.posterior_mean(moved, z, charges, self.D, among)
             clean = pfgm.like(mean.view_as(moved), moved)
@@ -249,10 +247,11 @@ def ancestral(eta, noise):
     noise(i): the normal draws, like x, of step i."""
     def solver(f, x, grid, calls, callback=None):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
-            towards = f(x, pfgm.like(z, x))                                       # x - xhat = z eps
+            towards = f(x, pfgm.like(z, x))                               # x - xhat = z eps
             fresh = eta * z_next * (1 - (z_next / z) ** 2).sqrt()
             kept = (z_next ** 2 - fresh ** 2).clamp_min(0).sqrt() / z  # rounding
-            x = x + pfgm.column(kept - 1, x) * towards + pfgm.column(fresh, x) * pfgm.like(noise(i), x)
+            x = x + pfgm.column(kept - 1, x) * towards
+            x = x + pfgm.column(fresh, x) * pfgm.like(noise(i), x)
             if callback:
                 callback(z_next, x)
         return x
@@ -284,8 +283,8 @@ class Flow(types.SimpleNamespace):
         return lambda step: torch.stack([torch.randn(self.shape, generator=g) for g in draws])
 
     def ending(self):
-        """(whether the last call leads straight to z = 0, the plane on which it is made or, without it,
-        the flow ends)."""
+        """(whether the last call leads straight to z = 0, the plane on which it is made or, without
+        it, the flow ends)."""
         fixed, z = self.solver != 'rk45', self.z_min
         to_data = fixed if self.to_data is None else self.to_data
         if to_data and fixed:
@@ -295,7 +294,7 @@ class Flow(types.SimpleNamespace):
         return to_data, z
 
     def facts(self):
-        """What a line of results needs to say of a flow, so that two that differ can be told apart."""
+        """What a line of results says of a flow, so that two that differ can be told apart."""
         to_data, z_last = self.ending()
         names = ('method', 'D', 'weights', 'step', 'solver', 'nfe', 'schedule', 'small_z', 'z_min',
                  'z_exp', 'guidance', 'eta', 'classes', 'bf16')
@@ -307,8 +306,8 @@ class Flow(types.SimpleNamespace):
 
     @torch.no_grad()
     def follow(self, x, device, indices=(), up=False, callback=None):
-        """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an exact
-        field). indices: which images these are, for their classes and fresh noise."""
+        """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an
+        exact field). indices: which images these are, for their classes and fresh noise."""
         labels = self.labels_of(indices, device)
         solver = self.solver
         if solver == 'ddim':
@@ -323,15 +322,14 @@ class Flow(types.SimpleNamespace):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x, nfe = pfgm.sample_ode(
                     self.net, x.to(dtype).to(device), *ends, solver, self.nfe, labels=labels, **how,
-                    rtol=self.tol, atol=self.tol,
-                    each=self.small_z != 'official',
+                    rtol=self.tol, atol=self.tol, each=self.small_z != 'official',
                     schedule_name='log' if up else self.net.planes if self.schedule == 'time'
                     else self.schedule, to_data=to_data and not up, callback=callback)
         except pfgm.SolverError as error:
             raise BadInput(f'--tol {self.tol}: {error}; try a larger one, or --nfe 100') from error
         if not x.isfinite().all():
-            raise BadInput('--ckpt: the network leads to images that are not finite; it has diverged: '
-                           'give another one, or train it again with a lower --lr')
+            raise BadInput('--ckpt: the network leads to images that are not finite; it has '
+                           'diverged: give another one, or train it again with a lower --lr')
         return x, nfe * (1 + twice)
 
 

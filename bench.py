@@ -237,7 +237,8 @@ def solver_bench(args, device):
           f'{time.time() - clock:.0f} s', flush=True)
     curves = {}
     grids = (('log', z_last), ('radius', z_last), ('rho7', 1e-3))
-    for name, schedule, low in [(solver, *grid) for solver in args.solvers or ('rk45', *pfgm.SOLVERS)
+    solvers = args.solvers or ('rk45', *pfgm.SOLVERS)
+    for name, schedule, low in [(solver, *grid) for solver in solvers
                                 for grid in (grids if solver != 'rk45' else (('', 1e-3),))]:
         row = []
         for nfe in args.sweep or (5, 10, 20, 35):

@@ -23,8 +23,8 @@ import data as datasets
 import pfgm
 from baselines import METHODS, Flow, as_flow
 from cpu import keep_freed_memory, speed_up
-from launch import (AT_THE_END, CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16, run, setup,
-                    write)
+from launch import (AT_THE_END, CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16, run,
+                    setup, write)
 from unet import UNet
 
 
@@ -312,8 +312,9 @@ def open_run(args):
                            'give another --out_dir')
         return saved, True
     kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
-    kept = [name for name in kept if not glob.glob(  # folders of other runs may be in it
-        glob.escape(os.path.join(args.out_dir, name)) + '/**/log.jsonl', recursive=True)]
+    kept = [name for name in kept if not any(glob.glob(  # folders of other runs may be in it
+        glob.escape(os.path.join(args.out_dir, name)) + f'{deep}/log.jsonl')
+        for deep in ('', '/*', '/*/*'))]
     if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
         raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
                        'give another --out_dir')
@@ -443,8 +444,8 @@ def load_flow(args, device):
     official = saved.get('official', False)
     nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
     solver = args.solver or ('rk45' if not nfe else 'heun' if official else 'unipc')
-    flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'), solver=solver,
-                nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
+    flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'),
+                solver=solver, nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
                 seed=args.seed, schedule=args.schedule or ('log' if official else 'radius'),
                 to_data=False if official and args.to_data is None else args.to_data,
                 z_min=args.z_min or flow['z_min'], z_last=args.z_min)
@@ -460,8 +461,8 @@ def check_flow(args, flow):
     known, wanted = flow.known, args.classes
     wanted = list(range(known)) if wanted is None else wanted
     for wrong, message in (
-        (args.schedule == 'time' and not hasattr(flow.net, 'planes'), '--schedule time: only vp, subvp, '
-         f'ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
+        (args.schedule == 'time' and not hasattr(flow.net, 'planes'), '--schedule time: only vp, '
+         f'subvp, ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
         (args.eta and flow.solver != 'ddim', f'--eta {args.eta}: belongs to --solver ddim, not '
          + flow.solver),
         (args.eta and getattr(args, 'encode', None), f'--eta {args.eta}: fresh noise cannot be '

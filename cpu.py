@@ -12,8 +12,9 @@ import torch.nn as nn
 def speed_up(net):
     """net, its group norms and dropouts replaced in place by those below; freed memory is kept."""
     keep_freed_memory()
+    faster = {nn.GroupNorm: GroupNorm, nn.Dropout: Dropout}
     for layer in net.modules():
-        layer.__class__ = {nn.GroupNorm: GroupNorm, nn.Dropout: Dropout}.get(type(layer), type(layer))
+        layer.__class__ = faster.get(type(layer), type(layer))
     return net
 
 
@@ -75,8 +76,8 @@ class Dropout(nn.Dropout):
 
 
 def keep_freed_memory():
-    """Where the C library is glibc, have it keep freed tensors of up to 32 MB. It would return them,
-    and a twentieth of a CIFAR-10 step on CPUs would be the page faults of the next ones."""
+    """Where the C library is glibc, have it keep freed tensors of up to 32 MB. It would return
+    them, and a twentieth of a CIFAR-10 step on CPUs would be the page faults of the next ones."""
     if sys.platform == 'linux' and hasattr(library := ctypes.CDLL(None), 'mallopt'):
         library.mallopt(-3, 32 << 20)     # M_MMAP_THRESHOLD, at most 32 MB
         library.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pfgm
-from launch import CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, first_of_its_machine, step_seed
+from launch import SIZE_LIMIT, BadInput, deaf, first_of_its_machine, step_seed
 
 SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
     'glyphs':        (16, 1, False, '', ''),
@@ -352,7 +352,7 @@ def mean_norm(data, n=10_000):
 
 
 def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
-    """M, z_max, upper_norm, z_exp of a data set: the official ones of its name, or by the rule, with
+    """M, z_max, upper_norm, z_exp of a data set: the official ones of its name, or by the rule and
     z_exp = 10 gamma / sqrt(N), where |v| still tells |E| to a few per cent."""
     if name in OFFICIAL:
         flow = dict(zip(('M', 'z_max', 'upper_norm', 'z_exp'), OFFICIAL[name]))

@@ -321,8 +321,8 @@ def bits_per_dim(flow, images, n, args, place):
     if flow.classes and images.labels is not None:
         low, high = int(images.labels.min()), int(images.labels.max())
         if low < 0 or high >= flow.known:
-            raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network knows '
-                           f'0 to {flow.known - 1}; leave the labels out with --classes none')
+            raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network '
+                           f'knows 0 to {flow.known - 1}; leave the labels out with --classes none')
     chunks = (torch.tensor(share(n, rank, world)) * len(images) // n).split(args.batch_size)
     for chunk in watch(chunks, len(share(n, rank, world)), 'bits/dim', rank):
         pixels, repeats = images[chunk.tolist()].cpu(), []
@@ -369,14 +369,16 @@ def flow_metrics(asked, name, flow, images, split, args, place):
         found['straightness'] = torch.cat(rows).mean().item()
     bad = [k for k in OF_FLOWS if not math.isfinite(found.get(k, 0))]
     if bad:
-        raise BadInput(f'--{bad[0]}: not finite ({found[bad[0]]}); the network of {name} has diverged')
+        raise BadInput(f'--{bad[0]}: not finite ({found[bad[0]]}); the network of {name} has '
+                       'diverged; give another')
     if found and rank == 0:
         note = f'({split} images of {images.name})' if 'bpd' in asked else f'({name})'
         print('  '.join(f'{k} {v:.6g}' for k, v in found.items() if v is not None), '', note)
         about = dict(dataset=images.name, split=split) if 'bpd' in asked else {}
         how = Flow(**{**vars(flow), 'solver': 'rk45', 'tol': args.bpd_tol}).facts()
         how = how if 'bpd' in asked else {}
-        bench.record(args, device, world, time.time() - clock, {**how, **found, 'run': name, **about})
+        bench.record(args, device, world, time.time() - clock,
+                     {**how, **found, 'run': name, **about})
     return {k: found[k] for k in OF_FLOWS if k in found}
 
 

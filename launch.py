@@ -141,7 +141,7 @@ def setup(name, timeout=600.0):
         name = ('cuda' if torch.cuda.is_available() else
                 'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu')
     try:
-        device = torch.device(f'cuda:{local}' if name == 'cuda' else name)  # set_device wants an index
+        device = torch.device(f'cuda:{local}' if name == 'cuda' else name)  # with an index
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f'--device {name}: not on this machine '
@@ -200,7 +200,8 @@ def wait():
 
 @contextlib.contextmanager
 def first_of_its_machine():
-    """The block runs in one process of each machine, then in the others: what it fetches is there."""
+    """The block runs in one process of each machine, then in the others, for whom what it fetches
+    is there."""
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not first:
         wait()
@@ -265,5 +266,5 @@ def listen():
 
 
 def deaf(worker):
-    """For a forked reader of images: not to pass on to the run what is sent to all of a terminal."""
+    """For a forked reader of images: not to pass on to the run the signals that it gets itself."""
     signal.set_wakeup_fd(-1)

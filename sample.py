@@ -176,7 +176,7 @@ def check_out(out, single):
         raise BadInput(f'--out {out}: cannot be written ({error}); give another') from error
 
 
-def claim(folder, flag, made_by):
+def mark(folder, flag, made_by):
     """Make the folder, or go on with one that holds images made by the same flags: image i depends
     on them and on i alone. They are written to it, so that other images are not taken for these."""
     path = os.path.join(folder, MARK)
@@ -191,8 +191,9 @@ def claim(folder, flag, made_by):
                            'made it; give a new one') from None
     differ = [k for k in made_by if before and before.get(k) != made_by[k]]
     if differ:
-        raise BadInput(f'{flag}: {folder} holds images made with {differ[0]} {before.get(differ[0])}'
-                       f', not {made_by[differ[0]]}; give a new one, or remove that')
+        key = differ[0]
+        raise BadInput(f'{flag}: {folder} holds images made with {key} {before.get(key)}, not '
+                       f'{made_by[key]}; give a new one, or remove that')
     write(flag, path, lambda file: file.write(json.dumps(made_by).encode()))
 
 
@@ -215,7 +216,7 @@ def read_png(folder, i):
 
 
 def write_npz(path, folder, n, shape):
-    """arr_0, uint8 (n, H, W, C), from the folder's images, one at a time: it may not fit in memory."""
+    """arr_0, uint8 (n, H, W, C), image by image: all of them may not fit in memory."""
     C, H, W = shape
     head = dict(descr='|u1', fortran_order=False, shape=(n, H, W, C))
 
@@ -232,8 +233,8 @@ def compare_with(images, folder, n):
     """Print how many of the images made are images of a data set."""
     found, count, worst = images.pixels.cpu().flatten(1), 0, 0.0
     for part in torch.arange(n).split(64):
-        x = torch.from_numpy(np.stack([read_png(folder, i).transpose(2, 0, 1) for i in part.tolist()]))
-        x = x.flatten(1).double()
+        x = np.stack([read_png(folder, i).transpose(2, 0, 1) for i in part.tolist()])
+        x = torch.from_numpy(x).flatten(1).double()
         nearest = torch.cat([torch.cdist(x, y.double()) for y in found.split(4096)], 1).argmin(1)
         error = (x - found[nearest]).square().mean(1).sqrt()
         count, worst = count + int((error < 1).sum()), max(worst, float(error.max()))
@@ -253,7 +254,7 @@ def make_images(flow, images, args, place):
     single = args.out.endswith(KINDS)
     folder = f'{args.out}.{zlib.crc32(made_by.encode()):08x}' if single else args.out
     if rank == 0:
-        claim(folder, f'--out {args.out}', json.loads(made_by))
+        mark(folder, f'--out {args.out}', json.loads(made_by))
     wait()
     missing = [i for i in range(n) if not os.path.exists(image_path(folder, i))]
     if rank == 0 and len(missing) < n:
@@ -280,7 +281,7 @@ def make_images(flow, images, args, place):
         write_npz(args.out, folder, n, flow.shape)
     elif single:
         pixels = torch.from_numpy(np.stack([read_png(folder, i) for i in range(n)]))
-        picture = datasets.grid_of(pixels.permute(0, 3, 1, 2), nrow=8 if special is not None else None)
+        picture = datasets.grid_of(pixels.permute(0, 3, 1, 2), None if special is None else 8)
         write('--out', args.out, lambda file: picture.save(file, 'PNG'))
     if single:
         shutil.rmtree(folder)
@@ -293,12 +294,11 @@ def main(args):
     picture, rows = args.encode or args.field_lines, args.interpolate or args.rescale
     if picture and not args.out.endswith('.png') or rows and args.out.endswith('.gif'):
         raise BadInput(f'--out {args.out}: a picture; must end in .png')
-    one = picture or args.out.endswith('.gif')  # made by one process
+    if (picture or args.out.endswith('.gif')) and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise BadInput(f'--out {args.out}: made by one process; run it without torchrun')
     device, rank, world = place = place_for(args)
     if rank == 0:
         check_out(args.out, args.out.endswith(KINDS))
-    if one and rank > 0:
-        return
     if args.field_lines:
         return field_lines(args.out)
     flow, images = load_flow(args, device)

@@ -2779,7 +2779,7 @@ def world(newcomer, tmp_path, monkeypatch):
 
 
 def test_combinations(world, monkeypatch):
-    for k in range(12):
+    for k in range(8):
         run_chain(k, world, monkeypatch)
 
 
@@ -3101,6 +3101,30 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path):
     os.kill(stopped, signal.SIGKILL)
     p.communicate(timeout=60)  # torchrun sees that they have ended
     assert p.returncode != 0
+
+
+@pytest.mark.parametrize('flags', [['--gif'], ['--encode', 'glyphs'], ['--field_lines']])
+def test_pictures_of_one_process_are_refused_under_torchrun(trained, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    refuses(['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', 2, '--nfe', 2, *flags], 'one process')
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('D', [1, 128, math.inf])
+def test_a_field_batch_trains_any_d_on_the_mean_of_its_charges(D, tmp_path):
+    flow, y = baselines.Denoiser(Linear(), D), torch.randn(20, 3, 4, 4, generator=seeded())
+    moved, z = flow.perturb(y[:6], seeded(1))
+    v_x, v_z = flow.target(moved, z, y[:6], y)
+    close(moved + v_x, pfgm.posterior_mean(moved, z, y, D).view(6, 3, 4, 4), atol=1e-4)
+    close(v_z, -z)
+    close((moved + flow.target(moved, z, y[:6])[0]), y[:6], atol=1e-4)  # of one charge: the image
+    for count in (64, 'all'):
+        script(['train.py', *TINY_PP, '--D', D, '--field_batch', count, '--classes', '--steps', 3,
+                '--out_dir', tmp_path / str(count)])
+        assert np.isfinite(losses(tmp_path / str(count))).all()
+    refuses(['train.py', *TINY_PP, '--D', D, '--field_batch', 4, '--out_dir', tmp_path / 'o'],
+            '--field_batch 4: .* at least --batch_size')
 
 
 def test_lines_of_results_say_what_made_them(trained, tmp_path):

@@ -26,8 +26,8 @@ from baselines import (METHODS, PFGM, as_flow, field_loss, pairs_of_teacher, tra
 from checkpoint import (ARCHITECTURE, build, claim, keep_older, load_checkpoint, open_log, open_run,
                         save)
 from cpu import speed_up
-from launch import (BadInput, Parser, above, agree, everywhere, fast_bf16, fingerprint, listen,
-                    peak_memory, run, setup, step_seed, write)
+from launch import (CLASS_LIMIT, BadInput, Parser, above, agree, everywhere, fast_bf16,
+                    fingerprint, listen, peak_memory, run, setup, step_seed, write)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
@@ -44,7 +44,8 @@ PRESETS = {name: dict(zip((
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
     'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean'),
-    'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum'),
+    'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
+                     'sum'),
 }.items()}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
@@ -104,8 +105,8 @@ def parse_args(argv=None):
     flag('steps', above(0, int), None, 'updates in all')
     flag('batch_size', above(0, int), None, 'points a step, over all processes')
     flag('accum', above(0, int), 1, 'micro-batches a process splits its share into')
-    flag('field_batch', count_or_all, None, 'charges that define the target, or all (default of all '
-         'methods but pfgm: 1, each image its own)')
+    flag('field_batch', count_or_all, None, 'charges that define the target, or all (of other '
+         'methods than pfgm by default 1, each image its own)')
     flag('lr', above(0), None, "Adam's learning rate")
     flag('warmup', above(-1, int), None, 'steps in which lr rises from 0')
     flag('grad_clip', above(0), 1.0, 'largest gradient norm')
@@ -164,9 +165,9 @@ def resolve(args, images, saved, world):
                        'class, or leave it out')
     labels = images.labels.unique() if args.classes else []
     args.classes = len(labels)
-    if args.classes > datasets.CLASS_LIMIT or list(labels) != list(range(args.classes)):
+    if args.classes > CLASS_LIMIT or list(labels) != list(range(args.classes)):
         raise BadInput(f'--classes: {args.classes} labels from {labels[0]} to {labels[-1]}; '
-                       f'accepted: 0, 1, 2, ... with none left out, at most {datasets.CLASS_LIMIT}')
+                       f'accepted: 0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -183,7 +184,7 @@ def resolve(args, images, saved, world):
                        'are among its charges; at least --batch_size')
 
 
-def check_resume(args, old, path):
+def check_resume(args, old):
     """A flag that changes what is trained must be what it was."""
     for key in (key for key in vars(args) if key in old and key not in FREE_ON_RESUME):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
@@ -315,7 +316,7 @@ def stop_if_bad(meter, args, n, rank, world, path):
         return
     count = args.batch_size if args.field_batch == 'all' else max(args.batch_size, args.field_batch)
     share = args.batch_size // world
-    images = next(datasets.image_order(n, count, args.seed, step - 1))[:args.batch_size][rank * share:]
+    images = next(datasets.image_order(n, count, args.seed, step - 1))[rank * share:]
     wrong = (~meter['bad_loss'].isfinite()).nonzero().flatten().tolist()
     made = ', '.join(f'{int(images[i])} at z = {float(meter["bad_z"][i]):.4g}' for i in wrong[:8])
     saved = f'{path} holds an earlier step' if os.path.exists(path) else 'nothing was saved yet'
@@ -366,11 +367,14 @@ def prepare(args, images, place):
     resolve(args, images, saved, place[2])
     origin = (os.path.join(args.out_dir, 'ckpt.pt') if resumed else
               args.reflow or args.distill or args.init_from)
-    if saved:
-        (check_resume if resumed else check_origin)(args, saved['args'], origin)
+    if resumed:
+        check_resume(args, saved['args'])
+    elif saved:
+        check_origin(args, saved['args'], origin)
     start = saved['step'] if saved else 0
-    agree(f'--out_dir {args.out_dir}', 'give all processes the same flags and data, and an --out_dir '
-          'that all machines share, or copies of its ckpt.pt', step=start, images=len(images),
+    agree(f'--out_dir {args.out_dir}', 'give all processes the same flags and data, and an '
+          '--out_dir that all machines share, or copies of its ckpt.pt', step=start,
+          images=len(images),
           weights=saved and f'{fingerprint(saved["net"].values()):08x}',
           **{k: v for k, v in vars(args).items() if k not in ('out_dir', 'data_dir', 'device')})
     if start >= args.steps:

@@ -33,8 +33,8 @@ def linear(c_in, c_out, scale=1.0):
 def norm(c):
     groups = min(c // 4, 32)
     if groups < 1 or c % groups:
-        raise ValueError(f'nf: {c} channels do not split into {groups} groups; take a multiple of 32 '
-                         '(small networks: of 4)')
+        raise ValueError(f'nf: {c} channels do not split into {groups} groups; take a multiple of '
+                         '32 (small networks: of 4)')
     return nn.GroupNorm(groups, c, eps=1e-6)
 
 
