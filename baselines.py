@@ -245,16 +245,14 @@ def ancestral(eta, noise):
     """A solver: DDIM with eta = 0, ancestral sampling of DDPM with 1. arXiv 2010.02502 Eq. 12.
 
     noise(i): the normal draws, like x, of step i."""
-    def solver(f, x, grid, calls, callback=None):
+    def solver(f, x, grid, calls):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
             towards = f(x, pfgm.like(z, x))                               # x - xhat = z eps
             fresh = eta * z_next * (1 - (z_next / z) ** 2).sqrt()
             kept = (z_next ** 2 - fresh ** 2).clamp_min(0).sqrt() / z  # rounding
             x = x + pfgm.column(kept - 1, x) * towards
             x = x + pfgm.column(fresh, x) * pfgm.like(noise(i), x)
-            if callback:
-                callback(z_next, x)
-        return x
+            yield x
     return solver
 
 

@@ -9,10 +9,8 @@ A file of ours is one dict: net, ema, opt, step, args, rng.
 import argparse
 import codecs
 import glob
-import json
 import math
 import os
-import shutil
 import sys
 import zipfile
 
@@ -23,8 +21,7 @@ import data as datasets
 import pfgm
 from baselines import METHODS, Flow, as_flow
 from cpu import keep_freed_memory, speed_up
-from launch import (AT_THE_END, CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16, run,
-                    setup, write)
+from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16, run, setup, write)
 from unet import UNet
 
 
@@ -273,25 +270,6 @@ def taught(args):
     return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
 
 
-def claim(folder):
-    """Lock the folder for this process (until it ends, however it ends): one run at a time."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there two runs on one folder are the user's own affair
-        return
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(held)
-        raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
-                       'another --out_dir') from error
-    except OSError as error:  # a network file system without locks
-        print(f'--out_dir {folder}: cannot be locked ({error}); let no other run use it',
-              file=sys.stderr)
-    AT_THE_END.callback(os.close, held)
-
-
 def open_run(args):
     """(checkpoint to go on from or None, whether it is this folder's own). A damaged one is named
     and the one before it is used."""
@@ -321,36 +299,6 @@ def open_run(args):
     if args.reflow or args.distill:
         return taught(args), False
     return (complete(args.init_from), False) if args.init_from else (None, False)
-
-
-def keep_older(path, step, keep):
-    """Give the checkpoint of `step` a second name before a newer one replaces it, and drop all but
-    the last keep - 1 of those names."""
-    stem = path.removesuffix('.pt')
-    name = f'{stem}-{step:07d}.pt'
-    if os.path.exists(path) and not os.path.exists(name):
-        try:
-            os.link(path, name)
-        except OSError:  # a file system without hard links
-            shutil.copy2(path, f'{name}.part')
-            os.replace(f'{name}.part', name)
-    for old in sorted(glob.glob(f'{glob.escape(stem)}-*.pt'), reverse=True)[keep - 1:]:
-        os.remove(old)
-
-
-def open_log(args, start):
-    """log.jsonl, to append to, without the lines of steps that are about to be made again; and the
-    number of images that its run has seen at step `start`."""
-    path = os.path.join(args.out_dir, 'log.jsonl')
-    lines = open(path).read().splitlines() if os.path.exists(path) else []
-    rows = [row for row in (json.loads(line) for line in lines if line.endswith('}'))
-            if row['step'] <= start]
-    with open(f'{path}.part', 'w') as file:
-        file.writelines(f'{json.dumps(row)}\n' for row in rows)
-    os.replace(f'{path}.part', path)
-    last = rows[-1] if rows else dict(step=0, images=0)  # --batch_size may have changed since
-    seen = last['images'] + (start - last['step']) * args.batch_size
-    return open(path, 'a', buffering=1), seen
 
 
 # ---------------------------------------------------------------- a flow to follow

@@ -421,6 +421,15 @@ def shuffled_images(images, count, args, step, device, rank, world):
         step += 1
 
 
+def shuffled_pairs(pairs, args, step, device):
+    """Endless (y (B, C, S, S), classes or None, generator, eps like y) of step, step + 1, ..."""
+    for order in image_order(len(pairs), args.batch_size, args.seed, step):
+        y, eps = (part.to(device) for part in pairs[order])
+        generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
+        yield y, (order % args.classes).to(device) if args.classes else None, generator, eps
+        step += 1
+
+
 def glyphs(n=10_000, image_size=16, split='train'):
     """-> (uint8 array (n, S, S), labels (n,)): the digits in turn, white on black, each under an
     affine map and stroke width of its own; the same bytes for the same arguments."""

@@ -31,7 +31,7 @@ import pfgm
 from baselines import Flow, straightness
 from bench import frechet, inception_score, kid, nearest, precision_recall, sliced_wasserstein
 from checkpoint import flow_flags, load_flow, place_for, read_checkpoint
-from launch import (BadInput, Parser, above, run, step_seed, wait, write)
+from launch import BadInput, Parser, above, all_rows, run, share, step_seed, wait, watch, write
 
 METRICS = {
     'fid': 'Frechet Inception distance to the reference',
@@ -149,37 +149,6 @@ def check_counts(asked, n, n_ref):
 
 
 # ---------------------------------------------------------------- where images come from
-
-def share(n, rank, world):
-    return range(n * rank // world, n * (rank + 1) // world)
-
-
-def all_rows(rows, n, device, world):
-    """The rows (n, ...) of all ranks on the CPU, from each rank's share of them."""
-    if world == 1:
-        return rows.cpu()
-    wait()
-    most = -(-n // world)
-    mine = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=device)
-    mine[:len(rows)] = rows.to(device)
-    whole = mine.new_empty(world * most, *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, mine)
-    parts = enumerate(whole.cpu().split(most))
-    return torch.cat([part[:len(share(n, r, world))] for r, part in parts])
-
-
-def watch(batches, count, label, rank):
-    """The same batches, with a line every few seconds that says how long the rest will take."""
-    start, said, done = time.time(), time.time(), 0
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        now = time.time()
-        if rank == 0 and (now - said > 5 or done == count):
-            said, left = now, int((now - start) / done * (count - done))
-            print(f'{label}: {done}/{count}  {done / (now - start):.1f} img/s  '
-                  f'{left // 60}:{left % 60:02d} left', flush=True)
-
 
 def generated(flow, n, args, place, calls):
     """This rank's share of n samples, uint8; what each batch spent is appended to calls."""

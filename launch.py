@@ -1,4 +1,5 @@
-"""How the scripts start, share out and end: errors, flags, devices, processes, signals, files.
+"""How the scripts start, share out, report and end: errors, flags, devices, processes, signals,
+progress, and the folder of a run.
 
 Under torchrun every process runs the same script: `rank` of `world` in all, LOCAL_RANK on its
 machine. A rank that is silent for --timeout seconds in training ends the job; where one may rightly
@@ -7,7 +8,10 @@ be hours behind (a download, its share of the samples) the others wait() for it.
 import argparse
 import contextlib
 import functools
+import glob
+import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -27,6 +31,7 @@ except ImportError:  # Windows
 
 SIZE_LIMIT = 1024  # pixels a side
 CLASS_LIMIT = 10_000  # classes of labels
+Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
 
 
 # ---------------------------------------------------------------- errors, files, seeds
@@ -184,6 +189,16 @@ def peak_memory(device):
     return peak / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
 
 
+def rng_state(device):
+    """The states of the generators that dropout draws from: the CPU's, and the GPU's."""
+    states = [torch.get_rng_state()]
+    if device.type == 'cuda':
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type == 'mps' and torch.backends.mps.is_built():
+        states.append(torch.mps.get_rng_state())
+    return states
+
+
 # ---------------------------------------------------------------- several processes
 
 @functools.cache
@@ -229,6 +244,24 @@ def agree(flag, mend, **facts):
                            f'0; {mend}' if dist.get_rank() == 0 else '')
 
 
+def share(n, rank, world):
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def all_rows(rows, n, device, world):
+    """The rows (n, ...) of all ranks on the CPU, from each rank's share of them."""
+    if world == 1:
+        return rows.cpu()
+    wait()
+    most = -(-n // world)
+    mine = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=device)
+    mine[:len(rows)] = rows.to(device)
+    whole = mine.new_empty(world * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(whole, mine)
+    parts = enumerate(whole.cpu().split(most))
+    return torch.cat([part[:len(share(n, r, world))] for r, part in parts])
+
+
 # ---------------------------------------------------------------- signals
 
 def listen():
@@ -268,3 +301,123 @@ def listen():
 def deaf(worker):
     """For a forked reader of images: not to pass on to the run the signals that it gets itself."""
     signal.set_wakeup_fd(-1)
+
+
+def heard(signals, step, device, world):
+    """What the signals since the last call ask for: '', 'save' (SIGUSR1) or 'leave' (after saving).
+    Ranks hear them at different steps, so several agree on every 10th."""
+    if world > 1 and step % 10:
+        return ''
+    leave = any(number != getattr(signal, 'SIGUSR1', None) for number in signals)
+    wish = 2 if leave else 1 if signals else 0
+    if world > 1:
+        wishes = torch.tensor(wish, device=device)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        wish = int(wishes)
+    signals.clear()
+    return ('', 'save', 'leave')[wish]
+
+
+# ---------------------------------------------------------------- progress
+
+def watch(batches, count, label, rank):
+    """The same batches, with a line every few seconds that says how long the rest will take."""
+    start, said, done = time.time(), time.time(), 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.time()
+        if rank == 0 and (now - said > 5 or done == count):
+            said, left = now, int((now - start) / done * (count - done))
+            print(f'{label}: {done}/{count}  {done / (now - start):.1f} img/s  '
+                  f'{left // 60}:{left % 60:02d} left', flush=True)
+
+
+def new_meter(device, unit=1.0):
+    """What is known of the steps since the last log line, on the device; z is binned in `unit`s."""
+    zero = torch.zeros((), device=device)
+    edges = unit * torch.tensor(Z_BINS, device=device)
+    return dict(edges=edges, peak=zero, peak_step=zero, bad=zero,
+                sums=torch.zeros(len(Z_BINS) + 1, 2, device=device), bad_z=None, bad_loss=None)
+
+
+def observe(meter, step, z, loss, norm):
+    """Add this rank's z, loss (B,) and gradient norm of a step, without waiting for the device."""
+    bins = torch.bucketize(z, meter['edges'])
+    meter['sums'].index_add_(0, bins, torch.stack([loss, torch.ones_like(loss)], 1))
+    meter['peak_step'] = torch.where(loss.mean() > meter['peak'], step, meter['peak_step'])
+    meter['peak'] = torch.maximum(loss.mean(), meter['peak'])
+    first = (meter['bad'] == 0) & ~norm.isfinite()
+    if meter['bad_z'] is None:
+        meter.update(bad_z=z, bad_loss=loss)
+    for key, value in (('bad', step), ('bad_z', z), ('bad_loss', loss)):
+        meter[key] = torch.where(first, value, meter[key])
+
+
+def progress(args, step, meter, images, rate, device):
+    """One line for people, and the dict that log.jsonl keeps. images: seen in all; rate: a second;
+    sums (bins, 2): loss and count."""
+    total, count = meter['sums'].sum(0).tolist()
+    peak, peak_step, memory = float(meter['peak']), int(meter['peak_step']), peak_memory(device)
+    left = int((args.steps - step) * args.batch_size / rate)
+    by_z = [round(a / n, 5) if n else None for a, n in meter['sums'].tolist()]
+    lr = args.lr * min(step / max(args.warmup, 1), 1)
+    spike = f'  spike {peak:.4g} at step {peak_step}' if peak > 5 * total / count else ''
+    print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
+          f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  '
+          + (f'{memory:.1f} GB  ' if memory else '') + 'loss by z '
+          + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
+    return dict(step=step, images=images, loss=total / count, lr=lr,
+                img_per_s=rate, memory_gb=memory, loss_by_z=by_z, z_bins=meter['edges'].tolist(),
+                peak=peak, peak_step=peak_step)
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+def claim(folder):
+    """Lock the folder for this process (until it ends, however it ends): one run at a time."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there two runs on one folder are the user's own affair
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
+                       'another --out_dir') from error
+    except OSError as error:  # a network file system without locks
+        print(f'--out_dir {folder}: cannot be locked ({error}); let no other run use it',
+              file=sys.stderr)
+    AT_THE_END.callback(os.close, held)
+
+
+def keep_older(path, step, keep):
+    """Give the checkpoint of `step` a second name before a newer one replaces it, and drop all but
+    the last keep - 1 of those names."""
+    stem = path.removesuffix('.pt')
+    name = f'{stem}-{step:07d}.pt'
+    if os.path.exists(path) and not os.path.exists(name):
+        try:
+            os.link(path, name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, f'{name}.part')
+            os.replace(f'{name}.part', name)
+    for old in sorted(glob.glob(f'{glob.escape(stem)}-*.pt'), reverse=True)[keep - 1:]:
+        os.remove(old)
+
+
+def open_log(args, start):
+    """log.jsonl, to append to, without the lines of steps that are about to be made again; and the
+    number of images that its run has seen at step `start`."""
+    path = os.path.join(args.out_dir, 'log.jsonl')
+    lines = open(path).read().splitlines() if os.path.exists(path) else []
+    rows = [row for row in (json.loads(line) for line in lines if line.endswith('}'))
+            if row['step'] <= start]
+    with open(f'{path}.part', 'w') as file:
+        file.writelines(f'{json.dumps(row)}\n' for row in rows)
+    os.replace(f'{path}.part', path)
+    last = rows[-1] if rows else dict(step=0, images=0)  # --batch_size may have changed since
+    seen = last['images'] + (start - last['step']) * args.batch_size
+    return open(path, 'a', buffering=1), seen

@@ -16,6 +16,7 @@ D = inf is diffusion and z then means its noise level sigma), K charges, D = 1 i
 A network is anything called as net(x, z) that returns (v_x like x, v_z (B,)), toward the data.
 """
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -35,10 +36,8 @@ class Hyperparameters(NamedTuple):
 
 def hyperparameters(data_norm, N, sigma=0.01, tau=0.03):
     """M, z_max, upper_norm for data of mean norm `data_norm` in N dimensions. PFGM Appendix B.
-
-    M = int(3/4 ln(norm^2 / (2 sqrt(N) sigma^2)) / ln(1 + tau)) + 1; z_max and upper_norm are the
-    mean |z| and the typical |x| that perturb() reaches at m = M. All in units of x.
-    Raises ValueError where no M >= 1 comes out (data without spread, or sigma too large)."""
+    z_max and upper_norm are the mean |z| and the typical |x| that perturb() reaches at m = M. All
+    in units of x. Raises ValueError where no M >= 1 comes out (no spread, or sigma too large)."""
     ratio = data_norm ** 2 / (2 * math.sqrt(N) * sigma ** 2)
     if not ratio > 1:
         raise ValueError(f'data_norm {data_norm} is within the first noise level: norm^2 must '
@@ -67,16 +66,15 @@ def column(values, x):
 def full_float32(device):
     """Products and convolutions as exact as float32 is: no TF32, whose 10 bits are wider than the
     tolerance of RK45, and no autocast. What was set before comes back."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
-    tf32 = cudnn.allow_tf32
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('highest')
-    cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def unit(D):
@@ -92,8 +90,7 @@ def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
     x (B, ...) -> (moved like x, z (B,) > 0): z ~ sigma (1+tau)^m and |moved - x| ~ sqrt(N) times
     that, with m ~ U[0, M]; with `limit_norm`, m ~ U[0, int(0.7 M)] where |eps_z| < sigma / 2.
     `generator` must live on the device of x."""
-    draw = dict(generator=generator, device=x.device)
-    B = len(x)
+    B, draw = len(x), dict(generator=generator, device=x.device)
     m = M * torch.rand(B, **draw)
     eps_z = sigma * torch.randn(B, **draw).abs().clamp_min(1e-7)  # float32 randn can be exactly 0
     m_low = int(0.7 * M) * torch.rand(B, **draw)
@@ -107,7 +104,6 @@ def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
 
 def kernel(shape, z, D=1, generator=None):
     """Draws (B, ...) of density p(x) ~ (|x|^2 + z^2)^(-(N+D)/2), z (B,). PFGM++ Eq. 4.
-
     x = z eps / sqrt(chi2_D), a Student-t with D degrees of freedom; D = inf is z eps."""
     x = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)
     if D != math.inf:
@@ -136,15 +132,14 @@ def charge_weights(x, z, charges, D=1, among=None):
     among (B, K) bool: the charges that count for each point (of its class), at least one."""
     # d^2 by one matrix product: |x|^2 + |y|^2 - 2 x.y cancels where x is near a charge, and a 1e-3
     # error in d changes a weight 22-fold at N = 3072, so all of it in float64.
-    size = chunk(x)
-    x, z2 = float64(x.flatten(1)), float64(z).square()
-    N, x2 = x.shape[1], x.square().sum(1, keepdim=True)
+    flat, z2 = float64(x.flatten(1)), float64(z).square()
+    N, x2 = flat.shape[1], flat.square().sum(1, keepdim=True)
 
     def distance2(y):
         y = float64(y.flatten(1))
         y2 = torch.linalg.vector_norm(y, dim=1).square()  # without y.square(), as large as y
-        return torch.addmm(x2 + y2, x, y.T, alpha=-2)
-    d2 = torch.cat([distance2(y) for y in charges.split(size)], dim=1)  # without z^2
+        return torch.addmm(x2 + y2, flat, y.T, alpha=-2)
+    d2 = torch.cat([distance2(y) for y in charges.split(chunk(x))], dim=1)  # without z^2
     if D == math.inf:
         logits = -d2 / (2 * z2[:, None])
     else:  # on a charge rounding can leave d^2 < 0; any tiny number in its place wins the softmax
@@ -167,18 +162,16 @@ def posterior_mean(x, z, charges, D=1, among=None):
 
 
 def deciding_z(charges, D=1, nats=0.02, points=128):
-    """The z below which a line is bound for one charge: where the entropy of the weights, ln K far
-    away, has fallen to `nats`, on average over points at the distance of z from a charge.
-
-    charges (K, ...) -> float: the last plane of schedule 'radius' for the exact field."""
+    """The z below which a line is bound for one charge, a float: where the entropy of the weights,
+    ln K far away, has fallen to `nats`, on average over points at the distance of z from a charge:
+    the last plane of schedule 'radius' for the exact field."""
     generator = torch.Generator().manual_seed(0)
     y = charges[torch.randint(len(charges), (points,), generator=generator).to(charges.device)]
     noise = like(torch.randn(y.shape, generator=generator, dtype=torch.float64), y)
     low, high = 1e-4, 1e4
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
-        z = torch.full((points,), middle, dtype=y.dtype, device=y.device)
-        w = charge_weights(y + middle * noise, z, charges, D)
+        w = charge_weights(y + middle * noise, y.new_full((points,), middle), charges, D)
         entropy = -torch.xlogy(w, w).sum(1).mean()
         low, high = (middle, high) if entropy < nats else (low, middle)
     return low
@@ -196,9 +189,8 @@ def poisson_field(x, z, charges, gamma=5.0, D=1, among=None):
 
 
 class ExactField:
-    """The field of given charges (K, ...), called like a network: no training, no error.
-
-    Its samples are the charges themselves: for tests, figures, and solver studies."""
+    """The field of given charges (K, ...), called like a network: no training, no error, and its
+    samples are the charges themselves."""
 
     def __init__(self, charges, gamma=5.0, D=1):
         self.charges, self.gamma, self.D = charges, gamma, D
@@ -212,10 +204,9 @@ class ExactField:
 def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu',
                  dtype=torch.float32):
     """Draw x on the plane z = z_max, where the flow starts. PFGM Section 3.2, Appendix B.2.1.
-
-    shape (B, ...) -> x of that shape, from kernel(); D = 1 is the hemisphere seen from the data.
-    Drawn in float64 on the CPU, so that a seed means the same noise on every machine.
-    `upper_norm` clips |x| to [1, upper_norm], as published (54 % of CIFAR-10 draws are clipped)."""
+    shape (B, ...) -> x of that shape, from kernel(), drawn in float64 on the CPU: a seed means the
+    same noise everywhere. D = 1 is the hemisphere seen from the data. `upper_norm` clips |x| to
+    [1, upper_norm], as published (54 % of CIFAR-10 draws are clipped)."""
     z = torch.full(shape[:1], z_max, dtype=torch.float64)
     x = kernel(shape, z, D, generator)
     if upper_norm is not None:
@@ -226,7 +217,6 @@ def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu
 
 def prior_logp(x, z_max, D=1):
     """log density (B,), float64, in nats, of the unclipped prior at x (B, ...). PFGM Section 3.2.
-
     D = 1: 2 z_max / (S_N(1) (|x|^2 + z_max^2)^((N+1)/2)), S_N(1) = 2 pi^((N+1)/2) / Gamma((N+1)/2)
     the area of the unit sphere in R^(N+1) (the published code took that of R^N)."""
     N, r2 = x[0].numel(), float64(x.flatten(1)).square().sum(1)
@@ -273,9 +263,11 @@ def last_plane(z_min, nfe, D=1):
     return max(z_min, 5 * unit(D) / nfe ** 2 * (min(1, 5 / nfe) if D == 1 else 1))
 
 
+SCHEDULES = ('log', 'rho7', 'radius')
+
+
 def schedule(name, x, z_from, z_to, steps, D=1):
     """The planes of a fixed-step solver for x (B, ...) on z_from: (steps + 1, B), float64, CPU.
-
     'log' even in log z; 'rho7' even in z^(1/7) (EDM Eq. 5); 'radius' even in log z down to a
     z_to of each sample's own, z_to sqrt((N + D) / D) z_from / sqrt(|x|^2 + z_from^2): the weights
     of the field depend on that distance, so lines that start nearer the axis decide at larger z;
@@ -286,7 +278,7 @@ def schedule(name, x, z_from, z_to, steps, D=1):
     if name == 'radius' and D != math.inf:
         distance = torch.hypot(float64(x.flatten(1)).norm(dim=1).cpu(), last.new_tensor(z_from))
         last = last * math.sqrt((x[0].numel() + D) / D) * z_from / distance
-    elif name not in ('log', 'rho7', 'radius'):
+    elif name not in SCHEDULES:
         raise ValueError(f'schedule {name!r}: one of {", ".join(SCHEDULES)}')
     part = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None]
     if name == 'rho7':
@@ -294,18 +286,17 @@ def schedule(name, x, z_from, z_to, steps, D=1):
     return z_from * (last / z_from) ** part
 
 
-# A solver takes f(x, z) = dx/dlog z and a grid of planes to x on the last of them in `calls` calls.
+# A solver takes f(x, z) = dx/dlog z, a grid of planes and x on the first of them, and yields x on
+# each of the others, in `calls` calls of f.
 
-def euler(f, x, grid, calls, callback=None):
+def euler(f, x, grid, calls):
     """Euler in z, one call a step: dx/dz = f / z."""
     for z, z_next in zip(grid[:-1], grid[1:]):
         x = x + column(z_next / z - 1, x) * f(x, like(z, x))
-        if callback:
-            callback(z_next, x)
-    return x
+        yield x
 
 
-def heun(f, x, grid, calls, callback=None):
+def heun(f, x, grid, calls):
     """Heun in z, two calls a step; if `calls` is odd the last step is Euler's. EDM Algorithm 1."""
     for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
         slope = f(x, like(z, x)) / column(z, x)
@@ -314,12 +305,10 @@ def heun(f, x, grid, calls, callback=None):
             slope_next = f(x_next, like(z_next, x)) / column(z_next, x)
             x_next = x + column(z_next - z, x) * 0.5 * (slope + slope_next)
         x = x_next
-        if callback:
-            callback(z_next, x)
-    return x
+        yield x
 
 
-def ipndm(f, x, grid, calls, callback=None):
+def ipndm(f, x, grid, calls):
     """Adams-Bashforth in z with the coefficients of equal steps, up to order 4. PNDM, arXiv
     2202.09778 Eq. 9, warmed up by lower orders as in DEIS, arXiv 2204.13902."""
     rows = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
@@ -329,12 +318,10 @@ def ipndm(f, x, grid, calls, callback=None):
         slopes = [f(x, like(z, x)) / column(z, x), *slopes[:3]]
         step = sum(c * slope for c, slope in zip(rows[len(slopes) - 1], slopes))
         x = x + column(z_next - z, x) * step
-        if callback:
-            callback(z_next, x)
-    return x
+        yield x
 
 
-def dpm2m(f, x, grid, calls, callback=None):
+def dpm2m(f, x, grid, calls):
     """DPM-Solver++(2M), arXiv 2211.01095 Algorithm 2, with lambda = -log z."""
     old = h_old = None
     for z, z_next in zip(grid[:-1], grid[1:]):
@@ -342,9 +329,7 @@ def dpm2m(f, x, grid, calls, callback=None):
         ahead = xhat if old is None else xhat + column(h / (2 * h_old), x) * (xhat - old)
         x = column(z_next / z, x) * x + column(1 - z_next / z, x) * ahead
         old, h_old = xhat, h
-        if callback:
-            callback(z_next, x)
-    return x
+        yield x
 
 
 def along_polynomial(x, z, z_next, nodes, xhats):
@@ -359,13 +344,14 @@ def along_polynomial(x, z, z_next, nodes, xhats):
     return column(h.exp(), x) * x + sum(column(w, x) * xhat for w, xhat in zip(weights.T, xhats))
 
 
-def multistep(f, x, grid, calls, callback=None, order=3, correct=False):
-    """Exponential Adams-Bashforth: xhat interpolated in log z through the last `order` calls.
+def multistep(f, x, grid, calls, order=3, correct=False):
+    """Exponential Adams-Bashforth, xhat interpolated in log z through the last `order` calls:
+    DPM-Solver++(3M), arXiv 2211.01095, its integrals exact.
 
-    `correct` makes every step again once the call at its end is known, at no further call; where
-    the grid has one step more than `calls`, its first is made with xhat = 0 and then corrected."""
-    nodes, xhats = [], []
-    free = len(grid) - 1 > calls
+    `correct`, UniPC-3, arXiv 2302.04867: every step is made again, to order 4, once the call at its
+    end is known, at no further call; where the grid has one step more than `calls`, its first is
+    made with xhat = 0 and then corrected."""
+    nodes, xhats, start, free = [], [], x, len(grid) - 1 > calls
     for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
         xhats.append(torch.zeros_like(x) if free and i == 0 else x - f(x, like(z, x)))
         nodes.append(z.log())
@@ -375,19 +361,11 @@ def multistep(f, x, grid, calls, callback=None, order=3, correct=False):
             x = along_polynomial(start, grid[i - 1], z, nodes, xhats)
         nodes, xhats, start = nodes[-order:], xhats[-order:], x
         x = along_polynomial(x, z, z_next, nodes, xhats)
-        if callback:
-            callback(z_next, x)
-    return x
+        yield x
 
 
-def dpm3m(f, x, grid, calls, callback=None):
-    """DPM-Solver++(3M), arXiv 2211.01095, its integrals exact: multistep of order 3."""
-    return multistep(f, x, grid, calls, callback)
-
-
-def unipc(f, x, grid, calls, callback=None):
-    """UniPC-3, arXiv 2302.04867: multistep of order 3 with the corrector of order 4."""
-    return multistep(f, x, grid, calls, callback, correct=True)
+SOLVERS = dict(euler=euler, heun=heun, ipndm=ipndm, dpm2m=dpm2m, dpm3m=multistep,
+               unipc=functools.partial(multistep, correct=True))
 
 
 def rk45(f, x, z_from, z_to, rtol, atol, callback=None):
@@ -437,9 +415,10 @@ def rk45_each(f, x, z_from, z_to, rtol, atol, callback=None):
 
     scipy's coefficients and step control, all samples at once; those that arrive leave."""
     from scipy.integrate import RK45
-    start, end, calls = math.log(z_from), math.log(z_to), 0
-    way, y = math.copysign(1, end - start), float64(x.flatten(1))
-    t, rows = y.new_full((len(y),), start), torch.arange(len(y), device=y.device)
+    y, end, calls = float64(x.flatten(1)), math.log(z_to), 0
+    span = end - math.log(z_from)
+    way, rows = math.copysign(1, span), torch.arange(len(y), device=y.device)
+    t = torch.full_like(y[:, 0], math.log(z_from))
     A, B, C, E = (torch.from_numpy(v).to(y.device) for v in (RK45.A, RK45.B, RK45.C, RK45.E))
     all_y, all_t = y.clone(), t.clone()
 
@@ -451,7 +430,7 @@ def rk45_each(f, x, z_from, z_to, rtol, atol, callback=None):
     def combined(weights, K):
         return torch.mv(K.flatten(1).T, weights).view_as(K[0])
     slope_0, again = slope(t, y), torch.zeros_like(t, dtype=torch.bool)
-    h = first_step(slope, t, y, slope_0, end - start, rtol, atol)
+    h = first_step(slope, t, y, slope_0, span, rtol, atol)
     K = y.new_empty(7, *y.shape)  # the slopes of a step: at its start, four between, two at its end
     K[0] = slope_0
     while len(rows):
@@ -460,8 +439,8 @@ def rk45_each(f, x, z_from, z_to, rtol, atol, callback=None):
         if stuck.any():
             raise SolverError(f'RK45 stopped at z = {float(t[stuck][0].exp()):.4g}: ' + (
                 'the network gives NaN' if h.isnan().any() else 'its steps became too small'))
-        t_next = t + way * torch.maximum(h, least)
-        t_next = torch.where(way * (t_next - end) > 0, end, t_next)
+        ahead = t + way * torch.maximum(h, least)
+        t_next = torch.where(way * (ahead - end) > 0, end, ahead)
         h = t_next - t
         for s in range(1, 6):
             K[s] = slope(t + C[s] * h, torch.addcmul(y, h[:, None], combined(A[s, :s], K[:s])))
@@ -486,14 +465,9 @@ def rk45_each(f, x, z_from, z_to, rtol, atol, callback=None):
     return like(all_y.view(x.shape), x), calls
 
 
-def _adaptive(f, x, z_from, z_to, rtol, atol, official, each, callback):
-    """The RK45 half of sample_ode. The published state has z, of slope z, as one more channel of
-    x: its small error loosens the norm by which the steps are chosen."""
-    if each:
-        return rk45_each(f, x, z_from, z_to, rtol, atol, callback)
-    if not official:
-        return rk45(f, x, z_from, z_to, rtol, atol, callback)
-
+def rk45_official(f, x, z_from, z_to, rtol, atol, callback=None):
+    """rk45 of the published state, which has z, of slope z, as one more channel of x: its small
+    error loosens the norm by which the steps are chosen."""
     def f_and_z(y, z):
         slope_z = column(z, y).expand_as(y[:, -1:])
         return torch.cat([f(y[:, :-1], z), slope_z], dim=1)
@@ -503,21 +477,16 @@ def _adaptive(f, x, z_from, z_to, rtol, atol, official, each, callback):
     return y[:, :-1], nfe
 
 
-SOLVERS = dict(euler=euler, heun=heun, ipndm=ipndm, dpm2m=dpm2m, dpm3m=dpm3m, unipc=unipc)
-SCHEDULES = ('log', 'rho7', 'radius')
-
-
 def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, z_exp=5.0,
                small_z='exact', labels=None, guidance=1.0, rtol=1e-4, atol=1e-4, each=False,
                schedule_name='log', to_data=False, callback=None):
     """Follow the field lines of `net` from the plane z_from to z_to: generate with z_to < z_from,
     encode with z_to > z_from. PFGM Section 3.3, Appendix B.2.
 
-    x (B, ...) on z_from -> (x on z_to, network calls spent per image).
-    solver 'rk45' meets rtol, atol with a float64 state, step sizes shared by the batch or, with
-    `each`, per sample; those in SOLVERS, or a function like them, make exactly `nfe` calls on
-    schedule(schedule_name).
-    `to_data`: the last call is made on z_to and leads straight to z = 0, x = xhat.
+    x (B, ...) on z_from -> (x on z_to, network calls spent per image). Solver 'rk45' meets rtol,
+    atol with a float64 state, step sizes shared by the batch or, with `each`, per sample; those in
+    SOLVERS, or a function like them, make exactly `nfe` calls on schedule(schedule_name). With
+    `to_data` the last call is made on z_to and leads straight to z = 0, x = xhat.
     callback(z (B,), x) after each step. The network works in x.dtype, on x.device, under RK45 in
     full_float32(); D matters to the schedule only; labels (B,) and guidance as in drift().
     Raises ValueError for an unknown solver or nfe < 1, SolverError where RK45 cannot go on."""
@@ -528,22 +497,22 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=100, *, D=1, gamma=5.0, 
         raise ValueError(f'solver {solver!r}, nfe {nfe}: rk45 or one of {", ".join(SOLVERS)}, '
                          'and nfe of 1 or more')
     if solver == 'rk45':
+        solve = rk45_each if each else rk45_official if small_z == 'official' else rk45
         with full_float32(x.device):
-            x, nfe = _adaptive(f, x, z_from, z_to, rtol, atol, small_z == 'official', each,
-                               callback)
-        nfe += to_data
+            x, nfe = solve(f, x, z_from, z_to, rtol, atol, callback)
+        nfe, last = nfe + to_data, z_to
     else:
         calls = nfe - to_data
         # From far away a first step needs no call: |xhat| <= 1 is lost in x, and unipc corrects it.
         free = solver == 'unipc' and calls > 0 and to_data and z_from > 10
         steps = (calls + 1) // 2 if solver == 'heun' else calls + free
-        if steps:
-            grid = schedule(schedule_name, x, z_from, z_to, steps, D)
-            x, z_to = SOLVERS.get(solver, solver)(f, x, grid, calls, callback), grid[-1]
-        else:
-            z_to = z_from
+        grid = schedule(schedule_name, x, z_from, z_to, steps, D)
+        for z, x in zip(grid[1:], SOLVERS.get(solver, solver)(f, x, grid, calls)):
+            if callback:
+                callback(z, x)
+        last = grid[-1]
     if to_data:
-        x = x - f(x, like(torch.as_tensor(z_to), x).expand(len(x)))
+        x = x - f(x, like(torch.as_tensor(last), x).expand(len(x)))
         if callback:
             callback(x.new_zeros(len(x)), x)
     return x, nfe
@@ -568,8 +537,8 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
     Raises ValueError for an unknown divergence, SolverError where RK45 cannot go on."""
     if divergence not in ('hutchinson', 'exact'):
         raise ValueError(f"divergence {divergence!r}: 'hutchinson' or 'exact'")
-    B, N = len(x), x[0].numel()
-    probe = like(torch.randint(0, 2, (B, N), generator=generator), x) * 2 - 1
+    N = x[0].numel()
+    probe = like(torch.randint(0, 2, (len(x), N), generator=generator), x) * 2 - 1
 
     def f(state, z):  # state (B, N + 1): x and the integral so far; z (B,)
         with torch.enable_grad():
@@ -579,12 +548,11 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
                 grad, = torch.autograd.grad(slope, at, probe)
                 div = (grad.flatten(1) * probe).sum(1)
             else:
-                rows = [torch.autograd.grad(slope[:, i].sum(), at, retain_graph=i < N - 1)[0]
-                        for i in range(N)]
-                div = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
+                div = sum(torch.autograd.grad(slope[:, i].sum(), at, retain_graph=i < N - 1)[0]
+                          .flatten(1)[:, i] for i in range(N))
         return torch.cat([slope.detach(), div[:, None]], dim=1)
 
-    start = torch.cat([x.flatten(1), torch.zeros_like(x.flatten(1)[:, :1])], dim=1)
+    start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
     with full_float32(x.device):
         end, nfe = rk45(f, start, z_min, z_max, rtol, atol)
     latent = end[:, :N].view(x.shape)

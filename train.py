@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import os
-import signal
 import time
 
 import torch
@@ -22,12 +21,13 @@ import torch.distributed as dist
 
 import data as datasets
 import pfgm
-from baselines import (METHODS, PFGM, as_flow, field_loss, pairs_of_teacher, training_point, update)
-from checkpoint import (ARCHITECTURE, build, claim, keep_older, load_checkpoint, open_log, open_run,
-                        save)
+from baselines import (METHODS, PFGM, Pairs, as_flow, field_loss, pairs_of_teacher, training_point,
+                       update)
+from checkpoint import ARCHITECTURE, build, load_checkpoint, open_run, save
 from cpu import speed_up
-from launch import (CLASS_LIMIT, BadInput, Parser, above, agree, everywhere, fast_bf16,
-                    fingerprint, listen, peak_memory, run, setup, step_seed, write)
+from launch import (CLASS_LIMIT, BadInput, Parser, above, agree, claim, everywhere, fast_bf16,
+                    fingerprint, heard, keep_older, listen, new_meter, observe, open_log, progress,
+                    rng_state, run, setup, step_seed, write)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
@@ -51,7 +51,6 @@ BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile', 'log_every',
                   'sample_every', 'save_every', 'keep', 'timeout', 'init_from', *TUNED}
-Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
 
 
 def count_or_all(text):
@@ -62,70 +61,75 @@ def dimensions(text):
     return math.inf if text == 'inf' else above(1 - 1e-9)(text)
 
 
+FLAGS = (  # name, type (None: yes or no), default, help, what else argparse takes
+    ('data_dir', str, 'data', 'where known data sets are kept'),
+    ('out_dir', str, 'out', 'where the checkpoint, log and sample grids go'),
+    ('image_size', above(0, int), None, 'pixels a side (default: as the data is)'),
+    ('channels', int, None, 'grey or colour (default: as the data is)', dict(choices=(1, 3))),
+    ('method', str, None, 'what is trained (default: pfgm; with --D pfgmpp)',
+     dict(choices=METHODS)),
+    ('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)'),
+    ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
+    ('flip', None, None, 'mirror half of the images (default: as the data is)'),
+    ('reflow', str, None, 'straighten this checkpoint of rf: train on pairs that it makes'),
+    ('distill', str, None, 'the same, into samples of one call (--nfe 1)'),
+    ('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill'),
+    ('init_from', str, None, 'go on from this checkpoint, ours or an official one'),
+    ('seed', above(-1, int), 0, 'of the weights, the order of images and all noise'),
+    ('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps'),
+    ('bf16', None, None, 'bfloat16 autocast (default: where it is fast)'),
+    ('compile', None, False, 'torch.compile the network'),
+    ('workers', above(-1, int), 4, 'processes that read a set too large for memory'),
+    ('nf', above(0, int, 1025), None, 'channels of the first level'),
+    ('ch_mult', above(0, int, 17), None, 'their multiple at each level', dict(nargs='+')),
+    ('num_blocks', above(0, int, 33), None, 'residual blocks a level'),
+    ('attn', above(0, int), None, 'image sizes with attention', dict(nargs='*')),
+    ('dropout', above(-1e-9, below=1), None, 'in residual blocks'),
+    ('steps', above(0, int), None, 'updates in all'),
+    ('batch_size', above(0, int), None, 'points a step, over all processes'),
+    ('accum', above(0, int), 1, 'micro-batches a process splits its share into'),
+    ('field_batch', count_or_all, None, 'charges that define the target, or all (of other '
+     'methods than pfgm by default 1, each image its own)'),
+    ('lr', above(0), None, "Adam's learning rate"),
+    ('warmup', above(-1, int), None, 'steps in which lr rises from 0'),
+    ('grad_clip', above(0), 1.0, 'largest gradient norm'),
+    ('ema_decay', above(-1e-9, below=1), None, 'of the averaged weights'),
+    ('loss', str, None, 'half the sum over components, or mean', dict(choices=('sum', 'mean'))),
+    ('M', above(0, int, 10 ** 6), None, 'largest exponent of the perturbation'),
+    ('z_max', above(0), None, 'where sampling starts'),
+    ('upper_norm', above(0), None, 'largest |x| there'),
+    ('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted'),
+    ('z_min', above(0), None, 'where sampling ends (default: 1e-3; pfgmpp: 0.002 sqrt(D))'),
+    ('sigma_data', above(0, below=1e3), 0.5, 'spread of the data, of pfgmpp'),
+    ('sigma', above(1e-9), 0.01, 'noise at m = 0'),
+    ('tau', above(1e-9), 0.03, 'growth of the noise, (1 + tau)^m'),
+    ('gamma', above(-1e-9), 5.0, 'added to the norm of the field'),
+    ('log_every', above(0, int), 50, 'steps between log lines'),
+    ('sample_every', above(-1, int), None, 'steps between sample grids; 0: none'),
+    ('save_every', above(0, int), 1000, 'steps between checkpoints'),
+    ('keep', above(0, int), 2, 'checkpoints to keep: ckpt.pt and those before it'),
+    ('timeout', above(0), 600.0, 'seconds after which a silent process ends the job'),
+)
+
+
 def parse_args(argv=None):
     pre = Parser(add_help=False)
     pre.add_argument('--dataset', default='glyphs', help='a folder, .zip, .npy or .npz of images, '
                      f'or one of {", ".join(datasets.SETS)}')
     pre.add_argument('--preset', choices=PRESETS, help='row of defaults (by data set, else size)')
     known = pre.parse_known_args(argv)[0]
-    preset = known.preset or known.dataset
-    row = {**PRESETS.get(preset, {}), **dict(zip(BY_DATA, datasets.OFFICIAL.get(preset, ())))}
+    name = known.preset or known.dataset
+    row = {**PRESETS.get(name, {}), **dict(zip(BY_DATA, datasets.OFFICIAL.get(name, ())))}
     p = Parser(description=__doc__, parents=[pre])
-
-    def flag(name, kind, default, text, **kw):
-        if name in (*PRESETS['glyphs'], *BY_DATA):  # None until resolve(), when the data is known
-            value = row.get(name)
+    for key, kind, default, text, *more in FLAGS:
+        if key in (*PRESETS['glyphs'], *BY_DATA):  # None until resolve(), when the data is known
+            value = row.get(key)
             text += f' (preset: {"by the data" if value is None else value})'
         elif default is not None:
             text += f' (default: {default})'
-        kw = {'type': kind, **kw} if kind else {'action': argparse.BooleanOptionalAction, **kw}
-        p.add_argument(f'--{name}', default=default, help=text.replace('%', '%%'), **kw)
-    flag('data_dir', str, 'data', 'where known data sets are kept')
-    flag('out_dir', str, 'out', 'where the checkpoint, log and sample grids go')
-    flag('image_size', above(0, int), None, 'pixels a side (default: as the data is)')
-    flag('channels', int, None, 'grey or colour (default: as the data is)', choices=(1, 3))
-    flag('method', str, None, 'what is trained (default: pfgm, with --D pfgmpp)', choices=METHODS)
-    flag('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)')
-    flag('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance')
-    flag('flip', None, None, 'mirror half of the images (default: as the data is)')
-    flag('reflow', str, None, 'straighten this checkpoint of rf: train on pairs that it makes')
-    flag('distill', str, None, 'the same, into samples of one call (--nfe 1)')
-    flag('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill')
-    flag('init_from', str, None, 'go on from this checkpoint, ours or an official one')
-    flag('seed', above(-1, int), 0, 'of the weights, the order of images and all noise')
-    flag('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps')
-    flag('bf16', None, None, 'bfloat16 autocast (default: where it is fast)')
-    flag('compile', None, False, 'torch.compile the network')
-    flag('workers', above(-1, int), 4, 'processes that read a set too large for memory')
-    flag('nf', above(0, int, 1025), None, 'channels of the first level')
-    flag('ch_mult', above(0, int, 17), None, 'their multiple at each level', nargs='+')
-    flag('num_blocks', above(0, int, 33), None, 'residual blocks a level')
-    flag('attn', above(0, int), None, 'image sizes with attention', nargs='*')
-    flag('dropout', above(-1e-9, below=1), None, 'in residual blocks')
-    flag('steps', above(0, int), None, 'updates in all')
-    flag('batch_size', above(0, int), None, 'points a step, over all processes')
-    flag('accum', above(0, int), 1, 'micro-batches a process splits its share into')
-    flag('field_batch', count_or_all, None, 'charges that define the target, or all (of other '
-         'methods than pfgm by default 1, each image its own)')
-    flag('lr', above(0), None, "Adam's learning rate")
-    flag('warmup', above(-1, int), None, 'steps in which lr rises from 0')
-    flag('grad_clip', above(0), 1.0, 'largest gradient norm')
-    flag('ema_decay', above(-1e-9, below=1), None, 'of the averaged weights')
-    flag('loss', str, None, 'half the sum over components, or mean', choices=('sum', 'mean'))
-    flag('M', above(0, int, 10 ** 6), None, 'largest exponent of the perturbation')
-    flag('z_max', above(0), None, 'where sampling starts')
-    flag('upper_norm', above(0), None, 'largest |x| there')
-    flag('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted')
-    flag('z_min', above(0), None, 'where sampling ends (default: 1e-3; pfgmpp: 0.002 sqrt(D))')
-    flag('sigma_data', above(0, below=1e3), 0.5, 'spread of the data, of pfgmpp')
-    flag('sigma', above(1e-9), 0.01, 'noise at m = 0')
-    flag('tau', above(1e-9), 0.03, 'growth of the noise, (1 + tau)^m')
-    flag('gamma', above(-1e-9), 5.0, 'added to the norm of the field')
-    flag('log_every', above(0, int), 50, 'steps between log lines')
-    flag('sample_every', above(-1, int), None, 'steps between sample grids; 0: none')
-    flag('save_every', above(0, int), 1000, 'steps between checkpoints')
-    flag('keep', above(0, int), 2, 'checkpoints to keep: ckpt.pt and those before it')
-    flag('timeout', above(0), 600.0, 'seconds after which a silent process ends the job')
+        how = dict(type=kind) if kind else dict(action=argparse.BooleanOptionalAction)
+        p.add_argument(f'--{key}', default=default, help=text.replace('%', '%%'), **how,
+                       **dict(*more))
     return p.parse_args(argv)
 
 
@@ -207,15 +211,6 @@ def check_origin(args, old, path):
 
 # ---------------------------------------------------------------- the data of a step
 
-def shuffled_pairs(pairs, args, step, device):
-    """Endless (y (B, C, S, S), classes or None, generator, eps like y) of step, step + 1, ..."""
-    for order in datasets.image_order(len(pairs), args.batch_size, args.seed, step):
-        y, eps = (part.to(device) for part in pairs[order])
-        generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
-        yield y, (order % args.classes).to(device) if args.classes else None, generator, eps
-        step += 1
-
-
 def training_steps(images, flow, args, step, place):
     """Endless training_point()s for this process. images may be the Pairs of --reflow."""
     device, rank, world = place
@@ -230,7 +225,7 @@ def training_steps(images, flow, args, step, place):
         charges = datasets.Charges(images.pixels, args.flip)
         kinds = images.labels.to(device).repeat(1 + args.flip) if args.classes else None
     count = B if all_charges else max(B, args.field_batch)
-    source = (shuffled_pairs(images, args, step, device) if args.reflow or args.distill else
+    source = (datasets.shuffled_pairs(images, args, step, device) if isinstance(images, Pairs) else
               datasets.shuffled_images(images, count, args, step, device, rank, world))
     for x, kind, generator, *eps in source:
         if args.field_batch not in ('all', 1):
@@ -240,16 +235,6 @@ def training_steps(images, flow, args, step, place):
 
 
 # ---------------------------------------------------------------- what a run keeps and says
-
-def rng_state(device):
-    """The states of the generators that dropout draws from: the CPU's, and the GPU's."""
-    states = [torch.get_rng_state()]
-    if device.type == 'cuda':
-        states.append(torch.cuda.get_rng_state(device))
-    elif device.type == 'mps' and torch.backends.mps.is_built():
-        states.append(torch.mps.get_rng_state())
-    return states
-
 
 def restore(opt, saved, device, rank):
     """The states of the optimizer and of this rank's generators, as they were."""
@@ -288,27 +273,6 @@ def sample_grid(net, args, device, path):
     write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
 
 
-def new_meter(device, unit=1.0):
-    """What is known of the steps since the last log line, on the device; z is binned in `unit`s."""
-    zero = torch.zeros((), device=device)
-    edges = unit * torch.tensor(Z_BINS, device=device)
-    return dict(edges=edges, peak=zero, peak_step=zero, bad=zero,
-                sums=torch.zeros(len(Z_BINS) + 1, 2, device=device), bad_z=None, bad_loss=None)
-
-
-def observe(meter, step, z, loss, norm):
-    """Add this rank's z, loss (B,) and gradient norm of a step, without waiting for the device."""
-    bins = torch.bucketize(z, meter['edges'])
-    meter['sums'].index_add_(0, bins, torch.stack([loss, torch.ones_like(loss)], 1))
-    meter['peak_step'] = torch.where(loss.mean() > meter['peak'], step, meter['peak_step'])
-    meter['peak'] = torch.maximum(loss.mean(), meter['peak'])
-    first = (meter['bad'] == 0) & ~norm.isfinite()
-    if meter['bad_z'] is None:
-        meter.update(bad_z=z, bad_loss=loss)
-    for key, value in (('bad', step), ('bad_z', z), ('bad_loss', loss)):
-        meter[key] = torch.where(first, value, meter[key])
-
-
 def stop_if_bad(meter, args, n, rank, world, path):
     """End the run at the first gradient that was not finite, with the images and z that made it."""
     step = int(meter['bad'])
@@ -324,39 +288,6 @@ def stop_if_bad(meter, args, n, rank, world, path):
     raise BadInput(f'step {step}: the gradient is not finite; loss not finite for {made}; '
                    f'stopped, {saved}; go on by the same command with a lower --lr (it was '
                    f'{args.lr:g})' + ', or --no-bf16' * args.bf16)
-
-
-def progress(args, step, meter, images, rate, device):
-    """One line for people, and the dict that log.jsonl keeps. images: seen in all; rate: a second;
-    sums (bins, 2): loss and count."""
-    total, count = meter['sums'].sum(0).tolist()
-    peak, peak_step, memory = float(meter['peak']), int(meter['peak_step']), peak_memory(device)
-    left = int((args.steps - step) * args.batch_size / rate)
-    by_z = [round(a / n, 5) if n else None for a, n in meter['sums'].tolist()]
-    lr = args.lr * min(step / max(args.warmup, 1), 1)
-    spike = f'  spike {peak:.4g} at step {peak_step}' if peak > 5 * total / count else ''
-    print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
-          f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  '
-          + (f'{memory:.1f} GB  ' if memory else '') + 'loss by z '
-          + ' '.join('-' if v is None else f'{v:.3g}' for v in by_z) + spike, flush=True)
-    return dict(step=step, images=images, loss=total / count, lr=lr,
-                img_per_s=rate, memory_gb=memory, loss_by_z=by_z, z_bins=meter['edges'].tolist(),
-                peak=peak, peak_step=peak_step)
-
-
-def heard(signals, step, device, world):
-    """What the signals since the last call ask for: '', 'save' (SIGUSR1) or 'leave' (after saving).
-    Ranks hear them at different steps, so several agree on every 10th."""
-    if world > 1 and step % 10:
-        return ''
-    leave = any(number != getattr(signal, 'SIGUSR1', None) for number in signals)
-    wish = 2 if leave else 1 if signals else 0
-    if world > 1:
-        wishes = torch.tensor(wish, device=device)
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        wish = int(wishes)
-    signals.clear()
-    return ('', 'save', 'leave')[wish]
 
 
 # ---------------------------------------------------------------- the run
