@@ -15,14 +15,13 @@ Each says where to train, perturb(), on what, target(), and how its errors count
 """
 import math
 import os
-import time
 import types
 
 import numpy as np
 import torch
 
 import pfgm
-from launch import BadInput, fingerprint, step_seed, wait, write
+from launch import BadInput, fingerprint, step_seed, wait, watch, write
 
 SHARD = 1000  # pairs a file
 PAIR_NFE = 40  # calls of the teacher for each, by unipc
@@ -330,6 +329,15 @@ class Flow(types.SimpleNamespace):
                            'diverged: give another one, or train it again with a lower --lr')
         return x, nfe * (1 + twice)
 
+    def images(self, indices, batch_size, device, rank=0, starts=None):
+        """Yield (indices, x, nfe) of a list of indices, a batch at a time, with progress. starts
+        (n, C, H, W) replaces the prior's draws."""
+        nfe, batches = 0, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
+        for batch in watch(batches, len(indices), lambda: f'{self.solver} nfe {nfe}', rank):
+            x = self.prior(batch) if starts is None else starts[batch]
+            x, nfe = self.follow(x, device, batch)
+            yield batch, x, nfe
+
 
 # ---------------------------------------------------------------- reflow and distillation
 
@@ -364,16 +372,18 @@ def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
     the same seed, are kept; the others are shared out among the processes."""
     folder, shape = os.path.join(args.out_dir, 'pairs'), (args.channels, *[args.image_size] * 2)
     mark = fingerprint(net.state_dict().values(), args.seed)
-    shapes = [(min(SHARD, args.pairs - first), 2, *shape) for first in range(0, args.pairs, SHARD)]
-    paths = [os.path.join(folder, f'{mark:08x}-{k:05d}.npy') for k in range(len(shapes))]
-    todo = [k for k in range(rank, len(paths), world) if read_shard(paths[k], shapes[k]) is None]
-    z_last, clock, done = pfgm.last_plane(z_min, PAIR_NFE, math.inf), time.time(), 0
-    for k in todo:
+    shards = [range(args.pairs)[first:first + SHARD] for first in range(0, args.pairs, SHARD)]
+    paths = {shard: os.path.join(folder, f'{mark:08x}-{k:05d}.npy')
+             for k, shard in enumerate(shards)}
+    todo = [shard for shard in shards[rank::world]
+            if read_shard(paths[shard], (len(shard), 2, *shape)) is None]
+    z_last = pfgm.last_plane(z_min, PAIR_NFE, math.inf)
+    for shard in watch(todo, sum(map(len, todo)), 'pairs', rank):
         os.makedirs(folder, exist_ok=True)
-        generator = torch.Generator().manual_seed(step_seed(args.seed, 2 ** 34 + k))
-        eps, ends = torch.randn(shapes[k][0], *shape, generator=generator), []
-        numbers = torch.arange(len(eps)) + k * SHARD
-        for part, number in zip(eps.split(args.batch_size), numbers.split(args.batch_size)):
+        generator = torch.Generator().manual_seed(
+            step_seed(args.seed, 2 ** 34 + shard.start // SHARD))
+        eps, ends = torch.randn(len(shard), *shape, generator=generator), []
+        for part, number in zip(*(t.split(args.batch_size) for t in (eps, torch.tensor(shard)))):
             labels = number.to(device) % args.classes if args.classes else None
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 x, _ = pfgm.sample_ode(net, z_max * part.to(device), z_max, z_last, 'unipc',
@@ -384,18 +394,12 @@ def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
         if not pairs.isfinite().all():
             raise BadInput(f'--{"reflow" if args.reflow else "distill"} '
                            f'{args.reflow or args.distill}: it makes images that are not finite')
-        write('--out_dir', paths[k], lambda file: np.save(file, pairs.numpy()))
-        done += len(eps)
-        if rank == 0:
-            rate = done / (time.time() - clock)
-            left = int((sum(shapes[k][0] for k in todo) - done) / rate)
-            print(f'pairs: {min(done * world, args.pairs)}/{args.pairs}  {rate * world:.1f} img/s'
-                  f'  {left // 60}:{left % 60:02d} left', flush=True)
+        write('--out_dir', paths[shard], lambda file: np.save(file, pairs.numpy()))
     wait()
-    shards = [read_shard(path, shape) for path, shape in zip(paths, shapes)]
-    if any(shard is None for shard in shards):
+    made = [read_shard(path, (len(shard), 2, *shape)) for shard, path in paths.items()]
+    if any(shard is None for shard in made):
         raise BadInput(f'--out_dir {args.out_dir}: every process must see the same folder')
-    return Pairs(shards)
+    return Pairs(made)
 
 
 @torch.no_grad()
@@ -414,10 +418,10 @@ def straightness(net, x, labels=None, steps=50):
     return error / whole.square().sum(1)
 
 
-def pairs_of_teacher(net, args, start, device, rank, world):
+def pairs_of_teacher(net, args, step, device, rank, world):
     """The Pairs to train on, made by the teacher; and a line on how straight its own lines are."""
     pairs = make_pairs(net, args.z_max, args.z_min, args, device, rank, world)
-    if rank == 0 and start == 0:
+    if rank == 0 and step == 0:
         labels = torch.arange(64, device=device) % args.classes if args.classes else None
         start = net.high * torch.randn(64, args.channels, args.image_size, args.image_size,
                                        generator=torch.Generator().manual_seed(args.seed))

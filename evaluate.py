@@ -153,18 +153,17 @@ def check_counts(asked, n, n_ref):
 def generated(flow, n, args, place, calls):
     """This rank's share of n samples, uint8; what each batch spent is appended to calls."""
     device, rank, world = place
-    for indices in torch.tensor(share(n, rank, world)).split(args.batch_size):
-        indices = indices.tolist()
-        x, nfe = flow.follow(flow.prior(indices), device, indices)
+    for _, x, nfe in flow.images(list(share(n, rank, world)), args.batch_size, device, rank):
         calls.append(nfe)
         yield datasets.to_uint8(x)
 
 
-def stored(images, n, args, place):
+def stored(images, n, args, place, label):
     """This rank's share of n evenly spaced images of a data set, uint8."""
     device, rank, world = place
     indices = torch.tensor(share(n, rank, world)) * len(images) // n
-    return datasets.batches(images, indices.split(args.batch_size), device, workers=4)
+    batches = datasets.batches(images, indices.split(args.batch_size), device, workers=4)
+    return watch(batches, len(indices), label, rank)
 
 
 def pick(images, n, seed):
@@ -440,9 +439,8 @@ def compared_with(args, wanted, train, n, size, channels, place):
         inception, weight = bench.load_inception(args.inception, device, rank)
     if wanted & {'fid', 'kid', 'prc'} and not stats:
         keep = {'features'} if wanted & {'kid', 'prc'} else set()
-        stats = collect(
-            watch(stored(train, len(train), args, place), len(share(len(train), rank, world)),
-                  train.name, rank), len(train), inception, args.resize, keep, place)
+        stats = collect(stored(train, len(train), args, place, train.name), len(train), inception,
+                        args.resize, keep, place)
     if args.save_stats and rank == 0:
         write('--save_stats', args.save_stats, lambda file: np.savez(
             file, mu=stats.mu.numpy(), sigma=stats.sigma.numpy(), n=stats.n, convention=convention))
@@ -473,9 +471,9 @@ def evaluate(args, asked, name, flow, source, n, ref, place):
         clock, calls = time.time(), []
         if flow:
             flow.solver, flow.nfe = solver, nfe or 100
-        batches = generated(flow, n, args, place, calls) if flow else stored(source, n, args, place)
-        made = collect(watch(batches, len(share(n, rank, world)), 'samples', rank), n,
-                       ref.inception, args.resize, keep, place)
+        batches = (generated(flow, n, args, place, calls) if flow else
+                   stored(source, n, args, place, 'samples'))
+        made = collect(batches, n, ref.inception, args.resize, keep, place)
         if rank > 0:
             continue
         seconds = time.time() - clock

@@ -321,7 +321,8 @@ def heard(signals, step, device, world):
 # ---------------------------------------------------------------- progress
 
 def watch(batches, count, label, rank):
-    """The same batches, with a line every few seconds that says how long the rest will take."""
+    """The same batches, with a line every few seconds that says how long the rest will take. label:
+    a string, or a function that returns one."""
     start, said, done = time.time(), time.time(), 0
     for batch in batches:
         yield batch
@@ -329,7 +330,8 @@ def watch(batches, count, label, rank):
         now = time.time()
         if rank == 0 and (now - said > 5 or done == count):
             said, left = now, int((now - start) / done * (count - done))
-            print(f'{label}: {done}/{count}  {done / (now - start):.1f} img/s  '
+            print(f'{label() if callable(label) else label}: {done}/{count}  '
+                  f'{done / (now - start):.1f} img/s  '
                   f'{left // 60}:{left % 60:02d} left', flush=True)
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -40,23 +39,6 @@ def parse_args(argv=None):
     kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
     kind.add_argument('--field_lines', action='store_true', help='the figure: a heart of charges')
     return p.parse_args(argv)
-
-
-def generate(flow, indices, args, place, starts=None):
-    """Yield (indices, uint8 images on the CPU) of a list of indices, a batch at a time, with
-    progress. `starts` (n, C, H, W) replaces the prior's draws."""
-    device, rank, _ = place
-    clock = time.time()
-    for first in range(0, len(indices), args.batch_size):
-        batch = indices[first:first + args.batch_size]
-        x = flow.prior(batch) if starts is None else starts[batch]
-        x, nfe = flow.follow(x, device, batch)
-        if rank == 0:
-            done, seconds = first + len(batch), time.time() - clock
-            left = int(seconds / done * (len(indices) - done))
-            print(f'{done}/{len(indices)} images  {flow.solver} nfe {nfe}  '
-                  f'{done / seconds:.2f} img/s  {left // 60}:{left % 60:02d} left', flush=True)
-        yield batch, datasets.to_uint8(x).cpu()
 
 
 def special_starts(args, flow):
@@ -245,7 +227,7 @@ def compare_with(images, folder, n):
 def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
-    _, rank, world = place
+    device, rank, world = place
     special = special_starts(args, flow) if args.interpolate or args.rescale else None
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
@@ -262,7 +244,9 @@ def make_images(flow, images, args, place):
     wait()  # all have looked before any adds to them
     with ThreadPoolExecutor(4) as pool:  # files are written while the next batch is sampled
         saves = []
-        for indices, pixels in generate(flow, missing[rank::world], args, place, special):
+        for indices, x, _ in flow.images(missing[rank::world], args.batch_size, device, rank,
+                                         special):
+            pixels = datasets.to_uint8(x).cpu()
             saves += [pool.submit(save_png, folder, *pair) for pair in zip(indices, pixels)]
             while saves and saves[0].done():
                 saves.pop(0).result()  # a disk that is full ends the run here
