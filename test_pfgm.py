@@ -1359,9 +1359,14 @@ def test_bad_sampling_flags(trained, tmp_path, monkeypatch, flags, message):
     assert os.listdir(tmp_path) == []
 
 
+PAGES = 'README.md', 'RESULTS.md'
+LINK = r'\[`(\w+)`\]\((\w+\.py)#L(\d+)\)'
+
+
 def readme_commands():
-    """The commands of the README's shell blocks and sentences, in order, loops written out."""
-    text = (HERE / 'README.md').read_text()
+    """The commands of the README's shell blocks and sentences, then those of RESULTS.md, in order,
+    loops written out."""
+    text = '\n'.join((HERE / page).read_text() for page in PAGES)
     blocks = re.findall(r'```sh\n(.*?)```|`((?:python|torchrun) [^`]*\.py [^`]*)`', text, re.S)
     script = re.sub(r' *#.*', '', '\n'.join(map(''.join, blocks))).replace('\\\n', ' ')
     script = re.sub(r'(\S*)\{(\S*)\}(\S*)', lambda word: ' '.join(
@@ -1451,13 +1456,116 @@ def test_readme_commands_in_their_order(newcomer, count):
 
 
 def test_readme_links_point_at_their_functions():
-    text = (HERE / 'README.md').read_text()
-    links = re.findall(r'\[`(\w+)`\]\((\w+\.py)#L(\d+)\)', text)
+    texts = {page: (HERE / page).read_text() for page in PAGES}
+    heads = {f'{page}#' + re.sub(r'[^\w -]', '', head).lower().replace(' ', '-')
+             for page, text in texts.items() for head in re.findall(r'^##+ (.*)', text, re.M)}
+    links = re.findall(LINK, '\n'.join(texts.values()))
     for name, file, line in links:
         found = (HERE / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf'(def|class) {name}\b', found), (name, file, line)
-    assert len(links) > 10
-    assert all((HERE / file).is_file() for file in re.findall(r'!\[[^]]*\]\(([^)]*)\)', text))
+        assert re.match(rf'(def|class) {name}\b|{name} = ', found), (name, file, line)
+    assert len(links) > 10 and len(texts['README.md'].splitlines()) <= 250
+    for target in re.findall(r'\]\(([^)]*)\)', '\n'.join(texts.values())):
+        file, _, place = target.partition('#')
+        assert target.startswith('https://') or (HERE / file).is_file(), target
+        assert not (file.endswith('.md') and place) or target in heads, target
+
+
+FORK = [  # (what the README links to, what to find from there on, what a fork puts in its place)
+    ('SETS', r'\{', """{'kmnist': (28, 1, False, 'KMNIST', ''), 'ramps': (16, 1, False, '', ''),"""),
+    ('find', r"    if dataset == 'glyphs'", r"""    if dataset == 'ramps':
+        return None, np.arange(40 * 256).reshape(40, 16, 16).astype(np.uint8), None, None
+\g<0>"""),
+    ('UNet', r'class UNet.*?(?=^\S|\Z)', """class UNet(nn.Module):
+    def __init__(self, channels, **more):
+        super().__init__()
+        self.conv = conv(channels + 1, channels + 1, scale=0)
+
+    def forward(self, x, z, labels=None):
+        h = self.conv(torch.cat([x, z.view(-1, 1, 1, 1).expand_as(x[:, :1])], 1))
+        return h[:, :-1], h[:, -1].mean((1, 2))
+"""),
+    ('PFGM', r'def target.*?\n', r"""\g<0>        return torch.ones_like(moved), 0 * z
+"""),
+    ('METHODS', r'\n', """
+
+
+class Weightless(Denoiser):
+    def weight(self, x, z):
+        return torch.zeros_like(z)
+
+
+class Cosine(VP):
+    t_train, t_sample, t_max = 1e-3, 1e-3, 0.99
+
+    def z_of(self, t):
+        return torch.tan(math.pi / 2 * t)
+
+    def t_of(self, z):
+        return torch.atan(z) * 2 / math.pi
+
+
+METHODS.update(weightless=Weightless, cosine=Cosine)
+"""),
+    ('SOLVERS', r'\n', """
+
+
+def euler_log(f, x, grid, calls, callback=None):
+    for z, z_next in zip(grid[:-1], grid[1:]):
+        x = x + column((z_next / z).log(), x) * f(x, like(z, x))
+    return x
+
+
+SOLVERS['euler_log'] = euler_log
+"""),
+    ('METRICS', r'\{', "{'brightness': 'mean of the pixels',"),
+    ('measure', r'    return found', r"""    if 'brightness' in asked:
+        say(against, brightness=made.pixels.double().mean().item())
+\g<0>"""),
+    ('evaluate', r"'neighbours'\}", "'neighbours', 'brightness'}"),
+    ('PRESETS', r"    'glyphs':", r"""    'ramps': (8, S[:2], 1, (8,), 0, 8, 'all', 2e-3, 100, .995, 2, 0, 'sum'),
+\g<0>"""),
+]
+
+
+def test_readme_fork_it(tmp_path):
+    """What the README says to edit, edited in a copy of the scripts, works together."""
+    section = (HERE / 'README.md').read_text().partition('## Fork it')[2].partition('\n## ')[0]
+    lines = {name: (file, int(line) - 1) for name, file, line in re.findall(LINK, section)}
+    for path in HERE.glob('*.py'):
+        shutil.copy(path, tmp_path)
+    for name, pattern, new in sorted(FORK, key=lambda edit: -lines[edit[0]][1]):  # from below
+        file, line = lines[name]
+        text = (tmp_path / file).read_text().splitlines(keepends=True)
+        tail, count = re.subn(pattern, new, ''.join(text[line:]), count=1, flags=re.S | re.M)
+        assert count == 1, name
+        (tmp_path / file).write_text(''.join(text[:line]) + tail)
+    (tmp_path / 'fork.py').write_text("""import torchvision, torch, evaluate, sample, train
+class KMNIST:
+    def __init__(self, root, train, download):
+        self.data = torch.arange(40 * 784).view(40, 28, 28).byte()
+        self.targets, self.classes = [0] * 40, ['a']
+torchvision.datasets.KMNIST = KMNIST
+def script(module, words):
+    module.main(module.parse_args([*words.split(), '--device', 'cpu', '--no-bf16']))
+script(train, '--dataset kmnist --steps 1 --out_dir pfgm')
+for method in ('weightless', 'cosine'):
+    script(train, f'--dataset ramps --method {method} --out_dir {method}')
+how = '--ckpt cosine/ckpt.pt --solver euler_log --nfe 5 --n 4'
+script(sample, f'{how} --out images')
+script(evaluate, f'{how} --brightness')
+""")
+    ran = subprocess.run([sys.executable, 'fork.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    saved = torch.load(tmp_path / 'cosine' / 'ckpt.pt', weights_only=True)
+    assert saved['net'].keys() == {'conv.weight', 'conv.bias'} and saved['step'] == 2
+    close(saved['args']['z_max'], math.tan(0.99 * math.pi / 2), rtol=1e-12)
+    # the network begins as 0: half of |v_x|^2 is left, and of an error without weight nothing
+    close(losses(tmp_path / 'pfgm')[0], 784 / 2, rtol=1e-3)
+    assert losses(tmp_path / 'weightless') == [0.0]
+    found = json.loads((tmp_path / 'cosine' / 'results.jsonl').read_text())
+    images = [np.array(Image.open(path)) for path in sorted((tmp_path / 'images').glob('*.png'))]
+    assert found['solver'] == 'euler_log' and found['nfe'] == 5 and len(images) == 4
+    close(found['brightness'], np.mean(images), rtol=1e-12)
 
 
 @golden
