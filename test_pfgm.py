@@ -1471,7 +1471,8 @@ def test_readme_links_point_at_their_functions():
 
 
 FORK = [  # (what the README links to, what to find from there on, what a fork puts in its place)
-    ('SETS', r'\{', """{'kmnist': (28, 1, False, 'KMNIST', ''), 'ramps': (16, 1, False, '', ''),"""),
+    ('SETS', r'\{', """{'ramps': (16, 1, False, '', ''),
+    'kmnist': (28, 1, False, 'KMNIST', ''),"""),
     ('find', r"    if dataset == 'glyphs'", r"""    if dataset == 'ramps':
         return None, np.arange(40 * 256).reshape(40, 16, 16).astype(np.uint8), None, None
 \g<0>"""),
@@ -1522,8 +1523,7 @@ SOLVERS['euler_log'] = euler_log
         say(against, brightness=made.pixels.double().mean().item())
 \g<0>"""),
     ('evaluate', r"'neighbours'\}", "'neighbours', 'brightness'}"),
-    ('PRESETS', r"    'glyphs':", r"""    'ramps': (8, S[:2], 1, (8,), 0, 8, 'all', 2e-3, 100, .995, 2, 0, 'sum'),
-\g<0>"""),
+    ('PRESETS', r"    'glyphs':(.*?)'sum'(.*?\n)", r"""\g<0>    'ramps':\g<1>'mean'\g<2>"""),
 ]
 
 
@@ -1549,7 +1549,7 @@ def script(module, words):
     module.main(module.parse_args([*words.split(), '--device', 'cpu', '--no-bf16']))
 script(train, '--dataset kmnist --steps 1 --out_dir pfgm')
 for method in ('weightless', 'cosine'):
-    script(train, f'--dataset ramps --method {method} --out_dir {method}')
+    script(train, f'--dataset ramps --method {method} --steps 2 --log_every 1 --out_dir {method}')
 how = '--ckpt cosine/ckpt.pt --solver euler_log --nfe 5 --n 4'
 script(sample, f'{how} --out images')
 script(evaluate, f'{how} --brightness')
@@ -1557,11 +1557,11 @@ script(evaluate, f'{how} --brightness')
     ran = subprocess.run([sys.executable, 'fork.py'], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     saved = torch.load(tmp_path / 'cosine' / 'ckpt.pt', weights_only=True)
-    assert saved['net'].keys() == {'conv.weight', 'conv.bias'} and saved['step'] == 2
+    assert saved['net'].keys() == {'conv.weight', 'conv.bias'} and saved['args']['loss'] == 'mean'
     close(saved['args']['z_max'], math.tan(0.99 * math.pi / 2), rtol=1e-12)
     # the network begins as 0: half of |v_x|^2 is left, and of an error without weight nothing
     close(losses(tmp_path / 'pfgm')[0], 784 / 2, rtol=1e-3)
-    assert losses(tmp_path / 'weightless') == [0.0]
+    assert losses(tmp_path / 'weightless') == [0.0, 0.0]
     found = json.loads((tmp_path / 'cosine' / 'results.jsonl').read_text())
     images = [np.array(Image.open(path)) for path in sorted((tmp_path / 'images').glob('*.png'))]
     assert found['solver'] == 'euler_log' and found['nfe'] == 5 and len(images) == 4
