@@ -197,6 +197,7 @@ class RectifiedFlow(VP):
         return t, 1 - t, t, self.scale * t
 
 
+DIVERGED = 'it has diverged: give another one, or train it again with a lower --lr'
 METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=RectifiedFlow)
 
 
@@ -326,10 +327,10 @@ class Flow(types.SimpleNamespace):
                     schedule_name='log' if up else self.net.planes if self.schedule == 'time'
                     else self.schedule, to_data=to_data and not up, callback=callback)
         except pfgm.SolverError as error:
-            raise BadInput(f'--tol {self.tol}: {error}; try a larger one, or --nfe 100') from error
+            raise BadInput(f'--ckpt: {error}; {DIVERGED}' if 'NaN' in str(error) else f'--tol '
+                           f'{self.tol}: {error}; try a larger one, or --nfe 100') from error
         if not x.isfinite().all():
-            raise BadInput('--ckpt: the network leads to images that are not finite; it has '
-                           'diverged: give another one, or train it again with a lower --lr')
+            raise BadInput(f'--ckpt: the network leads to images that are not finite; {DIVERGED}')
         return x, nfe * (1 + twice)
 
 

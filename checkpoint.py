@@ -85,7 +85,8 @@ def read_checkpoint(path):
     """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU; of
     ema, step, args where it was pruned. Raises BadInput as load_checkpoint does."""
     if not os.path.isfile(path):
-        raise BadInput(f'--ckpt {path}: no such file; make one with: python train.py')
+        missing = 'no such file' if not os.path.lexists(path) else 'not a file'
+        raise BadInput(f'--ckpt {path}: {missing}; make one with: python train.py')
     float64, scalar = np.dtype(np.float64), np.float64().__reduce__()[0]
     numpy_numbers = [np.dtype, type(float64), (codecs.encode, '_codecs.encode'),  # the official lr
                      (scalar, 'numpy.core.multiarray.scalar'),
@@ -106,6 +107,8 @@ def read_checkpoint(path):
         check_contents(saved)
     except BadInput:
         raise
+    except PermissionError as error:
+        raise BadInput(f'--ckpt {path}: may not be read ({error.strerror})') from error
     except Exception as error:  # a damaged or hostile file can fail in any way, none of them ours
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:150]
         raise BadInput(f'--ckpt {path}: damaged, or not a checkpoint of tensors and numbers '
@@ -251,24 +254,68 @@ def convert_official(saved, path):
 
 # ---------------------------------------------------------------- the folder of a run
 
-def complete(path):
-    """The checkpoint at path, if training can go on from it."""
-    saved = read_checkpoint(path)
+def in_folder(path):
+    """An argparse type: the ckpt.pt of a folder, else the path itself."""
+    return os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
+
+
+def read_given(flag, path):
+    """read_checkpoint(path), whose complaints name the flag that gave the path."""
+    try:
+        return read_checkpoint(path)
+    except BadInput as error:
+        raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
+
+
+def complete(flag, path):
+    """The same, if training can go on from it."""
+    saved = read_given(flag, path)
     if not {'net', 'opt'} <= saved.keys():
-        raise BadInput(f'{path} holds the EMA only; training needs the whole checkpoint')
+        raise BadInput(f'{flag} {path}: holds the EMA only; training needs the whole checkpoint')
     return saved
+
+
+def check_data(args, old, where, mend):
+    """BadInput unless args.dataset has the images that a run was made with: as many, of the same
+    names and labels. Files that do not tell must have the same path."""
+    paths = [str(p) if str(p) in datasets.SETS else os.path.realpath(str(p))
+             for p in (args.dataset, old.get('dataset'))]
+    known = old.get('data') if paths[0] not in datasets.SETS else None
+    if paths[0] == paths[1] if known is None else known == args.data:
+        return
+    classes = [', '.join(map(str, names)) for names in (old.get('class_names'), args.class_names)
+               if names]
+    differ = (f'classes {" there, ".join(classes)} here' if len({*classes}) > 1 else
+              f'{known[0]} images there, {args.data[0]} here' if known and
+              known[:1] != args.data[:1] else 'other names of the images, or other labels')
+    raise BadInput(f'{where} {old.get("dataset")}, not on {args.dataset}'
+                   + f' ({differ})' * (known is not None) + f'; {mend}')
+
+
+def for_classes(saved, count):
+    """A checkpoint for another number of classes, or others: step 0, no optimizer, and a new label
+    layer of zeros, with which the network begins as what it was without a label."""
+    parts = {}
+    for part in ('net', 'ema'):
+        state = parts[part] = dict(saved[part])
+        bias = state.pop('label.bias', torch.zeros_like(state['embed.0.bias']))
+        state.pop('label.weight', None)
+        if count:
+            state.update({'label.weight': torch.zeros(len(bias), count), 'label.bias': bias})
+        else:
+            state['embed.0.bias'] = state['embed.0.bias'] + bias
+    return dict(parts, step=0, args=saved['args'])
 
 
 def taught(args):
     """What --reflow and --distill start from: the teacher's EMA, at step 0."""
     flag, path = ('reflow', args.reflow) if args.reflow else ('distill', args.distill)
-    saved = read_checkpoint(path)
-    method, dataset = saved['args']['method'], saved['args'].get('dataset')
+    saved = read_given(f'--{flag}', path)
+    method = saved['args']['method']
     if method != 'rf':
         raise BadInput(f'--{flag} {path}: made by --method {method}; give a checkpoint of rf')
-    if dataset != args.dataset:
-        raise BadInput(f'--dataset {args.dataset}: --{flag} {path} was trained on {dataset}; give '
-                       f'--dataset {dataset}')
+    check_data(args, saved['args'], f'--dataset {args.dataset}: --{flag} {path} was trained on',
+               f'give --dataset {saved["args"].get("dataset")}')
     net = {k: v.clone() for k, v in saved['ema'].items()}
     return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
 
@@ -300,16 +347,14 @@ def open_run(args):
     paths = [path for path in (newest, *older) if os.path.exists(path)]
     for path, following in zip(paths, [*paths[1:], None]):
         try:
-            saved = complete(path)
+            saved = complete('--out_dir', path)
         except BadInput as error:
             if following is None:
                 raise
             print(f'{error}; going back to {following}', file=sys.stderr)
             continue
-        if saved['args'].get('dataset') != args.dataset:
-            raise BadInput(f'--out_dir {args.out_dir}: holds a run on '
-                           f'{saved["args"].get("dataset")}, not on {args.dataset}; '
-                           'give another --out_dir')
+        check_data(args, saved['args'], f'--out_dir {args.out_dir}: holds a run on',
+                   f'give another --out_dir, with --init_from {path} to go on from its network')
         return saved, True
     kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
     kept = [name for name in kept if not any(glob.glob(  # folders of other runs may be in it
@@ -320,7 +365,7 @@ def open_run(args):
                        'give another --out_dir')
     if args.reflow or args.distill:
         return taught(args), False
-    return (complete(args.init_from), False) if args.init_from else (None, False)
+    return (complete('--init_from', args.init_from) if args.init_from else None), False
 
 
 def keep_older(path, step, keep):
@@ -368,12 +413,13 @@ def place_for(args):
 
 
 def class_list(text):
-    return [] if text == 'none' else [above(-1, int)(part) for part in text.split(',')]
+    return [] if text == 'none' else text.split(',')
 
 
 def flow_flags(p):
     """The flags that say which flow to follow and how, shared with evaluate.py."""
-    p.add_argument('--ckpt', default='out/ckpt.pt', help='ours or an official one')
+    p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or an official one, '
+                   'or the folder of a run')
     p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
     p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
     p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
@@ -397,7 +443,8 @@ def flow_flags(p):
                    'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
                    'for official checkpoints)')
     p.add_argument('--classes', type=class_list, default=None, metavar='0,7,...', help='labels of '
-                   'the images, in turn, or none (default: all, of a network trained with them)')
+                   'the images or their names (cat,dog), in turn, or none (default: all, of a '
+                   'network trained with them)')
     p.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0, help='classifier-free; '
                    'other than 1 it takes two calls for each (default: 1)')
     p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
@@ -439,8 +486,9 @@ def load_flow(args, device):
             saved = {**saved, **datasets.flow_constants(None, name)}
         flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
         flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
-        flow.update(known=saved['classes'], method=saved['method'], step=saved['step'],
-                    weights=args.weights, student=bool(saved.get('distill')))
+        flow.update(known=saved['classes'], class_names=saved.get('class_names'),
+                    method=saved['method'], step=saved['step'], weights=args.weights,
+                    student=bool(saved.get('distill')))
     official = saved.get('official', False)
     nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
     solver = args.solver or ('rk45' if not nfe else 'heun' if official else 'unipc')
@@ -458,8 +506,10 @@ def load_flow(args, device):
 
 def check_flow(args, flow):
     """The flags that this flow does not take; and its classes as a list."""
-    known, wanted = flow.known, args.classes
-    wanted = list(range(known)) if wanted is None else wanted
+    known, names = flow.known, getattr(flow, 'class_names', None) or []
+    wanted = [*range(known)] if args.classes is None else [
+        names.index(word) if word in names else int(word) if word.isdecimal() and
+        not any(map(str.isdecimal, names)) else known for word in args.classes]  # known: is none
     for wrong, message in (
         (args.schedule == 'time' and not hasattr(flow.net, 'planes'), '--schedule time: only vp, '
          f'subvp, ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
@@ -474,9 +524,14 @@ def check_flow(args, flow):
         (args.compile and args.exact, '--compile: --exact has no network; leave it out'),
         (args.guidance != 1 and not known, f'--guidance {args.guidance}: the network knows no '
          'classes; leave it out, or train with --classes'),
-        (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network '
+        (max(wanted, default=-1) >= known, f'--classes {",".join(args.classes or ())}: the network '
          'knows '
-         + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
+         + (f'0 to {known - 1}' * (names == [] or not any(map(str.isdecimal, names)))
+            + f' {", ".join(names)}' if known else
+            'none; leave it out, or train with --classes')),
+        (args.tol < (1e-12 if args.exact else 1e-7), f'--tol {args.tol}: finer than the float'
+         + ('64, in which this field is computed, ' if args.exact else '32 of a network ')
+         + 'can tell; give ' + ('1e-12' if args.exact else '1e-7') + ' or more'),
     ):
         if wrong:
             raise BadInput(message)
@@ -487,7 +542,8 @@ def check_flow(args, flow):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
-    p.add_argument('ckpt', nargs='+', help='checkpoints of one architecture, ours or official')
+    p.add_argument('ckpt', nargs='+', type=in_folder,
+                   help='checkpoints of one architecture, ours or official')
     p.add_argument('--out', required=True, help='the file to write: ema, step, args')
     return p.parse_args(argv)
 

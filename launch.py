@@ -8,11 +8,13 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from datetime import timedelta
 
@@ -27,6 +29,12 @@ except ImportError:  # Windows
 
 SIZE_LIMIT = 1024  # pixels a side
 CLASS_LIMIT = 10_000  # classes of labels
+# Folders that are splits: train/ val/, Train/ TEST/, training_set/ test_set/, train2017/ val2017/,
+# and behind a beginning that all share seg_train/ seg_test/.
+SPLIT = re.compile('(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:'
+                   'ing)?))[-_ ]?(?:set|split|data|images|imgs)?[-_ ]?[0-9]*', re.I)
+PICTURES = 'images image imgs img jpegimages'.split()  # beside folders that are not to train on:
+ABOUT_THEM = 'labels label masks mask annotations annotation segmentations'.split()
 
 
 # ---------------------------------------------------------------- errors, files, seeds
@@ -42,6 +50,22 @@ class BadInput(ValueError):
 def step_seed(seed, step):
     """A seed of its own for each (seed, step), or (seed, index of an image)."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def image_order(n, count, seed, step):
+    """Endless indices (count,) of step, step + 1, ...: one shuffle of all n images an epoch."""
+    order, epoch, at = None, None, step * count
+    while True:
+        want = []
+        while sum(map(len, want)) < count:
+            if at // n != epoch:
+                epoch = at // n
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(
+                    step_seed(seed, 2 ** 32 + epoch)))
+            take = order[at % n:][:count - sum(map(len, want))]
+            want.append(take)
+            at += len(take)
+        yield torch.cat(want)
 
 
 def fingerprint(tensors, start=0):
@@ -65,6 +89,102 @@ def write(flag, path, save):
         why = str(error).partition('\n')[0]
         raise BadInput(f'{flag} {path}: cannot be written ({why}); {kept}; free some space or give '
                        'another, then run the same command again') from error
+
+
+def files_below(root):
+    """The files in a folder and its folders, relative to it. Links are followed, but for those that
+    lead to a folder they are in and, within what a link led to, to where the walk has been."""
+    def refuse(error):  # by default os.walk passes over a folder that it may not read
+        raise error
+    top = os.path.realpath(root)
+    above, seen = {root: ((top,), False)}, {top}  # a folder's own folders; was any a link?
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        chain, linked = above.pop(folder)
+        yield from (os.path.normpath(os.path.join(os.path.relpath(folder, root), file))
+                    for file in files)
+        names, folders[:] = folders[:], []
+        for name in names if top != '/' or chain[-1] not in ('/proc', '/sys', '/dev') else ():
+            path, real = os.path.join(folder, name), os.path.join(chain[-1], name)
+            if os.path.islink(path):
+                real = os.path.realpath(path)
+                back = any(os.path.commonpath([real, up]) == real for up in chain)
+                if back or linked and real in seen:
+                    continue
+            above[path] = (*chain, real), linked or os.path.islink(path)
+            seen.add(real)
+            folders.append(name)
+
+
+def open_entry(archive, name, limit):
+    """A zip's entry as a file, of which no read unpacks more than was asked for; or ValueError."""
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError('packed by other than deflate')  # a read of that unpacks all at once
+    if info.file_size > limit:
+        raise ValueError(f'claims to unpack to {info.file_size} bytes')
+    return archive.open(info)
+
+
+ZIP_LOCK, ZIPS = threading.Lock(), {}  # archives by (path, process): forked ones share a position
+
+
+def read_bytes(root, entry, limit):
+    """The contents of a file of a folder or .zip."""
+    if os.path.isdir(root):
+        if not os.path.isfile(os.path.join(root, entry)):  # opening a named pipe waits for ever
+            raise ValueError('not a file')
+        with open(os.path.join(root, entry), 'rb') as file:
+            return file.read()
+    with ZIP_LOCK:
+        key = root, os.getpid()
+        archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
+        file = open_entry(archive, entry, limit)
+        return b''.join(iter(lambda: file.read(1 << 20), b''))
+
+
+# ---------------------------------------------------------------- what folders mean
+
+def natural(name):
+    """A key that sorts 2 before 10."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split('([0-9]+)', name))], name
+
+
+def layout(paths):
+    """Takes the folders that are no classes out of paths, {name: its parts}: one that holds all,
+    splits, images/ beside masks/. -> (paths, {name: train, val or test} or {}, notes)."""
+    splits, notes = {}, []
+    while stay := no_classes(paths.values()):
+        depth, folders = stay
+        kept = {name: path for name, path in paths.items() if path[depth] in folders}
+        if len(kept) < len(paths):
+            first = next(name for name in paths if name not in kept)
+            notes.append(f'without {len(paths) - len(kept)} images beside '
+                         f'{", ".join(sorted(folders))} (first: {first!r})')
+        found = {name: folders[path[depth]] for name, path in kept.items()}
+        if any(found.values()):  # in train/ there may be train/ and val/
+            splits = {name: kind if splits.get(name, 'train') == 'train' else splits[name]
+                      for name, kind in found.items()}
+        paths = {name: path[:depth] + path[depth + 1:] for name, path in kept.items()}
+    return paths, splits, notes
+
+
+def no_classes(paths):
+    """(level, {folder: the split it is, or ''}) of a level of folders that are no classes, or None;
+    those that are not among them go. A class may be called train: splits are some of training
+    beside others, or all there is, on the second level only both."""
+    levels = [{path[depth] if len(path) > depth + 1 else '' for path in paths} for depth in (0, 1)]
+    for depth, folders in enumerate(levels):
+        shared = len(re.sub('[^-_. ]*$', '', os.path.commonprefix(list(folders - {''}))))
+        found = {folder: match.lastgroup for folder in folders
+                 if (match := SPLIT.fullmatch(folder[shared:]))}
+        beside = 'train' in found.values() and len({*found.values()}) > 1
+        if beside and (not depth or {*found} == folders) or not depth and found and (
+                {*found} == folders - {''}):
+            return depth, found
+    first, pictures = levels[0], [folder for folder in levels[0] if folder.lower() in PICTURES]
+    if len(pictures) == 1 and all(k.lower() in ABOUT_THEM for k in first - {*pictures}):
+        return 0, {pictures[0]: ''}
+    return None if len(first) > 1 or '' in first else (0, dict.fromkeys(first, ''))
 
 
 # ---------------------------------------------------------------- flags
@@ -217,6 +337,13 @@ def everywhere(value):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=patient())
     return values
+
+
+def gather(parts):
+    """Each rank's uint8 images, joined in rank order: every rank reads only its share from disk."""
+    whole = parts.new_empty(dist.get_world_size() * len(parts), *parts.shape[1:])
+    dist.all_gather_into_tensor(whole, parts)
+    return whole
 
 
 def agree(flag, mend, **facts):
