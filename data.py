@@ -6,6 +6,7 @@ them; a .npy or .npz of images (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or
 """
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -157,7 +158,7 @@ def list_images(root, split):
     chosen = [name for name in paths if splits.get(name, '') == served]
     base = [name for name in paths if splits.get(name, 'train') == 'train'] or chosen
     folder = {name: path[0] if len(path) > 1 else None for name, path in paths.items()}
-    shards = all(re.search(r'(^|/)[0-9]{5}/\D*[0-9]{5,}\.\w+$', name) for name in base)
+    shards = all(re.fullmatch(r'[0-9]{5}/\D*[0-9]{5,}\.\w+', '/'.join(paths[k])) for k in base)
     values = (table_values(root, tables, [parts[name] for name in chosen]) if tables else
               'folders that number the images, and no dataset.json' if shards and base else
               [folder[name] for name in chosen])
@@ -428,6 +429,8 @@ def batches(data, indices, device='cpu', workers=0):
         pin_memory=pin, worker_init_fn=deaf, collate_fn=share,
         generator=torch.Generator())  # else its seed moves the global stream
     try:
+        if workers:
+            multiprocessing.Lock()  # where this fails, the loader's own complain as they are dropped
         for batch in loader:
             yield batch.to(device, non_blocking=pin)
     except BadInput as error:  # from a worker it comes with a traceback in its message

@@ -386,6 +386,7 @@ def listen():
 
     def stop():
         signal.set_wakeup_fd(-1)
+        listen.theirs.shutdown(socket.SHUT_RDWR)  # forked readers of images hold it open
         listen.theirs.close()
         thread.join()
     AT_THE_END.callback(stop)

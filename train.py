@@ -212,18 +212,23 @@ def check_resume(args, old):
 
 
 def check_origin(args, old, flag, path):
-    """A flag that contradicts the checkpoint whose network is taken."""
+    """A flag that contradicts the checkpoint whose network is taken; is it of other classes?"""
     for key in ('method', 'image_size', 'channels', 'nf', 'ch_mult', 'num_blocks'):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
         if a != b:
             raise BadInput(f'--{key} {a}: {flag} {path} has {b}; give --{key} '
                            + (' '.join(map(str, b)) if isinstance(b, list) else str(b)))
     changed = [f'--{key} {getattr(args, key)} (it has {old[key]})'
-               for key in ('D', *OF_FLOW, *BY_DATA, 'z_min')
+               for key in ('D', *OF_FLOW, *(BY_DATA + ('z_min',) if args.D == old['D'] else ()))
                if key in old and getattr(args, key) != old[key]]
+    names = old.get('class_names') or args.class_names
+    fresh = args.classes != old['classes'] or args.class_names not in (None, names)
     if os.environ.get('RANK', '0') == '0':
-        print(f'{flag} {path}: its network, {args.method} and constants'
-              + f', but {", ".join(changed)}' * bool(changed), flush=True)
+        print(f'{flag} {path}: its network, {args.method}, D {args.D:g} and constants'
+              + f', but {", ".join(changed)}' * bool(changed)
+              + f'; for {args.classes} classes, not its {old["classes"]}, with a new label layer'
+              ' and from step 0' * fresh, flush=True)
+    return fresh
 
 
 # ---------------------------------------------------------------- the data of a step
@@ -397,14 +402,8 @@ def prepare(args, images, place):
                            'give another --out_dir')
         check_resume(args, saved['args'])
     elif saved:
-        old = saved['args']
-        check_origin(args, old, next(f'--{k}' for k in ('reflow', 'distill', 'init_from')
-                                     if getattr(args, k)), origin)
-        names = old.get('class_names') or args.class_names
-        if args.classes != old['classes'] or args.class_names not in (None, names):
-            if place[1] == 0:
-                print(f'--init_from {origin}: {old["classes"]} classes, others than these '
-                      f'{args.classes}: with a new label layer, from step 0', flush=True)
+        flag = next(k for k in ('reflow', 'distill', 'init_from') if getattr(args, k))
+        if check_origin(args, saved['args'], f'--{flag}', origin):
             saved = for_classes(saved, args.classes)
     start = saved['step'] if saved else 0
     agree(f'--out_dir {args.out_dir}', 'give all processes the same flags and data, and an '
