@@ -262,9 +262,9 @@ def ancestral(eta, noise):
 class Flow(types.SimpleNamespace):
     """A network, or an exact field, and what it takes to follow its lines; checkpoint.load_flow()
     makes one. Of its training: net, shape (C, H, W), D, z_min, z_max, upper_norm, z_exp, gamma,
-    known (how many classes), and of a checkpoint method, step, weights, student. Of sampling:
-    solver, nfe, tol, schedule, to_data, z_last, small_z, guidance, eta, classes (the labels of the
-    images, in turn), seed, bf16."""
+    known (how many classes), class_names, and of a checkpoint method, step, weights, student. Of
+    sampling: solver, nfe, tol, schedule, to_data, z_last, small_z, guidance, eta, classes (the
+    labels of the images, in turn), seed, bf16."""
 
     def prior(self, indices):
         """The starts of images `indices`, each drawn from (seed, its index) alone."""

@@ -150,6 +150,10 @@ def check_contents(saved):
         raise ValueError(f'step {step!r}')
     if args['method'] not in METHODS:
         raise ValueError(f'method {args["method"]!r}')
+    names, told = (args.get(k) or [] for k in ('class_names', 'data'))
+    if not (isinstance(told, list) and isinstance(names, list)
+            and all(isinstance(name, str) for name in names)):
+        raise ValueError(f'class_names {names!r}, data {told!r}')
     if not (args['D'] >= 1 and 0 < args['sigma_data'] < 1e9):
         raise ValueError(f'D {args["D"]!r}, sigma_data {args["sigma_data"]!r}')
     if not args.get('official'):
@@ -281,15 +285,16 @@ def check_data(args, old, where, mend):
     paths = [str(p) if str(p) in datasets.SETS else os.path.realpath(str(p))
              for p in (args.dataset, old.get('dataset'))]
     known = old.get('data') if paths[0] not in datasets.SETS else None
-    if paths[0] == paths[1] if known is None else known == args.data:
+    told = 3 if old.get('classes') else 2  # the third is of the labels
+    if paths[0] == paths[1] if known is None else known[:told] == args.data[:told]:
         return
     classes = [', '.join(map(str, names)) for names in (old.get('class_names'), args.class_names)
                if names]
     differ = (f'classes {" there, ".join(classes)} here' if len({*classes}) > 1 else
               f'{known[0]} images there, {args.data[0]} here' if known and
               known[:1] != args.data[:1] else 'other names of the images, or other labels')
-    raise BadInput(f'{where} {old.get("dataset")}, not on {args.dataset}'
-                   + f' ({differ})' * (known is not None) + f'; {mend}')
+    raise BadInput(f'--dataset {args.dataset}: {where} on {old.get("dataset")}; {mend}'
+                   + f' ({differ})' * (known is not None))
 
 
 def for_classes(saved, count):
@@ -314,7 +319,7 @@ def taught(args):
     method = saved['args']['method']
     if method != 'rf':
         raise BadInput(f'--{flag} {path}: made by --method {method}; give a checkpoint of rf')
-    check_data(args, saved['args'], f'--dataset {args.dataset}: --{flag} {path} was trained on',
+    check_data(args, saved['args'], f'--{flag} {path} was trained',
                f'give --dataset {saved["args"].get("dataset")}')
     net = {k: v.clone() for k, v in saved['ema'].items()}
     return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
@@ -353,7 +358,7 @@ def open_run(args):
                 raise
             print(f'{error}; going back to {following}', file=sys.stderr)
             continue
-        check_data(args, saved['args'], f'--out_dir {args.out_dir}: holds a run on',
+        check_data(args, saved['args'], f'--out_dir {args.out_dir} holds a run',
                    f'give another --out_dir, with --init_from {path} to go on from its network')
         return saved, True
     kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
@@ -506,7 +511,7 @@ def load_flow(args, device):
 
 def check_flow(args, flow):
     """The flags that this flow does not take; and its classes as a list."""
-    known, names = flow.known, getattr(flow, 'class_names', None) or []
+    known, names = flow.known, flow.known and getattr(flow, 'class_names', None) or []
     wanted = [*range(known)] if args.classes is None else [
         names.index(word) if word in names else int(word) if word.isdecimal() and
         not any(map(str.isdecimal, names)) else known for word in args.classes]  # known: is none

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pfgm
 from launch import (SIZE_LIMIT, BadInput, deaf, files_below, first_of_its_machine, gather,
-                    image_order, layout, natural, open_entry, read_bytes, step_seed)
+                    image_order, layout, natural, open_entry, read_bytes, reader_lost, step_seed)
 
 SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
     'glyphs':        (16, 1, False, '', ''),
@@ -92,9 +92,10 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
         raise BadInput(f'--image_size {size}: of {flag} {dataset}; accepted: 1 to {SIZE_LIMIT}')
     data = Images(dataset, *found[:4], size, channels or depth, flip, flag)
     data.unlabelled, data.as_before = found.unlabelled, found.as_before
-    told = '\n'.join(found.paths or found.source).encode(errors='surrogateescape') if (
-        found.root) else found.source[::-(-len(data) // 16)].tobytes()
-    data.identity = [len(data), zlib.crc32(told)]  # at another place the same
+    told = (found.source[::-(-len(data) // 16)].tobytes() if found.root is None else
+            '\n'.join(found.paths or found.source).encode(errors='surrogateescape'))
+    labels = b'' if found.labels is None else found.labels.tobytes()
+    data.identity = [len(data), zlib.crc32(told), zlib.crc32(labels)]  # at another place the same
     large = len(data) * data.channels * data.image_size ** 2 > MEMORY_LIMIT
     notes = [*found.notes, *(data.look_over() if large else data.decode_all())]
     if notes and dataset not in SETS and os.environ.get('RANK', '0') == '0':
@@ -142,7 +143,7 @@ def list_images(root, split):
         with zipfile.ZipFile(root) as archive:
             names, apart = archive.namelist(), r'[/\\]'  # Windows has programs that write the other
     parts = {name: [part for part in re.split(apart, name) if part not in ('', '.')]
-             for name in sorted(set(names)) if not re.search(r'(^|[/\\])(\.[^/\\]|__MACOSX)', name)}
+             for name in sorted({*names}) if not re.search(r'(^|[/\\])(\.[^/\\]|__MACOSX/)', name)}
     tables = {name: path[:-1] for name, path in parts.items() if path[-1:] == ['dataset.json']}
     parts = {name: path for name, path in parts.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
     if not parts:
@@ -160,12 +161,12 @@ def list_images(root, split):
     folder = {name: path[0] if len(path) > 1 else None for name, path in paths.items()}
     shards = all(re.fullmatch(r'[0-9]{5}/\D*[0-9]{5,}\.\w+', '/'.join(paths[k])) for k in base)
     values = (table_values(root, tables, [parts[name] for name in chosen]) if tables else
-              'folders that number the images, and no dataset.json' if shards and base else
+              'folders that number the images, and no dataset.json' if shards else
               [folder[name] for name in chosen])
     labels, classes, why = as_labels(values, chosen, [folder[name] for name in base] if not tables
                                      else [word for word in values if isinstance(word, str)])
-    plain = all(parts[k][0] == kind for k, kind in splits.items()) and {*counts} == {
-        'train', 'test'} if splits else len(paths) == len(parts)
+    plain = all(parts[k][0] == kind != 'val' for k, kind in splits.items()) if splits else (
+        len(paths) == len(parts))
     return Found(root, chosen, labels, classes, why, notes, ['/'.join(paths[k]) for k in chosen],
                  plain and classes == sorted(classes or ()))
 
@@ -275,8 +276,7 @@ def as_uint8(array):
 
 
 def probe(root, source, channels):
-    """-> (shorter side of the first readable image of 64, channels or 1 if all are grey, else 3).
-    """
+    """-> (shorter side of the first readable image, channels or 1 if all are grey, else 3)."""
     found = [read(root, source[k]) for k in sorted({k * len(source) // 64 for k in range(64)})]
     images = [image for image, _ in found if image]
     if not images:
@@ -430,7 +430,7 @@ def batches(data, indices, device='cpu', workers=0):
         generator=torch.Generator())  # else its seed moves the global stream
     try:
         if workers:
-            multiprocessing.Lock()  # where this fails, the loader's own complain as they are dropped
+            multiprocessing.Lock()  # where it cannot, the loader would say so in many lines
         for batch in loader:
             yield batch.to(device, non_blocking=pin)
     except BadInput as error:  # from a worker it comes with a traceback in its message
@@ -438,10 +438,7 @@ def batches(data, indices, device='cpu', workers=0):
     except (RuntimeError, OSError) as error:
         if not workers or not re.search('DataLoader worker|shared memory|shm|Errno', str(error)):
             raise
-        raise BadInput(f'--workers {workers}: a process that reads images has ended '
-                       f'({str(error).strip().splitlines()[-1][:150]}); where the shared memory of '
-                       'a container is small (docker run --shm-size=8g makes it larger), give '
-                       '--workers 0') from error
+        raise reader_lost(error) from error
 
 
 def share(batch):

@@ -473,7 +473,8 @@ def compared_with(args, wanted, train, n, size, channels, place):
                   + ' '.join(f'--{name}' for name in sorted(wanted - own)), flush=True)
     elif not train and wanted - {'is', 'straightness'}:
         name = args.dataset or training_set_of(args)
-        train = datasets.load(name, args.data_dir, size, channels)
+        flag = '--dataset' if args.dataset else '--dataset of --ckpt'
+        train = datasets.load(name, args.data_dir, size, channels, flag=flag)
     if wanted & {'swd', 'neighbours', 'bpd'}:
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '

@@ -47,6 +47,13 @@ class BadInput(ValueError):
         super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
 
 
+def reader_lost(error):
+    """The BadInput of a process of --workers that has ended, or cannot share what it reads."""
+    why = str(error).strip().splitlines()[-1][:150]
+    return BadInput(f'--workers: a process that reads images has ended ({why}); give --workers 0, '
+                    'or where a container has little shared memory docker run --shm-size=8g')
+
+
 def step_seed(seed, step):
     """A seed of its own for each (seed, step), or (seed, index of an image)."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
@@ -129,10 +136,12 @@ ZIP_LOCK, ZIPS = threading.Lock(), {}  # archives by (path, process): forked one
 
 
 def read_bytes(root, entry, limit):
-    """The contents of a file of a folder or .zip."""
+    """The contents, of up to limit bytes, of a file of a folder or .zip."""
     if os.path.isdir(root):
         if not os.path.isfile(os.path.join(root, entry)):  # opening a named pipe waits for ever
             raise ValueError('not a file')
+        if os.path.getsize(os.path.join(root, entry)) > limit:
+            raise ValueError(f'a file of more than {limit} bytes')
         with open(os.path.join(root, entry), 'rb') as file:
             return file.read()
     with ZIP_LOCK:
@@ -235,6 +244,9 @@ def run(main, args):
         sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
         line = str(error).splitlines()[0] if str(error) else repr(error)
+        if line.startswith('DataLoader worker'):  # a signal tells of it, whatever main is doing
+            print(reader_lost(error), file=sys.stderr, flush=True)
+            sys.exit(2)
         # TorchDynamoException, whose import takes a second
         if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             print(f'--compile: {line}; leave it out', file=sys.stderr, flush=True)

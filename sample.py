@@ -60,17 +60,15 @@ def generate(flow, indices, args, place, starts=None):
         yield batch, datasets.to_uint8(x).cpu()
 
 
-def special_starts(args, flow, device):
-    """Starts of --interpolate and --rescale: rows of 8 images."""
-    rows = max(args.n // 8, 1)
-    x = flow.prior(range(2 * rows))
-    if args.interpolate:
-        x = flow.follow(ends_of(args, flow), device, (0, 0), up=True)[0].cpu()
-    norm = x.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    x = x.double() / norm
+def special_starts(args, flow, latents=None):
+    """Starts of --interpolate and --rescale: rows of 8 images. latents (2, C, H, W): of the images
+    that --interpolate goes between."""
+    x = (flow.prior(range(2 * max(args.n // 8, 1))) if latents is None else latents).double()
+    norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x = x / norm
     a, b = x[0::2, None], x[1::2, None]                         # (rows, 1, C, H, W), unit length
     t = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1, 1)
-    if args.interpolate:
+    if latents is not None:
         norm = torch.lerp(norm[:1, None], norm[1:, None], t)
     else:  # a prior that is not clipped: |z_max eps / sqrt(chi2_D)| at the mean of chi2_D
         norm = flow.upper_norm or flow.z_max * math.sqrt(a[0].numel()) / pfgm.unit(flow.D)
@@ -80,14 +78,6 @@ def special_starts(args, flow, device):
         w = (a * b).sum((2, 3, 4), keepdim=True).acos()
         x = norm * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
     return x.flatten(0, 1).float()
-
-
-def ends_of(args, flow):
-    """The two images of --interpolate, (2, C, H, W) in [-1, 1]."""
-    C, size, _ = flow.shape
-    ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
-            for path in args.interpolate]
-    return datasets.to_float(torch.stack(ends))
 
 
 def write_flow_gif(flow, args, device):
@@ -260,13 +250,20 @@ def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
     _, rank, world = place
-    rows = args.interpolate is not None or args.rescale
-    special = special_starts(args, flow, place[0]) if rows else None
+    special, ends = None, []
+    if args.interpolate:
+        C, size, _ = flow.shape
+        ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
+                for path in args.interpolate]
+        latents, _ = flow.follow(datasets.to_float(torch.stack(ends)), place[0], (0, 0), up=True)
+        special = special_starts(args, flow, latents.cpu())
+    elif args.interpolate is not None or args.rescale:
+        special = special_starts(args, flow)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
     made_by = json.dumps({**vars(flow), 'net': f'{fingerprint(tensors):08x}', 'rows': (
-        'rescale' if args.rescale else [f'{fingerprint([ends_of(args, flow)]):08x}']
-        if args.interpolate else 'interpolate' if rows else None)})
+        None if special is None else 'rescale' if args.rescale else
+        ' '.join(['interpolate'] + [f'{fingerprint([end]):08x}' for end in ends]))})
     single = args.out.endswith(KINDS)
     folder = f'{args.out}.{zlib.crc32(made_by.encode()):08x}' if single else args.out
     if rank == 0:

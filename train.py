@@ -132,6 +132,21 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+def count_classes(args, images):
+    """How many classes --classes trains on, 0 without it."""
+    if args.classes and images.labels is None:
+        raise BadInput(f'--classes: {images.name} has {images.unlabelled}; give a folder with one '
+                       'folder a class, or one integer an image, or leave it out')
+    labels = images.labels.unique() if args.classes else []
+    count = len(labels)
+    if count > CLASS_LIMIT or list(labels) != list(range(count)):
+        without = [name for k, name in enumerate(images.classes or ()) if k not in labels]
+        raise BadInput(f'--classes: {count} labels from {labels[0]} to {labels[-1]}'
+                       + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
+                       f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
+    return count
+
+
 def resolve(args, images, saved, world):
     """Fill the flags left open, from the checkpoint, the preset row or the data, and check them."""
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
@@ -172,16 +187,7 @@ def resolve(args, images, saved, world):
         args.classes = saved['args']['classes'] > 0 if teacher else args.classes
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
-    if args.classes and images.labels is None:
-        raise BadInput(f'--classes: {images.name} has {images.unlabelled}; give a folder with one '
-                       'folder a class, or one integer an image, or leave it out')
-    labels = images.labels.unique() if args.classes else []
-    args.classes = len(labels)
-    if args.classes > CLASS_LIMIT or list(labels) != list(range(args.classes)):
-        without = [name for k, name in enumerate(images.classes or ()) if k not in labels]
-        raise BadInput(f'--classes: {args.classes} labels from {labels[0]} to {labels[-1]}'
-                       + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
-                       f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
+    args.classes = count_classes(args, images)
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -205,7 +211,7 @@ def check_resume(args, old):
         if a != b:
             raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
                            'or give another --out_dir')
-    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in TUNED
+    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in (*TUNED, 'dataset')
                if key in old and getattr(args, key) != old[key]]
     if changed and os.environ.get('RANK', '0') == '0':
         print(f'going on with {", ".join(changed)}', flush=True)
@@ -221,8 +227,8 @@ def check_origin(args, old, flag, path):
     changed = [f'--{key} {getattr(args, key)} (it has {old[key]})'
                for key in ('D', *OF_FLOW, *(BY_DATA + ('z_min',) if args.D == old['D'] else ()))
                if key in old and getattr(args, key) != old[key]]
-    names = old.get('class_names') or args.class_names
-    fresh = args.classes != old['classes'] or args.class_names not in (None, names)
+    names = [names for names in (old.get('class_names'), args.class_names) if names]
+    fresh = args.classes != old['classes'] or bool(args.classes) and names[:1] != names[-1:]
     if os.environ.get('RANK', '0') == '0':
         print(f'{flag} {path}: its network, {args.method}, D {args.D:g} and constants'
               + f', but {", ".join(changed)}' * bool(changed)
@@ -389,8 +395,7 @@ def heard(signals, step, device, world):
 
 def prepare(args, images, place):
     """The flags, filled in and checked, and where to start: (checkpoint or None, its path)."""
-    labels = [fingerprint([images.labels])] if args.classes and images.labels is not None else []
-    args.data, args.class_names = images.identity + labels, images.classes if labels else None
+    args.data, args.class_names = images.identity, images.classes
     saved, resumed = open_run(args)
     resolve(args, images, saved, place[2])
     origin = (os.path.join(args.out_dir, 'ckpt.pt') if resumed else
@@ -447,7 +452,8 @@ def open_folder(args, start, raw, images, place):
     print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
           f'{args.channels}'
           + f' in {args.classes} classes' * bool(args.classes)
-          + f' ({", ".join(map(str, args.class_names or ()))[:500]})' * bool(args.class_names)
+          + f' ({", ".join(args.class_names or ())[:500]})' * bool(
+              args.classes and args.class_names)
           + f'; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
           f'; {world} x {device}{", bf16" * args.bf16}'
           + (f'; going on from step {start}' if start else ''), flush=True)
