@@ -196,6 +196,7 @@ class RectifiedFlow(VP):
         return t, 1 - t, t, self.scale * t
 
 
+DIVERGED = 'it has diverged: give another one, or train it again with a lower --lr'
 METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=RectifiedFlow)
 
 
@@ -258,9 +259,9 @@ def ancestral(eta, noise):
 class Flow(types.SimpleNamespace):
     """A network, or an exact field, and what it takes to follow its lines; checkpoint.load_flow()
     makes one. Of its training: net, shape (C, H, W), D, z_min, z_max, upper_norm, z_exp, gamma,
-    known (how many classes), and of a checkpoint method, step, weights, student. Of sampling:
-    solver, nfe, tol, schedule, to_data, z_last, small_z, guidance, eta, classes (the labels of the
-    images, in turn), seed, bf16."""
+    known (how many classes), class_names, and of a checkpoint method, step, weights, student. Of
+    sampling: solver, nfe, tol, schedule, to_data, z_last, small_z, guidance, eta, classes (the
+    labels of the images, in turn), seed, bf16."""
 
     def prior(self, indices):
         """The starts of images `indices`, each drawn from (seed, its index) alone."""
@@ -323,10 +324,10 @@ class Flow(types.SimpleNamespace):
                     schedule_name='log' if up else self.net.planes if self.schedule == 'time'
                     else self.schedule, to_data=to_data and not up, callback=callback)
         except pfgm.SolverError as error:
-            raise BadInput(f'--tol {self.tol}: {error}; try a larger one, or --nfe 100') from error
+            raise BadInput(f'--ckpt: {error}; {DIVERGED}' if 'NaN' in str(error) else f'--tol '
+                           f'{self.tol}: {error}; try a larger one, or --nfe 100') from error
         if not x.isfinite().all():
-            raise BadInput('--ckpt: the network leads to images that are not finite; it has '
-                           'diverged: give another one, or train it again with a lower --lr')
+            raise BadInput(f'--ckpt: the network leads to images that are not finite; {DIVERGED}')
         return x, nfe * (1 + twice)
 
     def images(self, indices, batch_size, device, rank=0, starts=None):

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import cpu
 import data as datasets
 import pfgm
 from baselines import field_loss, update
-from launch import BadInput, first_of_its_machine, peak_memory, write
+from launch import BadInput, first_of_its_machine, peak_memory, speed_up, write
 from unet import UNet
 
 POOL = 2048  # features an image
@@ -282,7 +281,7 @@ def network_work(what, x, z, target, bf16):
     PyTorch's own group norm and dropout."""
     net = UNet().to(x.device).train(what != 'forward')
     if bf16:
-        cpu.speed_up(net).to(memory_format=torch.channels_last)
+        speed_up(net).to(memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
     ema = copy.deepcopy(net).requires_grad_(False)
 

@@ -12,7 +12,6 @@ import glob
 import math
 import os
 import sys
-import zipfile
 
 import numpy as np
 import torch
@@ -20,8 +19,9 @@ import torch
 import data as datasets
 import pfgm
 from baselines import METHODS, Flow, as_flow
-from cpu import keep_freed_memory, speed_up
-from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16, run, setup, write)
+from files import check_archive, check_tensors
+from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
+                    keep_freed_memory, run, setup, speed_up, write)
 from unet import UNet
 
 
@@ -82,7 +82,8 @@ def read_checkpoint(path):
     """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU; of
     ema, step, args where it was pruned. Raises BadInput as load_checkpoint does."""
     if not os.path.isfile(path):
-        raise BadInput(f'--ckpt {path}: no such file; make one with: python train.py')
+        missing = 'no such file' if not os.path.lexists(path) else 'not a file'
+        raise BadInput(f'--ckpt {path}: {missing}; make one with: python train.py')
     float64, scalar = np.dtype(np.float64), np.float64().__reduce__()[0]
     numpy_numbers = [np.dtype, type(float64), (codecs.encode, '_codecs.encode'),  # the official lr
                      (scalar, 'numpy.core.multiarray.scalar'),
@@ -103,36 +104,13 @@ def read_checkpoint(path):
         check_contents(saved)
     except BadInput:
         raise
+    except PermissionError as error:
+        raise BadInput(f'--ckpt {path}: may not be read ({error.strerror})') from error
     except Exception as error:  # a damaged or hostile file can fail in any way, none of them ours
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:150]
         raise BadInput(f'--ckpt {path}: damaged, or not a checkpoint of tensors and numbers '
                        f'({reason})') from error
     return saved
-
-
-def check_archive(path):
-    """ValueError where a zip, which torch.save writes stored, is packed or fails its checksums:
-    torch.load would unpack the one to any size and pass over the other."""
-    with open(path, 'rb') as file:
-        if file.read(2) != b'PK':
-            return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-                or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
-            raise ValueError('its parts claim more bytes than it has')
-        if broken := archive.testzip():
-            raise ValueError(f'{broken} fails its checksum')
-
-
-def check_tensors(tensors):
-    """ValueError unless all are float32 and held in full: a stride of 0 makes one number look like
-    a terabyte, which the first copy would take."""
-    for name, t in tensors.items():
-        if not (isinstance(name, str) and torch.is_tensor(t) and t.dtype == torch.float32
-                and t.layout == torch.strided and t.device.type == 'cpu'
-                and t.untyped_storage().nbytes() >= t.nbytes):
-            raise ValueError(f'{name!r} is not a float32 tensor held in full')
 
 
 def check_contents(saved):
@@ -144,6 +122,10 @@ def check_contents(saved):
         raise ValueError(f'step {step!r}')
     if args['method'] not in METHODS:
         raise ValueError(f'method {args["method"]!r}')
+    names, told = (args.get(k) or [] for k in ('class_names', 'data'))
+    if not (isinstance(told, list) and isinstance(names, list)
+            and all(isinstance(name, str) for name in names)):
+        raise ValueError(f'class_names {names!r}, data {told!r}')
     if not (args['D'] >= 1 and 0 < args['sigma_data'] < 1e9):
         raise ValueError(f'D {args["D"]!r}, sigma_data {args["sigma_data"]!r}')
     if not args.get('official'):
@@ -248,24 +230,69 @@ def convert_official(saved, path):
 
 # ---------------------------------------------------------------- the folder of a run
 
-def complete(path):
-    """The checkpoint at path, if training can go on from it."""
-    saved = read_checkpoint(path)
+def in_folder(path):
+    """An argparse type: the ckpt.pt of a folder, else the path itself."""
+    return os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
+
+
+def read_given(flag, path):
+    """read_checkpoint(path), whose complaints name the flag that gave the path."""
+    try:
+        return read_checkpoint(path)
+    except BadInput as error:
+        raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
+
+
+def complete(flag, path):
+    """The same, if training can go on from it."""
+    saved = read_given(flag, path)
     if not {'net', 'opt'} <= saved.keys():
-        raise BadInput(f'{path} holds the EMA only; training needs the whole checkpoint')
+        raise BadInput(f'{flag} {path}: holds the EMA only; training needs the whole checkpoint')
     return saved
+
+
+def check_data(args, old, where, mend):
+    """BadInput unless args.dataset has the images that a run was made with: as many, of the same
+    names and labels. Files that do not tell must have the same path."""
+    paths = [str(p) if str(p) in datasets.SETS else os.path.realpath(str(p))
+             for p in (args.dataset, old.get('dataset'))]
+    known = old.get('data') if paths[0] not in datasets.SETS else None
+    told = 3 if old.get('classes') else 2  # the third is of the labels
+    if paths[0] == paths[1] if known is None else known[:told] == args.data[:told]:
+        return
+    classes = [', '.join(map(str, names)) for names in (old.get('class_names'), args.class_names)
+               if names]
+    differ = (f'classes {" there, ".join(classes)} here' if len({*classes}) > 1 else
+              f'{known[0]} images there, {args.data[0]} here' if known and
+              known[:1] != args.data[:1] else 'other names of the images, or other labels')
+    raise BadInput(f'--dataset {args.dataset}: {where} on {old.get("dataset")}; {mend}'
+                   + f' ({differ})' * (known is not None))
+
+
+def for_classes(saved, count):
+    """A checkpoint for another number of classes, or others: step 0, no optimizer, and a new label
+    layer of zeros, with which the network begins as what it was without a label."""
+    parts = {}
+    for part in ('net', 'ema'):
+        state = parts[part] = dict(saved[part])
+        bias = state.pop('label.bias', torch.zeros_like(state['embed.0.bias']))
+        state.pop('label.weight', None)
+        if count:
+            state.update({'label.weight': torch.zeros(len(bias), count), 'label.bias': bias})
+        else:
+            state['embed.0.bias'] = state['embed.0.bias'] + bias
+    return dict(parts, step=0, args=saved['args'])
 
 
 def taught(args):
     """What --reflow and --distill start from: the teacher's EMA, at step 0."""
     flag, path = ('reflow', args.reflow) if args.reflow else ('distill', args.distill)
-    saved = read_checkpoint(path)
-    method, dataset = saved['args']['method'], saved['args'].get('dataset')
+    saved = read_given(f'--{flag}', path)
+    method = saved['args']['method']
     if method != 'rf':
         raise BadInput(f'--{flag} {path}: made by --method {method}; give a checkpoint of rf')
-    if dataset != args.dataset:
-        raise BadInput(f'--dataset {args.dataset}: --{flag} {path} was trained on {dataset}; give '
-                       f'--dataset {dataset}')
+    check_data(args, saved['args'], f'--{flag} {path} was trained',
+               f'give --dataset {saved["args"].get("dataset")}')
     net = {k: v.clone() for k, v in saved['ema'].items()}
     return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
 
@@ -278,16 +305,14 @@ def open_run(args):
     paths = [path for path in (newest, *older) if os.path.exists(path)]
     for path, following in zip(paths, [*paths[1:], None]):
         try:
-            saved = complete(path)
+            saved = complete('--out_dir', path)
         except BadInput as error:
             if following is None:
                 raise
             print(f'{error}; going back to {following}', file=sys.stderr)
             continue
-        if saved['args'].get('dataset') != args.dataset:
-            raise BadInput(f'--out_dir {args.out_dir}: holds a run on '
-                           f'{saved["args"].get("dataset")}, not on {args.dataset}; '
-                           'give another --out_dir')
+        check_data(args, saved['args'], f'--out_dir {args.out_dir} holds a run',
+                   f'give another --out_dir, with --init_from {path} to go on from its network')
         return saved, True
     kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
     kept = [name for name in kept if not any(glob.glob(  # folders of other runs may be in it
@@ -298,7 +323,7 @@ def open_run(args):
                        'give another --out_dir')
     if args.reflow or args.distill:
         return taught(args), False
-    return (complete(args.init_from), False) if args.init_from else (None, False)
+    return (complete('--init_from', args.init_from) if args.init_from else None), False
 
 
 # ---------------------------------------------------------------- a flow to follow
@@ -316,12 +341,13 @@ def place_for(args):
 
 
 def class_list(text):
-    return [] if text == 'none' else [above(-1, int)(part) for part in text.split(',')]
+    return [] if text == 'none' else text.split(',')
 
 
 def flow_flags(p):
     """The flags that say which flow to follow and how, shared with evaluate.py."""
-    p.add_argument('--ckpt', default='out/ckpt.pt', help='ours or an official one')
+    p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or an official one, '
+                   'or the folder of a run')
     p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
     p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
     p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
@@ -345,7 +371,8 @@ def flow_flags(p):
                    'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
                    'for official checkpoints)')
     p.add_argument('--classes', type=class_list, default=None, metavar='0,7,...', help='labels of '
-                   'the images, in turn, or none (default: all, of a network trained with them)')
+                   'the images or their names (cat,dog), in turn, or none (default: all, of a '
+                   'network trained with them)')
     p.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0, help='classifier-free; '
                    'other than 1 it takes two calls for each (default: 1)')
     p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
@@ -387,8 +414,9 @@ def load_flow(args, device):
             saved = {**saved, **datasets.flow_constants(None, name)}
         flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
         flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
-        flow.update(known=saved['classes'], method=saved['method'], step=saved['step'],
-                    weights=args.weights, student=bool(saved.get('distill')))
+        flow.update(known=saved['classes'], class_names=saved.get('class_names'),
+                    method=saved['method'], step=saved['step'], weights=args.weights,
+                    student=bool(saved.get('distill')))
     official = saved.get('official', False)
     nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
     solver = args.solver or ('rk45' if not nfe else 'heun' if official else 'unipc')
@@ -406,8 +434,12 @@ def load_flow(args, device):
 
 def check_flow(args, flow):
     """The flags that this flow does not take; and its classes as a list."""
-    known, wanted = flow.known, args.classes
-    wanted = list(range(known)) if wanted is None else wanted
+    known, names = flow.known, flow.known and getattr(flow, 'class_names', None) or []
+    wanted = [*range(known)] if args.classes is None else [
+        names.index(word) if word in names else int(word) if word.isdecimal() and
+        not any(map(str.isdecimal, names)) else known for word in args.classes]  # known: is none
+    knows = (f'0 to {known - 1}' if known and names in ([], [*map(str, range(known))]) else
+             ', '.join(names) or 'none; leave it out, or train with --classes')
     for wrong, message in (
         (args.schedule == 'time' and not hasattr(flow.net, 'planes'), '--schedule time: only vp, '
          f'subvp, ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
@@ -422,9 +454,11 @@ def check_flow(args, flow):
         (args.compile and args.exact, '--compile: --exact has no network; leave it out'),
         (args.guidance != 1 and not known, f'--guidance {args.guidance}: the network knows no '
          'classes; leave it out, or train with --classes'),
-        (max(wanted, default=-1) >= known, f'--classes {max(wanted, default=-1)}: the network '
-         'knows '
-         + (f'0 to {known - 1}' if known else 'none; leave it out, or train with --classes')),
+        (max(wanted, default=-1) >= known, f'--classes {",".join(args.classes or ())}: the network '
+         f'knows {knows}'),
+        (args.tol < (1e-12 if args.exact else 1e-7), f'--tol {args.tol}: finer than the float'
+         + ('64, in which this field is computed, ' if args.exact else '32 of a network ')
+         + 'can tell; give ' + ('1e-12' if args.exact else '1e-7') + ' or more'),
     ):
         if wrong:
             raise BadInput(message)
@@ -435,7 +469,8 @@ def check_flow(args, flow):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
-    p.add_argument('ckpt', nargs='+', help='checkpoints of one architecture, ours or official')
+    p.add_argument('ckpt', nargs='+', type=in_folder,
+                   help='checkpoints of one architecture, ours or official')
     p.add_argument('--out', required=True, help='the file to write: ema, step, args')
     return p.parse_args(argv)
 

@@ -1,15 +1,20 @@
 """Image data sets as square uint8 tensors: load() finds and decodes one, batches() serves it.
 
-Accepted: a name in SETS; a folder (searched recursively) or .zip of images of any mode; a .npy or
-.npz of images (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or float in [0, 1] or [-1, 1].
+Accepted: a name in SETS; a folder (searched recursively) or .zip of images of any mode, or one of
+them; a .npy or .npz of images (n, H, W), (n, H, W, C) or (n, C, H, W), uint8 or float in [0, 1] or
+[-1, 1]. What is decided for the user (splits, crops, grey or colour) is said in one line.
 """
 import io
+import multiprocessing
 import os
+import re
 import sys
 import warnings
 import zipfile
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -18,7 +23,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pfgm
-from launch import SIZE_LIMIT, BadInput, deaf, first_of_its_machine, step_seed
+from files import (ENTRY_LIMIT, as_labels, as_uint8, files_below, in_rows, layout, open_entry,
+                   read_bytes, table_values)
+from launch import SIZE_LIMIT, BadInput, deaf, first_of_its_machine, reader_lost, step_seed
 
 SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
     'glyphs':        (16, 1, False, '', ''),
@@ -35,20 +42,32 @@ OFFICIAL = {'cifar10': (291, 40, 3e3, 5), 'cifar10_deep': (291, 40, 3e3, 5),
 OFFICIAL_BY_SIZE = {32: 'cifar10', 64: 'celeba64', 256: 'lsun_bedroom'}
 IMAGE_EXTENSIONS = tuple('.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
 FORMATS = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()  # not EPS, for which Pillow runs Ghostscript
-ACCEPTED = (f"{', '.join(SETS)}, a folder or .zip of images, a .npy or .npz of arrays (n, H, W), "
-            '(n, H, W, C) or (n, C, H, W) with C of 1, 3 or 4, uint8 or float in [0, 1] or '
-            '[-1, 1], with one integer label an image or none')
+ACCEPTED = (f"{', '.join(SETS)}, an image, a folder or .zip of them, a .npy or .npz of arrays "
+            '(n, H, W), (n, H, W, C) or (n, C, H, W) with C of 1, 3 or 4, uint8 or float in [0, 1] '
+            'or [-1, 1], with one integer label an image or none')
 MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access instead
-ENTRY_LIMIT = 256 << 20  # bytes that one zip entry may claim to unpack to
-ZIP_LOCK, ZIPS = Lock(), {}  # archives by (path, process): forked ones share one file position
 
 
-def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train'):
-    """The Images of `dataset`: a name in SETS (it wins over a file of that name) or a path.
+class Found(NamedTuple):
+    """What find() finds."""
+    root: Optional[str]                  # a folder or .zip
+    source: object                       # names in it, or uint8 (n, H, W) or (n, H, W, C)
+    labels: Optional[np.ndarray] = None  # int (n,)
+    classes: Optional[list] = None       # their names
+    unlabelled: str = 'no labels'        # what there is instead
+    notes: list = []                     # what was decided for the user
+    paths: Optional[list] = None         # what layout() leaves of the names
+    as_before: bool = True               # labels as in versions whose checkpoints name no classes
+
+
+def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train',
+         flag='--dataset'):
+    """The Images of `dataset`, given by `flag`: a name in SETS (it wins over a file of that name)
+    or a path.
 
     image_size None: the known default, or the shorter side of a path's first image. channels None:
-    the known default, or 1 if up to 64 evenly spaced images are all grey, else 3. A path without
-    a split of its own serves all its images as either split. Raises BadInput.
+    the known default, or 1 if all images are grey, else 3. A path without a test split serves its
+    val, or without any split all its images as either. Raises BadInput.
     """
     if split not in ('train', 'test'):
         raise BadInput(f'--split {split}: accepted: train, test')
@@ -61,144 +80,152 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
     dataset = str(dataset)
     with first_of_its_machine():
         try:
-            root, source, labels, classes = find(dataset, str(data_dir), image_size, split)
-            size, depth, flip = (SETS.get(dataset) or (*probe(root, source), None))[:3]
+            found = find(dataset, str(data_dir), image_size, split)
+            size, depth, flip = (SETS.get(dataset) or (
+                *probe(found.root, found.source, channels), None))[:3]
         except Exception as error:  # a damaged file makes the libraries raise almost anything
             mend = f'accepted: {ACCEPTED}' if dataset not in SETS else (
                 f'fetch by hand {SETS[dataset][4].format(data_dir)}')
-            raise BadInput(f'--dataset {dataset}: {str(error) or repr(error)}; {mend}') from error
+            raise BadInput(f'{flag} {dataset}: {str(error) or repr(error)}; {mend}') from error
     size = size if image_size is None else image_size
     if not 1 <= size <= SIZE_LIMIT:
-        raise BadInput(f'--image_size {size}: of --dataset {dataset}; accepted: 1 to {SIZE_LIMIT}')
-    data = Images(dataset, root, source, labels, classes, size, channels or depth, flip)
-    if len(source) * data.channels * data.image_size ** 2 <= MEMORY_LIMIT:
-        data.decode_all()
+        raise BadInput(f'--image_size {size}: of {flag} {dataset}; accepted: 1 to {SIZE_LIMIT}')
+    data = Images(dataset, *found[:4], size, channels or depth, flip, flag)
+    data.unlabelled, data.as_before = found.unlabelled, found.as_before
+    told = (found.source[::-(-len(data) // 16)].tobytes() if found.root is None else
+            '\n'.join(found.paths or found.source).encode(errors='surrogateescape'))
+    labels = b'' if found.labels is None else found.labels.tobytes()
+    data.identity = [len(data), zlib.crc32(told), zlib.crc32(labels)]  # at another place the same
+    large = len(data) * data.channels * data.image_size ** 2 > MEMORY_LIMIT
+    notes = [*found.notes, *(data.look_over() if large else data.decode_all())]
+    if notes and dataset not in SETS and os.environ.get('RANK', '0') == '0':
+        print(f'{flag} {dataset}: {"; ".join(notes)}', flush=True)
     return data
 
 
 def find(dataset, data_dir, image_size, split):
-    """-> (root, source, labels (n,), classes), the last two None where there are none. Either root
-    is a folder or .zip and source names in it, or None and uint8 arrays (n, H, W) or (n, H, W, C).
-    """
+    """-> Found."""
     path = {'bloodmnist': f'{data_dir}/bloodmnist.npz',
             'lsun_bedroom': f'{data_dir}/lsun_bedroom'}.get(dataset, dataset)
+    ending, file = os.path.splitext(path)[1].lower(), os.path.isfile(path)
     if dataset == 'glyphs':
-        return None, *glyphs(image_size=min(image_size or 16, 64), split=split), list('0123456789')
+        pixels, labels = glyphs(image_size=min(image_size or 16, 64), split=split)
+        return Found(None, pixels, labels, list('0123456789'))
     if dataset in SETS and path == dataset:
         from torchvision import datasets  # here, because it takes a second that --help has not
         which = {'split': split} if dataset == 'celeba64' else {'train': split == 'train'}
         found = getattr(datasets, SETS[dataset][3])(data_dir, download=True, **which)
         if dataset == 'celeba64':  # its targets are 40 attributes, not classes
-            return f'{data_dir}/celeba/img_align_celeba', found.filename, None, None
-        return None, np.asarray(found.data), np.asarray(found.targets), found.classes
-    if os.path.isdir(path) or path.lower().endswith('.zip') and os.path.isfile(path):
+            return Found(f'{data_dir}/celeba/img_align_celeba', found.filename)
+        return Found(None, np.asarray(found.data), np.asarray(found.targets), found.classes)
+    if os.path.isdir(path) or file and ending == '.zip':
         found = list_images(path, split)
-        return found if path == dataset else (*found[:2], None, None)  # LSUN's folders: no classes
-    if path.lower().endswith(('.npy', '.npz')) and os.path.isfile(path):
+        return found if path == dataset else Found(*found[:2])  # LSUN's folders: no classes
+    if file and ending in ('.npy', '.npz'):
         return read_arrays(path, split)
+    if file and ending in IMAGE_EXTENSIONS:
+        return Found(os.path.dirname(path) or '.', [os.path.basename(path)])
     missing = f'there is no {path}' if dataset in SETS else 'no such data set, file or folder'
-    raise ValueError(missing)
+    raise ValueError(missing if not os.path.lexists(path) else 'is of another kind' if file else
+                     'neither a file nor a folder')
 
+
+# ---------------------------------------------------------------- folders, zips and arrays
 
 def list_images(root, split):
-    """find()'s answer for a folder or .zip; its first-level folders, sorted, are the classes.
-    Other extensions, __MACOSX and paths with a part that begins with a dot ('..' too) are ignored.
+    """The Found of a folder or .zip. Other extensions, __MACOSX and paths with a part that begins
+    with a dot ('..' too) are ignored. dataset.json, of NVlabs' dataset_tool.py, has the labels of
+    the images below its folder; without it the first folders of what layout() leaves are classes.
     """
-    def refuse(error):  # by default os.walk passes over a folder that it may not read
-        raise error
     if os.path.isdir(root):
-        names = [os.path.normpath(os.path.join(os.path.relpath(folder, root), file))
-                 for folder, _, files in os.walk(root, onerror=refuse) for file in files]
+        names, apart = files_below(root), re.escape(os.sep)
     else:
         with zipfile.ZipFile(root) as archive:
-            names = archive.namelist()
-    names = sorted({name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)
-                    and not any(part[:1] == '.' or part == '__MACOSX' for part in name.split('/'))})
-    split_too = {'train', 'test'} <= {name.split('/')[0] for name in names}
-    if split_too:  # a class has one number in both
-        names = [name for name in names if name.startswith(('train/', 'test/'))]
-    folders = {name: ''.join(name.split('/')[split_too:-1][:1]) for name in names}
-    classes = {folder: k for k, folder in enumerate(sorted(set(folders.values())))}
-    if split_too:
-        names = [name for name in names if name.startswith(f'{split}/')]
-    if not names:
+            names, apart = archive.namelist(), r'[/\\]'  # Windows has programs that write the other
+    parts = {name: [part for part in re.split(apart, name) if part not in ('', '.')]
+             for name in sorted({*names}) if not re.search(r'(^|[/\\])(\.[^/\\]|__MACOSX/)', name)}
+    tables = {name: path[:-1] for name, path in parts.items() if path[-1:] == ['dataset.json']}
+    parts = {name: path for name, path in parts.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
+    if not parts:
         raise ValueError(f"no images in it, which end in {' '.join(IMAGE_EXTENSIONS)}")
-    if len(classes) == 1 or '' in classes:
-        return root, names, None, None
-    return root, names, np.array([classes[folders[name]] for name in names]), list(classes)
+    paths, splits, notes = layout(parts)
+    counts = Counter(splits.values())
+    if splits and split == 'train' and not counts[split]:
+        raise ValueError(f'holds {" and ".join(counts)}, but nothing to train on')
+    served = next(kind for kind in (split, 'val', 'train', '') if counts[kind] or not kind)
+    others = ' or '.join(f'{kind} ({k})' for kind, k in counts.items() if kind != served)
+    notes += [f'its {served} split{", not " * bool(others)}{others}'] * bool(splits) + [
+        'no test split in it: these images serve'] * (split == 'test' and served in ('train', ''))
+    chosen = [name for name in paths if splits.get(name, '') == served]
+    base = [name for name in paths if splits.get(name, 'train') == 'train'] or chosen
+    folder = {name: path[0] if len(path) > 1 else None for name, path in paths.items()}
+    shards = all(re.fullmatch(r'[0-9]{5}/\D*[0-9]{5,}\.\w+', '/'.join(paths[k])) for k in base)
+    values = (table_values(root, tables, [parts[name] for name in chosen]) if tables else
+              'folders that number the images, and no dataset.json' if shards else
+              [folder[name] for name in chosen])
+    labels, classes, why = as_labels(values, chosen, [folder[name] for name in base] if not tables
+                                     else [word for word in values if isinstance(word, str)])
+    plain = all(parts[k][0] == kind != 'val' for k, kind in splits.items()) if splits else (
+        len(paths) == len(parts))
+    return Found(root, chosen, labels, classes, why, notes, ['/'.join(paths[k]) for k in chosen],
+                 plain and classes == sorted(classes or ()))
 
 
 def read_arrays(path, split):
-    """find()'s answer for a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
-    array, labels = np.load(path, mmap_mode='r', allow_pickle=False), None
+    """The Found of a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
+    array, values, notes = np.load(path, mmap_mode='r', allow_pickle=False), 'no labels', []
     if isinstance(array, np.lib.npyio.NpzFile):
-        archive, limit = array.zip, 100 * os.path.getsize(path)
+        archive, files = array.zip, array.files
+        limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
 
         def member(key):  # archive[key] would unpack a bomb
             return np.lib.format.read_array(open_entry(archive, f'{key}.npy', limit))
-        keys = ['test_images'] * (split == 'test') + ['x', 'images', 'train_images', 'arr_0']
-        key = next((key for key in keys if key in array), None)
+        keys = ['test_images', 'val_images'] * (split == 'test') + [
+            'x', 'images', 'train_images', 'arr_0']
+        key = next((key for key in keys if key in files), None)
         if key is None:
-            raise ValueError(f"holds {array.files}, none of {', '.join(keys)}")
+            raise ValueError(f"holds {files}, none of {', '.join(keys)}")
         own = [key.replace('images', 'labels')] if '_images' in key else ['y', 'labels']
-        labels = next((member(name) for name in own if name in array), None)
-        array = member(key)
-    shape = array.shape
-    if array.ndim == 4 and shape[3] not in (1, 3, 4) and shape[1] in (1, 3, 4):
-        array = np.moveaxis(array, 1, 3)
-    if array.size == 0 or array.ndim != 3 and (array.ndim != 4 or array.shape[3] not in (1, 3, 4)):
-        raise ValueError(f'images of shape {shape}')
-    if array.dtype.kind == 'f':
-        low, high = array.min(), array.max()  # NaN, if there is one
-        if not (low >= -1 and high <= 1):
-            raise ValueError(f'holds the value {high if low >= -1 else low}')
-        low = np.float32(-1 if low < 0 else 0)
-        array = np.rint((array - low) * (255 / (1 - low))).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f'holds {array.dtype}')
-    if labels is not None and (labels.size != len(array) or labels.dtype.kind not in 'iu'):
-        raise ValueError(f'{labels.dtype} labels of shape {labels.shape} for {len(array)} images')
-    array = array[..., 0] if array.shape[3:] == (1,) else array
-    return None, array, None if labels is None else labels.reshape(-1), None
+        own = next((name for name in own if name in files), None)
+        try:
+            values = member(own) if own else values
+        except Exception as error:  # they may not even be wanted
+            values = f'{own} that cannot be read ({error!r})'
+        array = member(key)  # and with it the archive is closed
+        others = ' or '.join(k for k in files if k.endswith('_images') and k != key)
+        notes = [f'its {key}, not {others}'] * bool(others)
+        split = split if '_images' not in key or key == 'train_images' else ''
+    notes += ['no test split in it: these images serve'] * (split == 'test')
+    array, clipped = as_uint8(in_rows(array))
+    labels, _, why = as_labels(values, range(len(array)))
+    return Found(None, array, labels, None, why, notes + clipped)
 
 
-def open_entry(archive, name, limit=0):
-    """A zip's entry as a file, of which no read unpacks more than was asked for; or ValueError."""
-    info = archive.getinfo(name)
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError('packed by other than deflate')  # a read of that unpacks all at once
-    if info.file_size > max(limit, ENTRY_LIMIT):
-        raise ValueError(f'claims to unpack to {info.file_size} bytes')
-    return archive.open(info)
-
-
-def probe(root, source):
-    """-> (shorter side of the first readable image, 1 if all are grey else 3), of <= 64 spaced."""
+def probe(root, source, channels):
+    """-> (shorter side of the first readable image, channels or 1 if all are grey, else 3)."""
     found = [read(root, source[k]) for k in sorted({k * len(source) // 64 for k in range(64)})]
     images = [image for image, _ in found if image]
     if not images:
         raise ValueError(f'none of {len(found)} images can be read ({source[0]!r}: {found[0][1]})')
-    grey = all(image.mode == 'L' or not np.ptp(np.asarray(image), axis=2).any() for image in images)
-    return min(images[0].size), 1 if grey else 3
+    grey = not channels and not any(map(coloured, images)) and not any(
+        coloured(read(root, entry, whole=False)[0]) for entry in source)
+    return min(images[0].size), channels or (1 if grey else 3)
 
 
-def read(root, entry):
+def coloured(image):
+    return bool(image and image.mode == 'RGB' and np.ptp(np.asarray(image), axis=2).any())
+
+
+def read(root, entry, whole=True):
     """-> (PIL image of mode L or RGB, None) or (None, why it cannot be read): the first frame,
-    turned as its EXIF says, transparency on white, 16 bits scaled to 8."""
+    turned as its EXIF says, transparency on white, 16 bits scaled to 8; info['lost'] says which.
+    whole=False leaves one of a grey mode as it is, not even decoded."""
     try:
-        if root is None:
-            image = Image.fromarray(entry)
-        elif os.path.isdir(root):
-            if not os.path.isfile(os.path.join(root, entry)):  # opening a named pipe waits for ever
-                raise ValueError('not a file')
-            image = Image.open(os.path.join(root, entry), formats=FORMATS)
-        else:
-            with ZIP_LOCK:
-                key = root, os.getpid()
-                archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
-                file = open_entry(archive, entry)
-                packed = b''.join(iter(lambda: file.read(1 << 20), b''))
-            image = Image.open(io.BytesIO(packed), formats=FORMATS)
+        image = Image.fromarray(entry) if root is None else Image.open(
+            io.BytesIO(read_bytes(root, entry, ENTRY_LIMIT)), formats=FORMATS)
+        if not whole and (image.mode in ('1', 'L', 'LA') or image.mode[0] in 'IF'):
+            return image, None
+        lost = ['of several frames, the first taken'] * getattr(image, 'is_animated', False)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in 'IF':  # convert() would clip these at 255
             values = np.asarray(image)
@@ -207,17 +234,23 @@ def read(root, entry):
             image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert('RGBA')
+            lost += ['transparent, put on white'] * (image.getextrema()[3][0] < 255)
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert('L' if image.mode in '1L' else 'RGB'), None
+        image = image.convert('L' if image.mode in '1L' else 'RGB')
+        image.info = dict(lost=lost)
+        return image, None
     except Exception as error:  # Pillow's plugins raise almost anything on a broken file
         return None, repr(error)
 
 
 class Images(torch.utils.data.Dataset):
     """pixels uint8 (n, C, S, S), or None for a large set, which is decoded at each access; labels
-    int64 (n,) or None; classes, a list of names, or None; name, image_size, channels, flip."""
+    int64 (n,) or None; classes, a list of names, or None; name, image_size, channels, flip; flag,
+    which gave the name."""
 
-    def __init__(self, name, root, source, labels, classes, image_size, channels, flip=None):
+    def __init__(self, name, root, source, labels, classes, image_size, channels, flip=None,
+                 flag='--dataset'):
+        self.flag, self.given = flag, f'{flag} {name}'
         self.name, self.root, self.source, self.classes = name, root, source, classes
         self.image_size, self.channels, self.pixels, self.skipped = image_size, channels, None, 0
         self.flip = channels == 3 if flip is None else flip
@@ -235,58 +268,75 @@ class Images(torch.utils.data.Dataset):
             return torch.stack([self[k] for k in index])
         first = range(len(self))[index]  # IndexError beyond the end
         for k in range(first, first + len(self)):
-            pixels, problem = self.decode(k % len(self))
+            pixels, problem, _ = self.decode(k % len(self))
             if problem is None:
                 return torch.from_numpy(pixels)
             if not self.skipped:
-                print(f'--dataset {self.name}: the next image replaces each that cannot be read '
+                print(f'{self.given}: the next image replaces each that cannot be read '
                       f'(first: {problem})', file=sys.stderr)
             self.skipped += 1
-        raise BadInput(f'--dataset {self.name}: no image can be read (last: {problem})')
+        raise BadInput(f'{self.given}: no image can be read (last: {problem})')
 
     def decode(self, k):
-        """-> (uint8 array (C, S, S), None): image k's centred square, resized; or (None, why not).
-        Raises BadInput for a file of the user's that is smaller: enlarging it would blur the set.
-        """
+        """-> (uint8 array (C, S, S), None, what was lost): image k's centred square, resized; or
+        (None, why not, []). Raises BadInput for a file of the user's that is smaller: enlarging it
+        would blur the set."""
         image, problem = read(self.root, self.source[k])
         if image is None:
-            return None, f'{self.source[k]!r}: {problem}'
+            return None, f'{self.source[k]!r}: {problem}', []
         size, side = self.image_size, min(image.size)
         if side < size and self.root is not None and self.name not in SETS:
-            raise BadInput(f'--dataset {self.name}: {self.source[k]!r} is {image.width}x'
-                           f'{image.height}; give an --image_size of at most {side}, not {size}')
+            raise BadInput(f'{self.given}: {self.source[k]!r} is {image.width}x{image.height}; '
+                           f'give an --image_size of at most {side}, not {size}')
+        lost = image.info['lost'] + ['cropped to the centre square'] * (
+            image.width != image.height) + [f'resized to {size} x {size}'] * (side != size) + [
+            'coloured, made grey'] * (self.channels == 1 and coloured(image))
         side = min(side, 140) if self.name == 'celeba64' else side  # the crop that papers use
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.convert('L' if self.channels == 1 else 'RGB')
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-        return np.array(image).reshape(size, size, -1).transpose(2, 0, 1), None
+        return np.array(image).reshape(size, size, -1).transpose(2, 0, 1), None, lost
+
+    def look_over(self):
+        """What a few images of a large set lose -> notes."""
+        some = [self.decode(k) for k in sorted({k * len(self) // 64 for k in range(64)})]
+        lost = Counter(word for *_, words in some for word in words)
+        return said(lost, len(some), max(x.max() for x, *_ in some if x is not None), 'looked at ')
 
     def decode_all(self):
-        """Fills pixels, leaving out (and saying so in one line) what cannot be read."""
-        n, bad = len(self), {}
+        """Fills pixels, leaving out (and saying so in one line) what cannot be read -> notes."""
+        n, bad, lost = len(self), {}, Counter()
         shape = self.image_size, self.image_size, self.channels
         if self.root is None and (*self.source.shape, 1)[1:4] == shape:  # decode() changes nothing
             pixels = self.source.reshape(n, *shape).transpose(0, 3, 1, 2)
             self.pixels, self.source = torch.from_numpy(pixels.copy()), None
-            return
+            return said(lost, n, self.pixels.max())
         pixels = np.empty((n, self.channels, self.image_size, self.image_size), np.uint8)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             # Pillow decodes without the GIL; on tiny images threads lose more by waiting for it.
             decoded = (pool.map if self.image_size >= 64 else map)(self.decode, range(n))
-            for k, (image, problem) in enumerate(decoded):
+            for k, (image, problem, words) in enumerate(decoded):
+                lost.update(words)
                 if problem is None:
                     pixels[k] = image
                 else:
                     bad[k] = problem
         if len(bad) == n:
-            raise BadInput(f'--dataset {self.name}: no image can be read (first: {bad[0]})')
+            raise BadInput(f'{self.given}: no image can be read (first: {bad[0]})')
         if bad:
-            print(f'--dataset {self.name}: skipped {len(bad)} of {n} images that cannot be read '
+            print(f'{self.given}: skipped {len(bad)} of {n} images that cannot be read '
                   f'(first: {next(iter(bad.values()))})', file=sys.stderr)
             keep = [k for k in range(n) if k not in bad]
             pixels, self.labels = pixels[keep], None if self.labels is None else self.labels[keep]
         self.pixels, self.source = torch.from_numpy(pixels), None
+        return said(lost, n, pixels.max())
+
+
+def said(lost, n, brightest, looked=''):
+    """Notes of how many of n images lost what, and of a set that is next to black."""
+    return [f'{k} of {n} images {looked}{word}' for word, k in lost.items()] + [
+        f'nearly black, no value above {brightest} of 255'] * bool(brightest < 64)
 
 
 def batches(data, indices, device='cpu', workers=0):
@@ -302,13 +352,25 @@ def batches(data, indices, device='cpu', workers=0):
     pin = torch.device(device).type == 'cuda'
     loader = torch.utils.data.DataLoader(
         data, sampler=(index.tolist() for index in indices), batch_size=None, num_workers=workers,
-        pin_memory=pin, worker_init_fn=deaf,
+        pin_memory=pin, worker_init_fn=deaf, collate_fn=share,
         generator=torch.Generator())  # else its seed moves the global stream
     try:
+        if workers:
+            multiprocessing.Lock()  # where it cannot, the loader would say so in many lines
         for batch in loader:
             yield batch.to(device, non_blocking=pin)
     except BadInput as error:  # from a worker it comes with a traceback in its message
         raise BadInput(str(error).rpartition('BadInput: ')[2].strip()) from None
+    except (RuntimeError, OSError) as error:
+        if not workers or not re.search('DataLoader worker|shared memory|shm|Errno', str(error)):
+            raise
+        raise reader_lost(error) from error
+
+
+def share(batch):
+    """The batch in shared memory already in its worker, where a failure is raised: later, in the
+    thread that sends it, it would only be printed, and the run would wait for ever."""
+    return batch.share_memory_() if torch.utils.data.get_worker_info() else batch
 
 
 def to_float(pixels):

@@ -28,9 +28,10 @@ import torch.distributed as dist
 import bench
 import data as datasets
 import pfgm
-from baselines import Flow, straightness
+from baselines import DIVERGED, Flow, straightness
 from bench import frechet, inception_score, kid, nearest, precision_recall, sliced_wasserstein
-from checkpoint import flow_flags, load_flow, place_for, read_checkpoint
+from checkpoint import flow_flags, in_folder, load_flow, place_for, read_checkpoint
+from files import ENTRY_LIMIT, open_entry
 from launch import BadInput, Parser, above, all_rows, run, share, step_seed, wait, watch, write
 
 METRICS = {
@@ -64,7 +65,10 @@ def parse_args(argv=None):
     p.set_defaults(tol=None)
     p.add_argument('--n', type=above(0, int), default=None, help='images (default: all of '
                    '--samples; else 50000 with Inception metrics, 1000 without, 256 for bpd)')
-    p.add_argument('--samples', default=None, help='evaluate this folder, .zip or .npz (arr_0)')
+    p.add_argument('--samples', default=None, help='evaluate this folder, .zip or .npz (arr_0), '
+                   'at --image_size if given')
+    p.add_argument('--workers', type=above(-1, int), default=4, help='processes that read a set '
+                   'too large for memory (default: 4)')
     p.add_argument('--ref', default=None, help='compare with these images, or with a .npz of mu '
                    'and sigma (default: the training split of --dataset, not mirrored)')
     p.add_argument('--save_stats', metavar='FILE.npz', help='write mu, sigma of the reference')
@@ -76,9 +80,9 @@ def parse_args(argv=None):
     p.add_argument('--repeats', type=above(0, int), default=1, help='of --bpd, each with noise '
                    'and a Hutchinson probe of its own (default: 1)')
     p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
-    p.add_argument('--compare', nargs='+', metavar='CKPT', help='sweep these side by side, with a '
-                   'strip of samples from the same seeds (default: --swd --bpd, nfe=5,10,20,50; '
-                   'bits/dim of up to 256 images)')
+    p.add_argument('--compare', nargs='+', type=in_folder, metavar='CKPT', help='sweep these side '
+                   'by side, with a strip of samples from the same seeds (default: --swd --bpd, '
+                   'nfe=5,10,20,50; bits/dim of up to 256 images)')
     p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
                    f'of {",".join(SOLVERS)} (default: unipc); rk45 is one point, at --tol')
     p.add_argument('--out', default=None, help='picture of --sweep, --compare or --neighbours '
@@ -162,7 +166,7 @@ def stored(images, n, args, place, label):
     """This rank's share of n evenly spaced images of a data set, uint8."""
     device, rank, world = place
     indices = torch.tensor(share(n, rank, world)) * len(images) // n
-    batches = datasets.batches(images, indices.split(args.batch_size), device, workers=4)
+    batches = datasets.batches(images, indices.split(args.batch_size), device, args.workers)
     return watch(batches, len(indices), label, rank)
 
 
@@ -170,13 +174,6 @@ def pick(images, n, seed):
     """n images of a data set at random, uint8 on the CPU."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images[order[:n].sort().values.tolist()].cpu()
-
-
-def load_images(flag, name, args, size=None, channels=None, split='train'):
-    try:
-        return datasets.load(name, args.data_dir, size, channels, split)
-    except BadInput as error:
-        raise BadInput(str(error).replace('--dataset', flag, 1)) from error
 
 
 def load_flows(args, device):
@@ -203,7 +200,8 @@ def training_set_of(args):
 
 def held_out(train, args):
     """The test split beside a training set, or None for a path that has none."""
-    test = load_images('--dataset', train.name, args, train.image_size, train.channels, 'test')
+    test = datasets.load(train.name, args.data_dir, train.image_size, train.channels, 'test',
+                         train.flag)
     if train.pixels is None or test.pixels is None:
         same = train.pixels is test.pixels and len(train) == len(test) and (
             list(train.source) == list(test.source) if train.root else
@@ -249,12 +247,20 @@ def collect(batches, n, net, resize, keep, place):
 
 
 def read_stats(path, convention):
-    """Measured from a statistics file, or None for a .npz that is none: images."""
+    """Measured from a statistics file, whose `pool_3` are the features (score_sde), or None for a
+    .npz that is none: images."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {k: np.lib.format.read_array(datasets.open_entry(file.zip, f'{k}.npy'))
-                     for k in ('mu', 'sigma', 'n', 'convention') if k in file.files}
-        n = int(found['n']) if 'n' in found else None
+            limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
+            found = {k: np.lib.format.read_array(open_entry(file.zip, f'{k}.npy', limit))
+                     for k in ('mu', 'sigma', 'n', 'convention', 'pool_3') if k in file.files}
+        n, features = int(found['n']) if 'n' in found else None, found.pop('pool_3', None)
+        if features is not None and not {'mu', 'sigma'} & found.keys():
+            n, features = len(features), torch.from_numpy(features).float()
+            parts = [part.double() for part in features.split(4096)]
+            mu = sum(part.sum(0) for part in parts) / n
+            sigma = sum((part - mu).T @ (part - mu) for part in parts) / (n - 1)
+            found.update(mu=mu.numpy(), sigma=sigma.numpy())
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise BadInput(f'--ref {path}: cannot be read ({error}); accepted: a folder, .zip or .npz '
                        'of images, or a .npz of mu and sigma') from error
@@ -269,7 +275,7 @@ def read_stats(path, convention):
         raise BadInput(f'--ref {path}: made with {found["convention"]}, not {convention}; give the '
                        'same --resize and --inception, or make it again with --save_stats')
     mu, sigma = (torch.from_numpy(found[k]).double() for k in ('mu', 'sigma'))
-    return Measured(n, mu, sigma, None, None)
+    return Measured(n, mu, sigma, features if torch.is_tensor(features) else None, None)
 
 
 # ---------------------------------------------------------------- metrics
@@ -287,6 +293,10 @@ def bits_per_dim(flow, images, n, args, place):
                rtol=args.bpd_tol, atol=args.bpd_tol)
     ends, rows = (flow.z_min, flow.z_max), []
     if flow.classes and images.labels is not None:
+        names = getattr(flow, 'class_names', None)
+        if names and images.classes and names != images.classes:
+            raise BadInput(f'{images.given}: its classes are {", ".join(images.classes)}, those of '
+                           f'the network {", ".join(names)}; leave them out with --classes none')
         low, high = int(images.labels.min()), int(images.labels.max())
         if low < 0 or high >= flow.known:
             raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network '
@@ -308,7 +318,9 @@ def bits_per_dim(flow, images, n, args, place):
                 with torch.no_grad():
                     back, _ = pfgm.sample_ode(net, up.latent, *ends[::-1], 'rk45', **how)
             except pfgm.SolverError as error:
-                raise BadInput(f'--bpd: {error}; try --tol {10 * args.bpd_tol:g}') from error
+                raise BadInput(f'--bpd: {error}; ' + (
+                    DIVERGED if 'NaN' in str(error) else f'try --tol {10 * args.bpd_tol:g}')
+                    ) from error
             error = (back - x).abs().flatten(1).cpu().double()
             calls = torch.full((len(x),), float(up.nfe), dtype=torch.float64)
             repeats.append(torch.stack([up.bpd.cpu(), error.mean(1), error.amax(1), calls], 1))
@@ -417,14 +429,21 @@ def compared_with(args, wanted, train, n, size, channels, place):
     test = stats = inception = weight = None
     if args.ref and args.ref.lower().endswith('.npz'):
         stats = read_stats(args.ref, convention)
-    if stats and (args.save_stats or wanted - {'fid', 'is'}):
-        raise BadInput(f'--ref {args.ref}: statistics, which do for --fid only; give a folder, '
-                       '.zip or .npz of images')
+    own = {'fid', 'is'} | ({'kid', 'prc'} if stats and stats.features is not None else set())
+    more = stats and (wanted - own or args.save_stats)  # than such a file has, but for its images
+    if more and (args.save_stats or 'arr_0' not in np.load(args.ref).files):
+        raise BadInput(f'--ref {args.ref}: statistics, which do for --{" --".join(sorted(own))} '
+                       'only; give a folder, .zip or .npz of images')
     if args.ref:  # at its own size, as pytorch-fid reads it
-        train = None if stats else load_images('--ref', args.ref, args)
+        train = datasets.load(args.ref, args.data_dir, args.image_size,
+                              flag='--ref') if more or not stats else None
+        if more and rank == 0:
+            print(f'--ref {args.ref}: its mu and sigma for --fid, its {len(train)} images for '
+                  + ' '.join(f'--{name}' for name in sorted(wanted - own)), flush=True)
     elif not train and wanted - {'is', 'straightness'}:
         name = args.dataset or training_set_of(args)
-        train = load_images('--dataset', name, args, size, channels)
+        flag = '--dataset' if args.dataset else '--dataset of --ckpt'
+        train = datasets.load(name, args.data_dir, size, channels, flag=flag)
     if wanted & {'swd', 'neighbours', 'bpd'}:
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
@@ -432,15 +451,16 @@ def compared_with(args, wanted, train, n, size, channels, place):
         test = held_out(train, args)
     least = min([n, *(len(images) for images in (train, test) if images)])
     asked = any(vars(args)[name] for name in METRICS)
-    check_counts(wanted, n if asked else None, len(train) if train else stats and stats.n)
+    check_counts(wanted, n if asked else None, stats.n if stats else train and len(train))
     if least < world:
         raise BadInput(f'{least} images: fewer than the {world} processes; give more by --n')
     if wanted & {'fid', 'is', 'kid', 'prc'}:
         inception, weight = bench.load_inception(args.inception, device, rank)
-    if wanted & {'fid', 'kid', 'prc'} and not stats:
+    if wanted & ({'fid', 'kid', 'prc'} if not stats else {'kid', 'prc'} - own):
         keep = {'features'} if wanted & {'kid', 'prc'} else set()
-        stats = collect(stored(train, len(train), args, place, train.name), len(train), inception,
+        found = collect(stored(train, len(train), args, place, train.name), len(train), inception,
                         args.resize, keep, place)
+        stats = found._replace(mu=stats.mu, sigma=stats.sigma) if stats else found
     if args.save_stats and rank == 0:
         write('--save_stats', args.save_stats, lambda file: np.savez(
             file, mu=stats.mu.numpy(), sigma=stats.sigma.numpy(), n=stats.n, convention=convention))
@@ -523,7 +543,7 @@ def main(args):
     # what is evaluated
     flows, source, train, size, channels = {}, None, None, None, None
     if args.samples:
-        source = load_images('--samples', args.samples, args)
+        source = datasets.load(args.samples, args.data_dir, args.image_size, flag='--samples')
         channels, size = source.channels, source.image_size
     elif asked or not (args.ref or args.dataset):
         flows, train = load_flows(args, device)

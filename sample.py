@@ -32,8 +32,9 @@ def parse_args(argv=None):
     p.add_argument('--out', default='samples.png', help='.png, .gif, .npz or a folder')
     kind = p.add_mutually_exclusive_group()
     kind.add_argument('--gif', action='store_true', help='like --out samples.gif')
-    kind.add_argument('--interpolate', action='store_true',
-                      help='rows of 8: slerp between two directions, both of the prior\'s norm')
+    kind.add_argument('--interpolate', nargs='*', metavar='IMAGE', help='rows of 8: slerp between '
+                      'two directions, both of the prior\'s norm; or between the latents of two '
+                      'images that are given')
     kind.add_argument('--rescale', action='store_true',
                       help='rows of 8: one direction, norms from a third to twice the prior\'s')
     kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
@@ -41,15 +42,18 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def special_starts(args, flow):
-    """Starts of --interpolate and --rescale: rows of 8 images."""
-    rows = max(args.n // 8, 1)
-    x = flow.prior(range(2 * rows)).double()
-    x = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+def special_starts(args, flow, latents=None):
+    """Starts of --interpolate and --rescale: rows of 8 images. latents (2, C, H, W): of the images
+    that --interpolate goes between."""
+    x = (flow.prior(range(2 * max(args.n // 8, 1))) if latents is None else latents).double()
+    norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x = x / norm
     a, b = x[0::2, None], x[1::2, None]                         # (rows, 1, C, H, W), unit length
     t = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1, 1)
-    # a prior that is not clipped: the norm of z_max eps / sqrt(chi2_D) at the mean of chi2_D
-    norm = flow.upper_norm or flow.z_max * math.sqrt(a[0].numel()) / pfgm.unit(flow.D)
+    if latents is not None:
+        norm = torch.lerp(norm[:1, None], norm[1:, None], t)
+    else:  # a prior that is not clipped: |z_max eps / sqrt(chi2_D)| at the mean of chi2_D
+        norm = flow.upper_norm or flow.z_max * math.sqrt(a[0].numel()) / pfgm.unit(flow.D)
     if args.rescale:
         x = a * norm * (1 / 3 + 5 / 3 * t)
     else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b
@@ -80,7 +84,7 @@ def encode(flow, args, device):
     """Images up to z_max and back. A PNG with one image a row: input, latent, what comes back,
     and |error| x 10; norms and errors are printed."""
     C, size, _ = flow.shape
-    images = datasets.load(args.encode, args.data_dir, size, C)
+    images = datasets.load(args.encode, args.data_dir, size, C, flag='--encode')
     pixels = torch.stack([images[i] for i in range(min(args.n, len(images)))])
     x = datasets.to_float(pixels).to(device)
     latent, nfe_up = flow.follow(x, device, up=True)
@@ -228,11 +232,20 @@ def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
     device, rank, world = place
-    special = special_starts(args, flow) if args.interpolate or args.rescale else None
+    special, ends = None, []
+    if args.interpolate:
+        C, size, _ = flow.shape
+        ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
+                for path in args.interpolate]
+        latents, _ = flow.follow(datasets.to_float(torch.stack(ends)), device, (0, 0), up=True)
+        special = special_starts(args, flow, latents.cpu())
+    elif args.interpolate is not None or args.rescale:
+        special = special_starts(args, flow)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
     made_by = json.dumps({**vars(flow), 'net': f'{fingerprint(tensors):08x}', 'rows': (
-        'interpolate' if args.interpolate else 'rescale' if args.rescale else None)})
+        None if special is None else 'rescale' if args.rescale else
+        ' '.join(['interpolate'] + [f'{fingerprint([end]):08x}' for end in ends]))})
     single = args.out.endswith(KINDS)
     folder = f'{args.out}.{zlib.crc32(made_by.encode()):08x}' if single else args.out
     if rank == 0:
@@ -275,7 +288,10 @@ def make_images(flow, images, args, place):
 def main(args):
     if args.gif and not args.out.endswith('.gif'):
         args.out = os.path.splitext(args.out)[0] + '.gif'
-    picture, rows = args.encode or args.field_lines, args.interpolate or args.rescale
+    picture = args.encode or args.field_lines
+    rows = args.interpolate is not None or args.rescale
+    if args.interpolate and len(args.interpolate) != 2:
+        raise BadInput(f'--interpolate {" ".join(args.interpolate)}: give two images, or none')
     if picture and not args.out.endswith('.png') or rows and args.out.endswith('.gif'):
         raise BadInput(f'--out {args.out}: a picture; must end in .png')
     if (picture or args.out.endswith('.gif')) and int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -286,6 +302,8 @@ def main(args):
     if args.field_lines:
         return field_lines(args.out)
     flow, images = load_flow(args, device)
+    if args.interpolate:  # both ways with the same label, or without
+        flow.classes = flow.classes[:1] if args.classes else []
     if rank == 0:
         print('  '.join(f'{k} {v}' for k, v in vars(flow).items() if k != 'net'), flush=True)
     if args.encode:

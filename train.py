@@ -23,11 +23,10 @@ import data as datasets
 import pfgm
 from baselines import (METHODS, PFGM, Pairs, as_flow, field_loss, pairs_of_teacher, training_point,
                        update)
-from checkpoint import ARCHITECTURE, build, load_checkpoint, open_run, save
-from cpu import speed_up
+from checkpoint import ARCHITECTURE, build, for_classes, in_folder, load_checkpoint, open_run, save
 from launch import (CLASS_LIMIT, BadInput, Parser, above, agree, claim, everywhere, fast_bf16,
                     fingerprint, heard, keep_older, listen, new_meter, observe, open_log, progress,
-                    rng_state, run, setup, step_seed, write)
+                    rng_state, run, setup, speed_up, step_seed, write)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
@@ -48,9 +47,11 @@ PRESETS = {name: dict(zip((
                      'sum'),
 }.items()}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
+OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # with --init_from by the file
 TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile', 'log_every',
-                  'sample_every', 'save_every', 'keep', 'timeout', 'init_from', *TUNED}
+                  'sample_every', 'save_every', 'keep', 'timeout', 'init_from', 'dataset', 'data',
+                  'class_names', *TUNED}  # the last three by checkpoint.check_data
 
 
 def count_or_all(text):
@@ -71,10 +72,11 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)'),
     ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
     ('flip', None, None, 'mirror half of the images (default: as the data is)'),
-    ('reflow', str, None, 'straighten this checkpoint of rf: train on pairs that it makes'),
-    ('distill', str, None, 'the same, into samples of one call (--nfe 1)'),
+    ('reflow', in_folder, None, 'straighten this checkpoint of rf: train on pairs it makes'),
+    ('distill', in_folder, None, 'the same, into samples of one call (--nfe 1)'),
     ('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill'),
-    ('init_from', str, None, 'go on from this checkpoint, ours or an official one'),
+    ('init_from', in_folder, None, 'go on from this checkpoint, ours or an official one, with its '
+     'flow; of other classes, from step 0'),
     ('seed', above(-1, int), 0, 'of the weights, the order of images and all noise'),
     ('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps'),
     ('bf16', None, None, 'bfloat16 autocast (default: where it is fast)'),
@@ -100,10 +102,10 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('upper_norm', above(0), None, 'largest |x| there'),
     ('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted'),
     ('z_min', above(0), None, 'where sampling ends (default: 1e-3; pfgmpp: 0.002 sqrt(D))'),
-    ('sigma_data', above(0, below=1e3), 0.5, 'spread of the data, of pfgmpp'),
-    ('sigma', above(1e-9), 0.01, 'noise at m = 0'),
-    ('tau', above(1e-9), 0.03, 'growth of the noise, (1 + tau)^m'),
-    ('gamma', above(-1e-9), 5.0, 'added to the norm of the field'),
+    ('sigma_data', above(0, below=1e3), None, 'spread of the data, of pfgmpp (default: 0.5)'),
+    ('sigma', above(1e-9), None, 'noise at m = 0 (default: 0.01)'),
+    ('tau', above(1e-9), None, 'growth of the noise, (1 + tau)^m (default: 0.03)'),
+    ('gamma', above(-1e-9), None, 'added to the norm of the field (default: 5)'),
     ('log_every', above(0, int), 50, 'steps between log lines'),
     ('sample_every', above(-1, int), None, 'steps between sample grids; 0: none'),
     ('save_every', above(0, int), 1000, 'steps between checkpoints'),
@@ -133,13 +135,30 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+def count_classes(args, images):
+    """How many classes --classes trains on, 0 without it."""
+    if args.classes and images.labels is None:
+        raise BadInput(f'--classes: {images.name} has {images.unlabelled}; give a folder with one '
+                       'folder a class, or one integer an image, or leave it out')
+    labels = images.labels.unique() if args.classes else []
+    count = len(labels)
+    if count > CLASS_LIMIT or list(labels) != list(range(count)):
+        without = [name for k, name in enumerate(images.classes or ()) if k not in labels]
+        raise BadInput(f'--classes: {count} labels from {labels[0]} to {labels[-1]}'
+                       + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
+                       f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
+    return count
+
+
 def resolve(args, images, saved, world):
     """Fill the flags left open, from the checkpoint, the preset row or the data, and check them."""
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
     by_size = next(name for size, name in sizes if images.image_size <= size)
     name = args.preset or args.dataset
     teacher = args.reflow or args.distill
-    args.method = args.method or ('rf' if teacher else 'pfgmpp' if args.D else 'pfgm')
+    old = saved['args'] if saved and args.init_from else {}
+    args.method = args.method or old.get('method') or (
+        'rf' if teacher else 'pfgmpp' if args.D else 'pfgm')
     if teacher and args.init_from:
         raise BadInput(f'--init_from {args.init_from}: --reflow and --distill go on from their '
                        'teacher; leave it out')
@@ -148,7 +167,10 @@ def resolve(args, images, saved, world):
                        f'rf, not {args.method}; and --reflow and --distill are two runs')
     if args.D and args.method != 'pfgmpp':
         raise BadInput(f'--D {args.D:g}: belongs to --method pfgmpp, not {args.method}')
-    args.D = args.D or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
+    args.D = args.D or old.get('D') or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
+    for key, value in OF_FLOW.items():
+        if getattr(args, key) is None:
+            setattr(args, key, old.get(key, value))
     row = dict(PRESETS[name if name in PRESETS else by_size])
     if args.method == 'pfgm':
         row.update(datasets.flow_constants(images, name, args.sigma, args.tau, args.gamma))
@@ -159,19 +181,16 @@ def resolve(args, images, saved, world):
         if teacher and args.field_batch not in (None, 1):
             raise BadInput(f'--field_batch {args.field_batch}: the pairs of --reflow and --distill '
                            'have no charges; leave it out')
+    if old.get('D') == args.D:
+        official = datasets.OFFICIAL_BY_SIZE.get(old['image_size']) if old.get('official') else None
+        row.update(datasets.flow_constants(None, official) if official else
+                   {k: old[k] for k in (*BY_DATA, 'z_min') if k in old})
     if saved:
         row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
         args.classes = saved['args']['classes'] > 0 if teacher else args.classes
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
-    if args.classes and images.labels is None:
-        raise BadInput(f'--classes: {images.name} has no labels; give a folder with one folder a '
-                       'class, or leave it out')
-    labels = images.labels.unique() if args.classes else []
-    args.classes = len(labels)
-    if args.classes > CLASS_LIMIT or list(labels) != list(range(args.classes)):
-        raise BadInput(f'--classes: {args.classes} labels from {labels[0]} to {labels[-1]}; '
-                       f'accepted: 0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
+    args.classes = count_classes(args, images)
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -195,18 +214,30 @@ def check_resume(args, old):
         if a != b:
             raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
                            'or give another --out_dir')
-    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in TUNED
+    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in (*TUNED, 'dataset')
                if key in old and getattr(args, key) != old[key]]
     if changed and os.environ.get('RANK', '0') == '0':
         print(f'going on with {", ".join(changed)}', flush=True)
 
 
-def check_origin(args, old, path):
-    """A flag that contradicts the checkpoint whose network is taken."""
-    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes'):
+def check_origin(args, old, flag, path):
+    """A flag that contradicts the checkpoint whose network is taken; is it of other classes?"""
+    for key in ('method', 'image_size', 'channels', 'nf', 'ch_mult', 'num_blocks'):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
         if a != b:
-            raise BadInput(f'--{key} {a}: {path} has {b}; take that')
+            raise BadInput(f'--{key} {a}: {flag} {path} has {b}; give --{key} '
+                           + (' '.join(map(str, b)) if isinstance(b, list) else str(b)))
+    changed = [f'--{key} {getattr(args, key)} (it has {old[key]})'
+               for key in ('D', *OF_FLOW, *(BY_DATA + ('z_min',) if args.D == old['D'] else ()))
+               if key in old and getattr(args, key) != old[key]]
+    names = [names for names in (old.get('class_names'), args.class_names) if names]
+    fresh = args.classes != old['classes'] or bool(args.classes) and names[:1] != names[-1:]
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{flag} {path}: its network, {args.method}, D {args.D:g} and constants'
+              + f', but {", ".join(changed)}' * bool(changed)
+              + f'; for {args.classes} classes, not its {old["classes"]}, with a new label layer'
+              ' and from step 0' * fresh, flush=True)
+    return fresh
 
 
 # ---------------------------------------------------------------- the data of a step
@@ -294,14 +325,21 @@ def stop_if_bad(meter, args, n, rank, world, path):
 
 def prepare(args, images, place):
     """The flags, filled in and checked, and where to start: (checkpoint or None, its path)."""
+    args.data, args.class_names = images.identity, images.classes
     saved, resumed = open_run(args)
     resolve(args, images, saved, place[2])
     origin = (os.path.join(args.out_dir, 'ckpt.pt') if resumed else
               args.reflow or args.distill or args.init_from)
     if resumed:
+        if args.classes and 'data' not in saved['args'] and not images.as_before:
+            raise BadInput(f'--classes: the classes of {images.name} are numbered in natural order '
+                           f'now, 2 before 10, so not as in the run in --out_dir {args.out_dir}; '
+                           'give another --out_dir')
         check_resume(args, saved['args'])
     elif saved:
-        check_origin(args, saved['args'], origin)
+        flag = next(k for k in ('reflow', 'distill', 'init_from') if getattr(args, k))
+        if check_origin(args, saved['args'], f'--{flag}', origin):
+            saved = for_classes(saved, args.classes)
     start = saved['step'] if saved else 0
     agree(f'--out_dir {args.out_dir}', 'give all processes the same flags and data, and an '
           '--out_dir that all machines share, or copies of its ckpt.pt', step=start,
@@ -342,7 +380,11 @@ def open_folder(args, start, raw, images, place):
     how = (f'M {args.M}, upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}, field of '
            f'{args.field_batch} charges' if args.method == 'pfgm' else f'D {args.D:g}')
     print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
-          f'{args.channels}; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
+          f'{args.channels}'
+          + f' in {args.classes} classes' * bool(args.classes)
+          + f' ({", ".join(args.class_names or ())[:500]})' * bool(
+              args.classes and args.class_names)
+          + f'; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
           f'; {world} x {device}{", bf16" * args.bf16}'
           + (f'; going on from step {start}' if start else ''), flush=True)
     return log, seen

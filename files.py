@@ -1,0 +1,220 @@
+"""What others have written, read so that nothing in it runs, fills the memory or goes unsaid:
+folders and zips, whatever their layout; labels; arrays; checkpoints. Errors are ValueErrors.
+"""
+import json
+import os
+import re
+import threading
+import zipfile
+
+import numpy as np
+import torch
+
+# Folders that are splits: train/ val/, Train/ TEST/, training_set/ test_set/, train2017/ val2017/,
+# and behind a beginning that all share seg_train/ seg_test/.
+SPLIT = re.compile('(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:'
+                   'ing)?))[-_ ]?(?:set|split|data|images|imgs)?[-_ ]?[0-9]*', re.I)
+PICTURES = 'images image imgs img jpegimages'.split()  # beside folders that are not to train on:
+ABOUT_THEM = 'labels label masks mask annotations annotation segmentations'.split()
+ENTRY_LIMIT = 256 << 20  # bytes that a file, or a zip's entry, may have
+ZIP_LOCK, ZIPS = threading.Lock(), {}  # archives by (path, process): forked ones share a position
+
+
+# ---------------------------------------------------------------- folders and zips
+
+def files_below(root):
+    """The files in a folder and its folders, relative to it. Links are followed, but for those that
+    lead to a folder they are in and, within what a link led to, to where the walk has been."""
+    def refuse(error):  # by default os.walk passes over a folder that it may not read
+        raise error
+    top = os.path.realpath(root)
+    above, seen = {root: ((top,), False)}, {top}  # a folder's own folders; was any a link?
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        chain, linked = above.pop(folder)
+        yield from (os.path.normpath(os.path.join(os.path.relpath(folder, root), file))
+                    for file in files)
+        names, folders[:] = folders[:], []
+        for name in names if top != '/' or chain[-1] not in ('/proc', '/sys', '/dev') else ():
+            path, real = os.path.join(folder, name), os.path.join(chain[-1], name)
+            if os.path.islink(path):
+                real = os.path.realpath(path)
+                back = any(os.path.join(up, '').startswith(os.path.join(real, '')) for up in chain)
+                if back or linked and real in seen:
+                    continue
+            above[path] = (*chain, real), linked or os.path.islink(path)
+            seen.add(real)
+            folders.append(name)
+
+
+def open_entry(archive, name, limit):
+    """A zip's entry as a file, of which no read unpacks more than was asked for; or ValueError."""
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError('packed by other than deflate')  # a read of that unpacks all at once
+    if info.file_size > limit:
+        raise ValueError(f'claims to unpack to {info.file_size} bytes')
+    return archive.open(info)
+
+
+def read_bytes(root, entry, limit):
+    """The contents, of up to limit bytes, of a file of a folder or .zip."""
+    if os.path.isdir(root):
+        if not os.path.isfile(os.path.join(root, entry)):  # opening a named pipe waits for ever
+            raise ValueError('not a file')
+        if os.path.getsize(os.path.join(root, entry)) > limit:
+            raise ValueError(f'a file of more than {limit} bytes')
+        with open(os.path.join(root, entry), 'rb') as file:
+            return file.read()
+    with ZIP_LOCK:
+        key = root, os.getpid()
+        archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
+        file = open_entry(archive, entry, limit)
+        return b''.join(iter(lambda: file.read(1 << 20), b''))
+
+
+# ---------------------------------------------------------------- what folders mean
+
+def natural(name):
+    """A key that sorts 2 before 10."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split('([0-9]+)', name))], name
+
+
+def layout(paths):
+    """Takes the folders that are no classes out of paths, {name: its parts}: one that holds all,
+    splits, images/ beside masks/. -> (paths, {name: train, val or test} or {}, notes)."""
+    splits, notes = {}, []
+    while stay := no_classes(paths.values()):
+        depth, folders = stay
+        kept = {name: path for name, path in paths.items() if path[depth] in folders}
+        if len(kept) < len(paths):
+            first = next(name for name in paths if name not in kept)
+            notes.append(f'without {len(paths) - len(kept)} images beside '
+                         f'{", ".join(sorted(folders))} (first: {first!r})')
+        found = {name: folders[path[depth]] for name, path in kept.items()}
+        if any(found.values()):  # in train/ there may be train/ and val/
+            splits = {name: kind if splits.get(name, 'train') == 'train' else splits[name]
+                      for name, kind in found.items()}
+        paths = {name: path[:depth] + path[depth + 1:] for name, path in kept.items()}
+    return paths, splits, notes
+
+
+def no_classes(paths):
+    """(level, {folder: the split it is, or ''}) of a level of folders that are no classes, or None;
+    those that are not among them go. A class may be called train: splits are some of training
+    beside others, or all there is, on the second level only both."""
+    levels = [{path[depth] if len(path) > depth + 1 else '' for path in paths} for depth in (0, 1)]
+    for depth, folders in enumerate(levels):
+        shared = len(re.sub('[^-_. ]*$', '', os.path.commonprefix(list(folders - {''}))))
+        found = {folder: match.lastgroup for folder in folders
+                 if (match := SPLIT.fullmatch(folder[shared:]))}
+        beside = 'train' in found.values() and len({*found.values()}) > 1
+        if beside and (not depth or {*found} == folders) or not depth and found and (
+                {*found} == folders - {''}):
+            return depth, found
+    first, pictures = levels[0], [folder for folder in levels[0] if folder.lower() in PICTURES]
+    if len(pictures) == 1 and all(k.lower() in ABOUT_THEM for k in first - {*pictures}):
+        return 0, {pictures[0]: ''}
+    return None if len(first) > 1 or '' in first else (0, dict.fromkeys(first, ''))
+
+
+def table_values(root, tables, paths):
+    """The label of each path, None without, by the files `tables`, {name: the parts of its folder},
+    of {"labels": [["00000/img00000000.png", 6], ...]} or null."""
+    found = {}
+    try:
+        for name, folder in tables.items():
+            labels = json.loads(read_bytes(root, name, ENTRY_LIMIT))['labels']
+            for image, label in dict(labels or ()).items():
+                found['/'.join([*folder, *re.split(r'[/\\]', image)])] = label
+    except Exception as error:  # it may hold anything
+        return f'labels in {name} that cannot be read ({error!r})'
+    return [found.get('/'.join(path)) for path in paths] if found else f'no labels, null in {name}'
+
+
+def as_labels(values, names, words=()):
+    """(int64 (n,), classes or None, '') of a value for each of names, an integer or one of `words`,
+    numbered in natural order; or (None, None, what there is instead)."""
+    classes = sorted({*words} - {None}, key=natural)
+    if isinstance(values, str) or len(classes) == 1:
+        return None, None, values if isinstance(values, str) else 'no labels'
+    numbers = {word: k for k, word in enumerate(classes)}
+    values = list(map(numbers.get, values)) if classes else values
+    bare = [name for name, value in zip(names, values) if value is None]
+    if bare:
+        some = f'no label for {len(bare)} of {len(names)} images (first: {bare[0]!r})'
+        return None, None, some if len(bare) < len(names) else 'no labels'
+    try:
+        values, hint = np.asarray(values), ''
+        if values.ndim == 2 and values.shape[1] > 1:
+            one = (values.sum(1) == 1).all()
+            hint = ', one-hot: give their argmax(1)' if one else ', several an image'
+    except (ValueError, TypeError):  # lists of several lengths, or of words
+        return None, None, 'labels that are not all whole numbers'
+    if values.size == len(names) and values.dtype.kind in 'iu':
+        return values.reshape(-1).astype(np.int64), classes or None, ''
+    return None, None, f'{values.dtype} labels {values.shape} for {len(names)} images{hint}'
+
+
+# ---------------------------------------------------------------- arrays
+
+def in_rows(array):
+    """Images (n, H, W), (n, H, W, C) or (n, C, H, W) as one of the first two; else ValueError."""
+    n, *shape = array.shape
+    if array.ndim == 4 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 1, 3)
+    flat = array.ndim == 3 and shape[0] != shape[1]  # of images that are wide: of another layout?
+    one = flat and shape[1] in (1, 3, 4)
+    if array.size == 0 or one or flat and (n == shape[0] or shape[1] > 4 * shape[0]) or not (
+            array.ndim == 3 or array.ndim == 4 and array.shape[3] in (1, 3, 4)):
+        mend = '; one image? give x[None]' if one else (
+            '; the last axis counts them? give np.moveaxis(x, -1, 0)' * (array.ndim in (3, 4)))
+        raise ValueError(f'images of shape {(n, *shape)}{mend}' + ', else x[..., None]' * flat)
+    return array[..., 0] if array.shape[3:] == (1,) else array
+
+
+def as_uint8(array):
+    """(array, notes) of uint8, or of floats in [0, 1] or [-1, 1], whichever most of them are in: up
+    to 1e-3 beyond an end is clipped. ValueError for others."""
+    if array.dtype == np.uint8:
+        return array, []
+    if array.dtype.kind != 'f':
+        raise ValueError(f'holds {array.dtype}; give uint8, from 0 to 255')
+    low, high = float(array.min()), float(array.max())  # NaN, if there is one
+    below = float((array < -1e-3).mean())
+    base = -1 if below >= 0.01 and low < -0.5 else 0
+    if not (low >= base - 1e-3 and high <= 1 + 1e-3):
+        raise ValueError(f'holds values from {low:.6g} to {high:.6g}, {100 * below:.3g} % of them '
+                         'below 0: not in [0, 1] nor [-1, 1]; scale them, or clip them to one')
+    beyond, pixels = int(((array < base) | (array > 1)).sum()), np.empty(array.shape, np.uint8)
+    for k in range(0, len(array), 256):  # a float copy of all might not fit
+        part = array[k:k + 256].astype(np.promote_types(array.dtype, np.float32)).clip(base, 1)
+        pixels[k:k + 256] = np.rint((part - base) * (255 / (1 - base)))
+    return pixels, [f'{beyond} values up to {max(base - low, high - 1):.1e} beyond [{base}, 1] '
+                    'clipped'] * (beyond > 0)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def check_archive(path):
+    """ValueError where a zip, which torch.save writes stored, is packed or fails its checksums:
+    torch.load would unpack the one to any size and pass over the other."""
+    with open(path, 'rb') as file:
+        if file.read(2) != b'PK':
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+            raise ValueError('its parts claim more bytes than it has')
+        if broken := archive.testzip():
+            raise ValueError(f'{broken} fails its checksum')
+
+
+def check_tensors(tensors):
+    """ValueError unless all are float32 and held in full: a stride of 0 makes one number look like
+    a terabyte, which the first copy would take."""
+    for name, t in tensors.items():
+        if not (isinstance(name, str) and torch.is_tensor(t) and t.dtype == torch.float32
+                and t.layout == torch.strided and t.device.type == 'cpu'
+                and t.untyped_storage().nbytes() >= t.nbytes):
+            raise ValueError(f'{name!r} is not a float32 tensor held in full')
