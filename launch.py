@@ -7,12 +7,18 @@ be hours behind (a download, its share of the samples) the others wait() for it.
 import argparse
 import contextlib
 import functools
+import io
+import itertools
+import math
 import os
+import pickle
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from datetime import timedelta
 
@@ -268,3 +274,114 @@ def listen():
 def deaf(worker):
     """For a forked reader of images: not to pass on to the run the signals that it gets itself."""
     signal.set_wakeup_fd(-1)
+
+
+# ---------------------------------------------------------------- pickles of others
+
+KNOWN = {  # every name that stands in a checkpoint of EDM or PFGM++, and what is made of it
+    'torch_utils.persistence._reconstruct_persistent_obj': lambda meta: meta,
+    'torch.nn.modules.container.ModuleDict': dict,
+    'collections.OrderedDict': dict,
+    'torch._utils._rebuild_parameter': lambda tensor, *_: tensor,
+    'torch._utils._rebuild_tensor_v2': lambda storage, offset, size, stride, *_: dict(
+        storage=storage, offset=offset, size=size, stride=stride),
+    'torch.storage._load_from_bytes': lambda packed: packed,
+    'torch.FloatStorage': 'float32',
+    'numpy.dtype': lambda *_: {},  # always float64
+    'numpy.core.multiarray.scalar': lambda dtype, packed: struct.unpack('<d', packed)[0],
+    'numpy._core.multiarray.scalar': lambda dtype, packed: struct.unpack('<d', packed)[0],
+    '__builtin__.set': lambda *_: None,
+    '_codecs.encode': lambda text, encoding: text.encode('latin1'),
+}
+
+
+class Reader(pickle._Unpickler):
+    """Reads a pickle as dicts, lists and numbers, and calls nothing but KNOWN. It is Python's own
+    class, not the one in C, so that its opcodes can be others; and what is large stays in the file,
+    as the range of its bytes."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.file = file
+
+    def find_class(self, module, name):
+        if f'{module}.{name}' not in KNOWN:
+            raise ValueError(f'it asks for {module}.{name}'[:100])
+        return KNOWN[f'{module}.{name}']
+
+    def persistent_load(self, key):
+        return dict(name=key[2], count=key[4])
+
+    def build(self):  # the state of an object
+        state = self.stack.pop()
+        self.stack[-1].update(state if isinstance(state, dict) else {})
+
+    def binbytes(self):
+        count, = struct.unpack('<I', self.read(4))
+        if count < 2 ** 16 or self._unframer.current_frame:
+            self.append(self.read(count))
+        else:
+            start = self.file.tell()
+            self.file.seek(count, os.SEEK_CUR)
+            self.append(range(start, start + count))
+
+    def tuple(self, count):  # as a list, which has no hash: that of a deep tuple would end Python
+        self.stack[-count:] = [self.stack[-count:]]
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: build, pickle.BINBYTES[0]: binbytes,
+                pickle.TUPLE[0]: pickle._Unpickler.load_list,
+                **{code[0]: lambda self, count=count: self.tuple(count) for count, code in
+                   enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)}}
+    del dispatch[pickle.BYTEARRAY8[0]]  # it would fill as many bytes as are claimed
+
+
+def holds_objects(path):
+    """Whether a file is one for open_pickle(), not for torch.load()."""
+    with open(path, 'rb') as file:
+        start = file.read(4)
+        if start[:2] != b'PK':  # torch.save's own, before it wrote zips, begin with a number
+            return start[:1] == b'\x80' and start[2:] != b'\x8a\n'
+        with zipfile.ZipFile(file) as archive:
+            return any(b'torch_utils.persistence' in archive.read(name)
+                       for name in archive.namelist() if name.endswith('data.pkl'))
+
+
+@contextlib.contextmanager
+def open_pickle(path):
+    """(what a pickle, plain or a zip of torch.save, holds; a function that reads a tensor of it).
+    Raises what it may where the file is damaged, and ValueError where it asks for another name."""
+    with open(path, 'rb') as file:
+        archive = zipfile.ZipFile(file) if file.read(2) == b'PK' else None
+        root = archive and next(name for name in archive.namelist() if name.endswith('data.pkl'))
+
+        def tensor(t):
+            storage = t['storage']
+            if archive:
+                numbers = archive.read(f'{root[:-8]}data/{storage["name"]}')
+            else:  # torch.save's of one storage: five pickles, a count, the numbers
+                if isinstance(storage, range):
+                    file.seek(storage.start)
+                    storage = file.read(len(storage))
+                packed = io.BytesIO(storage)
+                *_, storage, _ = [Reader(packed).load() for _ in range(5)]
+                numbers = packed.read()[8:]
+            if len(numbers) != 4 * storage['count'] or math.prod(t['size']) > storage['count']:
+                raise ValueError('a tensor is not held in full')
+            numbers = torch.from_numpy(np.frombuffer(numbers, '<f4').copy())
+            return numbers.as_strided(t['size'], t['stride'], t['offset'])
+        file.seek(0)
+        yield Reader(archive.open(root) if archive else file).load(), tensor
+
+
+def tensors_of(module, child):
+    """{name: tensor} of a child of a module in such a file, in the order of its parameters."""
+    def walk(module, prefix):
+        state = module.get('state', module)
+        for key, part in [*state['_parameters'].items(), *state['_buffers'].items()]:
+            yield prefix + key, part
+        for key, part in state['_modules'].items():
+            yield prefix + key, None
+            if part is not None and len(prefix + key) < 100:  # it may be within itself
+                yield from walk(part, f'{prefix}{key}.')
+    parts = itertools.islice(walk(module['state']['_modules'][child], ''), 10 ** 5)
+    return {name: part for name, part in parts if part is not None}

@@ -31,11 +31,12 @@ from launch import (CLASS_LIMIT, BadInput, Parser, above, agree, everywhere, fas
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
-# of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++.
+# of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++ with DDPM++, cifar10_ncsnpp
+# with NCSN++. The last two columns are False where a row does not have them.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
-    'ema_decay', 'steps', 'sample_every', 'loss'), row))
+    'ema_decay', 'steps', 'sample_every', 'loss', 'ncsnpp', 'label_first'), (*row, False, False)))
     for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
     'glyphs':       (32, S[:2], 1, (8,), 0, 64, 'all', 2e-3, 100, .995, 600, 200, 'sum'),
@@ -46,6 +47,8 @@ PRESETS = {name: dict(zip((
     'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean'),
     'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
                      'sum'),
+    'cifar10_ncsnpp': (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
+                       'sum', True, True),
 }.items()}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
@@ -84,7 +87,8 @@ def parse_args(argv=None):
     flag('out_dir', str, 'out', 'where the checkpoint, log and sample grids go')
     flag('image_size', above(0, int), None, 'pixels a side (default: as the data is)')
     flag('channels', int, None, 'grey or colour (default: as the data is)', choices=(1, 3))
-    flag('method', str, None, 'what is trained (default: pfgm, with --D pfgmpp)', choices=METHODS)
+    flag('method', str, None, 'what is trained (default: pfgm, with --D or --ncsnpp pfgmpp)',
+         choices=METHODS)
     flag('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)')
     flag('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance')
     flag('flip', None, None, 'mirror half of the images (default: as the data is)')
@@ -102,6 +106,8 @@ def parse_args(argv=None):
     flag('num_blocks', above(0, int, 33), None, 'residual blocks a level')
     flag('attn', above(0, int), None, 'image sizes with attention', nargs='*')
     flag('dropout', above(-1e-9, below=1), None, 'in residual blocks')
+    flag('ncsnpp', None, None, 'NCSN++: Fourier features of the noise, FIR filters, a pyramid')
+    flag('label_first', None, None, 'labels join the noise before the first linear layer')
     flag('steps', above(0, int), None, 'updates in all')
     flag('batch_size', above(0, int), None, 'points a step, over all processes')
     flag('accum', above(0, int), 1, 'micro-batches a process splits its share into')
@@ -135,7 +141,14 @@ def resolve(args, images, saved, world):
     by_size = next(name for size, name in sizes if images.image_size <= size)
     name = args.preset or args.dataset
     teacher = args.reflow or args.distill
-    args.method = args.method or ('rf' if teacher else 'pfgmpp' if args.D else 'pfgm')
+    old = saved['args'] if saved else {}
+    args.edm = old.get('edm', False)
+    if args.edm:  # a network of EDM or PFGM++ is trained on as what it is
+        args.method, args.D = args.method or 'pfgmpp', args.D or old['D']
+    row = dict(PRESETS[name if name in PRESETS else by_size])
+    row.update({k: old[k] for k in ARCHITECTURE if k in old})
+    ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
+    args.method = args.method or ('rf' if teacher else 'pfgmpp' if args.D or ncsnpp else 'pfgm')
     if teacher and args.init_from:
         raise BadInput(f'--init_from {args.init_from}: --reflow and --distill go on from their '
                        'teacher; leave it out')
@@ -145,7 +158,6 @@ def resolve(args, images, saved, world):
     if args.D and args.method != 'pfgmpp':
         raise BadInput(f'--D {args.D:g}: belongs to --method pfgmpp, not {args.method}')
     args.D = args.D or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
-    row = dict(PRESETS[name if name in PRESETS else by_size])
     if args.method == 'pfgm':
         row.update(datasets.flow_constants(images, name, args.sigma, args.tau, args.gamma))
     else:  # constants that do not depend on the data, and no charge but the image itself
@@ -155,9 +167,8 @@ def resolve(args, images, saved, world):
         if teacher and args.field_batch not in (None, 1):
             raise BadInput(f'--field_batch {args.field_batch}: the pairs of --reflow and --distill '
                            'have no charges; leave it out')
-    if saved:
-        row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
-        args.classes = saved['args']['classes'] > 0 if teacher else args.classes
+    if teacher:
+        args.classes = old['classes'] > 0
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
     if args.classes and images.labels is None:
@@ -199,7 +210,7 @@ def check_resume(args, old):
 
 def check_origin(args, old, path):
     """A flag that contradicts the checkpoint whose network is taken."""
-    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes'):
+    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes', 'ncsnpp', 'label_first'):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
         if a != b:
             raise BadInput(f'--{key} {a}: {path} has {b}; take that')
@@ -445,6 +456,8 @@ def main(args):
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if saved and 'opt' in saved:
         restore(opt, saved, device, rank)
+    elif args.init_from and saved and rank == 0:
+        print(f'{origin} has no optimizer state; Adam starts afresh')
     saved = None  # a quarter of it stays in use
 
     # folder: every process has looked at it, since all agree
