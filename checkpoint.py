@@ -330,16 +330,16 @@ def read_edm(path, whole):
             found['net'] = ours(tensors_of(saved['net'], 'model'), names)
         opt = saved.get('optimizer_state') or {}
         if state := opt.get('state'):
-            found['step'] = int(tensor(state[0]['step']))
+            step = state[0]['step']
+            step = found['step'] = int(tensor(step) if isinstance(step, dict) else step)
         if state and whole:
             order = [name for name in parts if name.endswith(('weight', 'bias'))]
             group = {k: opt['param_groups'][0][k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
             names.pop('freq', None)
             moments = {k: list(ours({order[i]: row[k] for i, row in state.items()}, names).values())
                        for k in ('exp_avg', 'exp_avg_sq')}
-            step = torch.tensor(float(found['step']))
             found['opt'] = {'param_groups': [dict(group, params=list(range(len(names))))], 'state': {
-                i: {'step': step.clone(), **{k: moments[k][i] for k in moments}}
+                i: {'step': torch.tensor(float(step)), **{k: moments[k][i] for k in moments}}
                 for i in range(len(names))}}
         return found
 

@@ -229,7 +229,10 @@ def load_flows(args, device):
 
 def training_set_of(args):
     """The name of what --ckpt was trained on."""
-    saved = read_checkpoint(args.compare[0] if args.compare else args.ckpt)['args']
+    path = args.compare[0] if args.compare else args.ckpt
+    saved = read_checkpoint(path)['args']
+    if saved['edm'] and not saved.get('dataset') and saved['image_size'] != 32:
+        raise BadInput(f'--ckpt {path}: does not say what it was trained on; give --dataset')
     return saved.get('dataset') or datasets.OFFICIAL_BY_SIZE.get(saved['image_size'])
 
 

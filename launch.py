@@ -357,7 +357,7 @@ def open_pickle(path):
         def tensor(t):
             storage = t['storage']
             if archive:
-                numbers = archive.read(f'{root[:-8]}data/{storage["name"]}')
+                numbers = archive.read(root.removesuffix('data.pkl') + 'data/' + storage['name'])
             else:  # torch.save's of one storage: five pickles, a count, the numbers
                 if isinstance(storage, range):
                     file.seek(storage.start)
@@ -377,11 +377,12 @@ def tensors_of(module, child):
     """{name: tensor} of a child of a module in such a file, in the order of its parameters."""
     def walk(module, prefix):
         state = module.get('state', module)
-        for key, part in [*state['_parameters'].items(), *state['_buffers'].items()]:
-            yield prefix + key, part
-        for key, part in state['_modules'].items():
-            yield prefix + key, None
-            if part is not None and len(prefix + key) < 100:  # it may be within itself
-                yield from walk(part, f'{prefix}{key}.')
+        for kind in ('_parameters', '_buffers', '_modules'):
+            for key, part in state[kind].items():
+                if len(prefix + key) > 100:
+                    raise ValueError('a name too long')  # or a module within itself
+                yield prefix + key, part if kind != '_modules' else None
+                if part is not None and kind == '_modules':
+                    yield from walk(part, f'{prefix}{key}.')
     parts = itertools.islice(walk(module['state']['_modules'][child], ''), 10 ** 5)
     return {name: part for name, part in parts if part is not None}

@@ -303,7 +303,8 @@ def main(args):
         return field_lines(args.out)
     flow, images = load_flow(args, device)
     if rank == 0:
-        print('  '.join(f'{k} {v}' for k, v in vars(flow).items() if k != 'net'), flush=True)
+        facts = {**vars(flow), 'schedule': flow.spacing()}
+        print('  '.join(f'{k} {v}' for k, v in facts.items() if k != 'net'), flush=True)
     if args.encode:
         return encode(flow, args, device)
     if args.out.endswith('.gif'):

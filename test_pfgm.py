@@ -2511,6 +2511,516 @@ def test_hostile_checkpoints_at_length(trained, tmp_path, capsys, monkeypatch):
     fuzz_checkpoints(trained, tmp_path, capsys, 1, 300)
 
 
+# ---------------------------------------------------------------- the files of EDM and PFGM++
+
+GOLDEN_EDM = HERE.parent / 'shared' / 'golden_edm'
+golden_edm = pytest.mark.skipif(not GOLDEN_EDM.is_dir(), reason='no ../shared/golden_edm: the files '
+                                'and numbers of EDM and PFGM++ are not here')
+EDM_FILES = ('edm-cifar10-32x32-uncond-vp/network-snapshot-200000.pkl',
+             'pfgmpp-cifar10_ncsnpp_D_2048_conditional/training-state-200000.pkl',
+             'pfgmpp-cifar10_ncsnpp_D_2048_conditional-pt/training-state-200000.pt')
+NCSNPP = dict(embedding_type='fourier', encoder_type='residual', channel_mult_noise=2,
+              resample_filter=[1, 3, 3, 1])
+
+
+@golden_edm
+@pytest.mark.parametrize('file', EDM_FILES)
+def test_published_denoisers_give_the_authors_numbers(file):
+    net, args = checkpoint.load_checkpoint(GOLDEN_EDM / file)
+    ref, made = ({k: torch.from_numpy(v) for k, v in np.load((GOLDEN_EDM / file).parent / name).items()
+                  if 'trace' not in k} for name in ('golden.npz', 'sampler.npz'))
+    labels, unit = [ref['labels']] if 'labels' in ref else [], pfgm.unit(args['D'])
+    assert args['D'] == (2048 if labels else math.inf) and args['classes'] == 10 * len(labels)
+    seen = ref['c_in'].view(-1, 1, 1, 1) * ref['x'], ref['c_noise']
+    embedded = []
+    with torch.no_grad():
+        hook = net.net.embed[1].register_forward_hook(lambda *a: embedded.append(a[2].sigmoid() * a[2]))
+        close(net.predict(*seen, *labels), ref['F'], atol=2e-4)
+        hook.remove()
+        close(embedded[0], ref['emb'], atol=1e-4)
+        for kinds, key in ((labels, 'D'), ([-torch.ones_like(labels[0])] if labels else [], 'D_nolabel')):
+            v_x, v_z = net(ref['x'].double(), ref['sigma'].double() * unit, *kinds)
+            close(v_x + ref['x'].double(), ref[key if labels else 'D'], atol=1e-4)
+            close(v_z, -ref['sigma'].double() * unit, rtol=1e-6)
+        for nfe, key in ((35, 'x_final'), (17, 'x_final_9_steps')):
+            x = made['latents'].double() * (1 if labels else args['z_max'])
+            x, calls = pfgm.sample_ode(net, x, args['z_max'], args['z_min'], 'heun', nfe, D=args['D'],
+                                       z_exp=0, labels=made.get('labels'), schedule_name='rho7', to_data=True)
+            assert calls == nfe
+            close(x, made[key], atol=1e-4)
+        noise = (ref['sigma'].double().square() + 0.25).rsqrt().view(-1, 1, 1, 1) * ref['x'].double()
+        F64 = net.double().predict(noise, ref['sigma'].double().log() / 4, *labels)
+        close(F64, ref['F64'], atol=1e-6)
+
+
+def test_fir_filters_are_those_of_stylegan():
+    """blur() and means or repetitions, against [1, 3, 3, 1] x [1, 3, 3, 1] / 64 itself."""
+    x, taps = torch.randn(2, 5, 8, 8, dtype=F64, generator=seeded()), torch.tensor([1., 3, 3, 1], dtype=F64)
+    kernel = (taps[:, None] * taps / 64).expand(5, 1, 4, 4)
+    down, up = (unet.ResBlock(5 - 1, 4, 4, 0, kind, fir=True) for kind in ('down', 'up'))
+    close(down.scale(x), torch.nn.functional.conv2d(x, kernel, None, 2, 1, groups=5), atol=1e-15)
+    close(up.scale(x), torch.nn.functional.conv_transpose2d(x, 4 * kernel, None, 2, 1, groups=5), atol=1e-14)
+    pyramid, h = unet.Pyramid(5, 5).double(), torch.randn(2, 5, 4, 4, dtype=F64, generator=seeded(1))
+    with torch.no_grad():
+        torch.nn.init.normal_(pyramid.bias)
+        above = torch.nn.functional.conv2d(x, pyramid.weight, None, padding=2)
+        above = torch.nn.functional.conv2d(above, kernel, pyramid.bias, 2, groups=5)
+        close(pyramid(h, x), (h + above) / math.sqrt(2), atol=1e-14)
+
+
+def edm_shapes(size=32, nf=8, mult=(1, 2), blocks=1, ncsnpp=False, classes=0, augment=9):
+    """{name: shape} of EDM's SongUNet in its order."""
+    out, width, attend = {}, nf * (1 + ncsnpp), {16}
+
+    def layer(name, *shape, bias=True, resample=False):
+        out[f'{name}.weight'] = shape
+        out.update({f'{name}.bias': shape[:1]} if bias else {})
+        out.update({f'{name}.resample_filter': (1, 1, *[4 if ncsnpp else 2] * 2)} if resample else {})
+
+    def block(name, a, b, attend=False, resample=False):
+        layer(f'{name}.norm0', a)
+        layer(f'{name}.conv0', b, a, 3, 3, resample=resample)
+        layer(f'{name}.affine', b, 4 * nf)
+        layer(f'{name}.norm1', b)
+        layer(f'{name}.conv1', b, b, 3, 3)
+        if a != b or resample:
+            layer(f'{name}.skip', b, a, 1, 1, resample=resample)
+        if attend:
+            layer(f'{name}.norm2', b)
+            layer(f'{name}.qkv', 3 * b, b, 1, 1)
+            layer(f'{name}.proj', b, b, 1, 1)
+    out.update({'map_noise.freqs': (nf,)} if ncsnpp else {})
+    if classes:
+        layer('map_label', width, classes)
+    if augment:
+        layer('map_augment', width, augment, bias=False)
+    layer('map_layer0', 4 * nf, width)
+    layer('map_layer1', 4 * nf, 4 * nf)
+    layer(f'enc.{size}x{size}_conv', nf, 3, 3, 3)
+    c, above, skips = nf, 3, [nf]
+    for level, m in enumerate(mult):
+        side = f'{size >> level}x{size >> level}'
+        if level:
+            block(f'enc.{side}_down', c, c, resample=True)
+            if ncsnpp:
+                layer(f'enc.{side}_aux_residual', c, above, 3, 3, resample=True)
+            above = c
+            skips.append(c)
+        for i in range(blocks):
+            block(f'enc.{side}_block{i}', c, nf * m, attend=size >> level in attend)
+            c = nf * m
+            skips.append(c)
+    block(f'dec.{side}_in0', c, c, attend=True)
+    block(f'dec.{side}_in1', c, c)
+    for level, m in reversed(list(enumerate(mult))):
+        side = f'{size >> level}x{size >> level}'
+        if level < len(mult) - 1:
+            block(f'dec.{side}_up', c, c, resample=True)
+        for i in range(blocks + 1):
+            block(f'dec.{side}_block{i}', c + skips.pop(), nf * m, attend=i == blocks and size >> level in attend)
+            c = nf * m
+    layer(f'dec.{side}_aux_norm', c)
+    layer(f'dec.{side}_aux_conv', 3, c, 3, 3)
+    return out
+
+
+class Persistent:
+    """Pickled as EDM's torch_utils.persistence pickles an object."""
+
+    def __init__(self, name, **state):
+        self.meta = dict(type='class', version=6, module_src='# ' * 99, class_name=name, state=state)
+
+    def __reduce__(self):
+        return sys.modules['torch_utils.persistence']._reconstruct_persistent_obj, (self.meta,)
+
+
+def edm_module(tensors, name='Module', **state):
+    """The tree of {dotted name: tensor} as persistent objects."""
+    inside, own = {}, {'_parameters': {}, '_buffers': {}}
+    for key, tensor in tensors.items():
+        head, _, tail = key.partition('.')
+        if tail:
+            inside.setdefault(head, {})[tail] = tensor
+        else:
+            own['_parameters' if key in ('weight', 'bias') else '_buffers'][key] = tensor
+    modules = {}
+    for key, parts in inside.items():
+        if key in ('enc', 'dec'):
+            modules[key] = torch.nn.ModuleDict.__new__(torch.nn.ModuleDict)
+            modules[key].__dict__.update(edm_module(parts).meta['state'])
+        else:
+            modules[key] = edm_module(parts)
+    return Persistent(name, training=False, **own, _modules=modules, gain=np.float64(0.5), **state)
+
+
+def edm_file(path, zip_form=False, change=lambda saved: None, kind='EDMPrecond', attributes=None,
+             whole=True, given=(), **shape):
+    """A training-state in the form of EDM and PFGM++ of random weights: {our name: tensor}."""
+    shapes = edm_shapes(**shape)
+    size, nf, classes = (shape.get(k, v) for k, v in (('size', 32), ('nf', 8), ('classes', 0)))
+    kw = dict(dict(model_type='SongUNet', model_channels=nf, channel_mult=list(shape.get('mult', (1, 2))),
+                   num_blocks=shape.get('blocks', 1), img_resolution=size, img_channels=3, label_dim=classes,
+                   use_fp16=False, dropout=0.13), **NCSNPP if shape.get('ncsnpp') else {}, **dict(given))
+    attributes = dict(dict(img_resolution=size, img_channels=3, label_dim=classes, sigma_data=0.5),
+                      **attributes or {})
+
+    def network(seed):
+        g = seeded(seed)
+        tensors = {k: torch.randn(s, generator=g) / max(1, math.prod(s[1:])) ** 0.5 for k, s in shapes.items()}
+        model = edm_module({k: v if k.endswith(('freqs', 'filter')) else torch.nn.Parameter(v)
+                            for k, v in tensors.items()}, 'SongUNet')
+        outer = Persistent(kind, _parameters={}, _buffers={}, _modules={'model': model}, _init_kwargs=kw,
+                           **attributes)
+        return tensors, outer
+    tensors, ema = network(0)
+    saved = dict(ema=ema)
+    if whole:
+        raw, net = network(1)
+        order = [v for k, v in raw.items() if k.endswith(('weight', 'bias'))]
+        state = {i: dict(step=torch.tensor(7.0), exp_avg=3 * p, exp_avg_sq=p * p) for i, p in enumerate(order)}
+        group = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, params=list(range(len(order))))
+        saved = dict(optimizer_state=dict(state=state, param_groups=[group]), step=3584, ema=ema, net=net)
+    change(saved)
+    known = {name: type(sys)(name) for name in ('torch_utils', 'torch_utils.persistence')}
+    function = known['torch_utils.persistence']._reconstruct_persistent_obj = lambda meta: meta
+    function.__module__ = 'torch_utils.persistence'
+    function.__qualname__ = function.__name__ = '_reconstruct_persistent_obj'
+    with patch.dict(sys.modules, known), open(path, 'wb') as file:
+        torch.save(saved, file) if zip_form else pickle.dump(saved, file, protocol=4)
+    return tensors
+
+
+EDM_KINDS = [dict(), dict(classes=4, augment=0), dict(ncsnpp=True, nf=12), dict(ncsnpp=True, classes=4),
+             dict(size=64, mult=(1, 2, 2, 2)), dict(ncsnpp=True, size=64, mult=(1, 2, 2))]
+
+
+def plain_edm(p, x, c_noise, labels, size=32, nf=8, mult=(1, 2), blocks=1, ncsnpp=False, classes=0, augment=9):
+    """EDM's network written once more, straight on its tensors p."""
+    from torch.nn import functional as F
+    taps = torch.tensor([1., 3, 3, 1] if ncsnpp else [1., 1])
+    kernel, pad, r = taps[:, None] * taps / taps.sum() ** 2, (len(taps) - 2) // 2, 0.5 ** 0.5
+
+    def conv(name, h, padding=1):
+        return F.conv2d(h, p[f'{name}.weight'], p[f'{name}.bias'], padding=padding)
+
+    def linear(name, h):
+        return F.linear(h, p[f'{name}.weight'], p[f'{name}.bias'])
+
+    def norm(name, h):
+        return F.group_norm(h, min(32, h.shape[1] // 4), p[f'{name}.weight'], p[f'{name}.bias'], 1e-6)
+
+    def scale(h, name):
+        k = kernel.expand(h.shape[1], 1, *kernel.shape)
+        if 'down' in name:
+            return F.conv2d(h, k, None, 2, pad, groups=len(k))
+        return F.conv_transpose2d(h, 4 * k, None, 2, pad, groups=len(k)) if '_up' in name else h
+
+    def block(name, h):
+        y = conv(f'{name}.conv0', scale(F.silu(norm(f'{name}.norm0', h)), name))
+        y = F.silu(norm(f'{name}.norm1', y + linear(f'{name}.affine', emb)[:, :, None, None]))
+        h = scale(h, name)
+        h = conv(f'{name}.skip', h, 0) if f'{name}.skip.weight' in p else h
+        h = r * (h + conv(f'{name}.conv1', y))
+        if f'{name}.qkv.weight' in p:
+            B, C, H, W = h.shape
+            q, k, v = conv(f'{name}.qkv', norm(f'{name}.norm2', h), 0).reshape(B, C, 3, H * W).unbind(2)
+            w = torch.einsum('bcq,bck->bqk', q, k / C ** 0.5).softmax(2)
+            h = r * (h + conv(f'{name}.proj', torch.einsum('bqk,bck->bcq', w, v).reshape(h.shape), 0))
+        return h
+    f = 2 * math.pi * p['map_noise.freqs'] if ncsnpp else 1e4 ** -(torch.arange(nf // 2) / (nf // 2 - 1))
+    emb = torch.cat([(c_noise[:, None] * f).sin(), (c_noise[:, None] * f).cos()], 1)
+    if classes:
+        emb = emb + linear('map_label', F.one_hot(labels, classes) * classes ** 0.5)
+    emb = F.silu(linear('map_layer1', F.silu(linear('map_layer0', emb))))
+    names = list(dict.fromkeys('.'.join(k.split('.')[:2]) for k in p if k.startswith(('enc', 'dec'))))
+    h, above, skips = x, x, []
+    for name in names:
+        if name.endswith('x%d_conv' % size):
+            h = conv(name, h)
+        elif 'aux_residual' in name:
+            y = F.conv2d(above, p[f'{name}.weight'], padding=2)
+            y = F.conv2d(y, kernel.expand(y.shape[1], 1, 4, 4), p[f'{name}.bias'], 2, groups=y.shape[1])
+            h = above = skips[-1] = r * (h + y)
+            continue
+        elif 'aux_norm' in name:
+            h = F.silu(norm(name, h))
+        elif 'aux_conv' in name:
+            return conv(name, h)
+        else:
+            h = block(name, torch.cat([h, skips.pop()], 1) if 'dec' in name and '_block' in name else h)
+        if name.startswith('enc'):
+            skips.append(h)
+
+
+@pytest.mark.parametrize('shape', EDM_KINDS)
+@pytest.mark.parametrize('zip_form', [False, True])
+def test_published_files_are_read_whole_and_round_trip(shape, zip_form, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    theirs = edm_file('a.pkl', zip_form, **shape)
+    net, args = checkpoint.load_checkpoint('a.pkl')
+    assert (args['D'], args['step'], args['ncsnpp']) == (math.inf, 7, shape.get('ncsnpp', False))
+    x, z = torch.randn(3, 3, *[shape.get('size', 32)] * 2, generator=seeded()), torch.tensor([-1.2, 0.3, 1.1])
+    labels = [torch.tensor([0, 3, 1])] if shape.get('classes') else []
+    with torch.no_grad():
+        close(net.predict(x, z, *labels), plain_edm(theirs, x, z, *labels or [None], **shape), atol=2e-5)
+    script(['checkpoint.py', 'a.pkl', '--out', 'b.pt'])
+    again, same_args = checkpoint.load_checkpoint('b.pt')
+    assert same(net.state_dict(), again.state_dict()) and same_args == args
+    saved = checkpoint.read_checkpoint('a.pkl', whole=True)
+    names = [k for k, _ in net.net.named_parameters()]
+    for i, k in enumerate(names):  # the moments were made of the raw weights
+        close(saved['opt']['state'][i]['exp_avg'], 3 * saved['net'][k], rtol=1e-6)
+        close(saved['opt']['state'][i]['exp_avg_sq'], saved['net'][k].square(), rtol=1e-6)
+    opt = torch.optim.Adam(net.net.parameters())
+    opt.load_state_dict(saved['opt'])
+    net.net(x, z, *labels)[0].sum().backward()
+    opt.step()
+
+
+@golden_edm
+@pytest.mark.parametrize('name', ['cifar10-32x32-uncond-vp', 'cifar10-32x32-cond-vp',
+                                  'cifar10-32x32-uncond-ve', 'cifar10-32x32-cond-ve',
+                                  'ffhq-64x64-uncond-vp', 'ffhq-64x64-uncond-ve'])
+def test_full_size_published_networks_fit(name):
+    rows = json.loads((GOLDEN_EDM / 'structure.json').read_text())[name]
+    kw = dict(size=64, mult=(1, 2, 2, 2)) if '64' in name else dict(mult=(2, 2, 2))
+    kw.update(ncsnpp=name.endswith('ve'), classes=10 if '-cond' in name else 0)
+    shapes = edm_shapes(nf=128, blocks=4, **kw)
+    assert [[f'model.{k}', list(v)] for k, v in shapes.items()] == [row[:2] for row in rows]
+    with torch.device('meta'):
+        net = unet.UNet(kw.get('size', 32), nf=128, ch_mult=kw['mult'], classes=kw['classes'],
+                        ncsnpp=kw['ncsnpp'], label_first=True)
+    names, used = checkpoint.edm_names(net, shapes), set()
+    for ours, p in net.state_dict().items():
+        theirs, leaf = shapes[names[ours]], ours.split('.')[-2:]
+        size = p.numel() * (3 if leaf[0] in 'qkv' else 1) - (ours.startswith('conv_out') and p[-1].numel())
+        assert math.prod(theirs) == size, ours
+        kind = {'norm1': 'norm0', 'conv1': 'conv0', 'emb': 'affine', 'norm2': 'norm1', 'conv2': 'conv1',
+                'shortcut': 'skip', 'norm': 'norm2', 'out': 'proj', **dict.fromkeys('qkv', 'qkv')}.get(leaf[0])
+        assert kind is None or names[ours].split('.')[-2:] == [kind, leaf[1]], ours
+        used.add(names[ours])
+    assert {k for k in shapes if k not in used and not k.endswith('filter')} == {'map_augment.weight'}
+
+
+@pytest.mark.parametrize('attributes, D', [
+    (dict(D=2048, pfgmpp=True), 2048), (dict(D=128, pfgmv2=True, pfgm=False), 128),
+    (dict(D=128, pfgmpp=False), math.inf), (dict(D=128, pfgm=False, pfgmv2=False), math.inf), ({}, math.inf)])
+def test_d_of_published_files(attributes, D, tmp_path):
+    edm_file(tmp_path / 'a', bool(attributes), attributes=attributes, given=attributes)
+    net, args = checkpoint.load_checkpoint(tmp_path / 'a')
+    assert args['D'] == D
+    close([args['z_min'], args['z_max']], np.array([0.002, 80]) * pfgm.unit(D), rtol=1e-12)
+    x = 1e4 * torch.ones(2, 3, 32, 32, dtype=F64)
+    close(net.sigma(x, torch.ones(2)), torch.ones(2) / pfgm.unit(D), rtol=1e-6)  # not of |x|
+
+
+def test_published_files_sample_encode_and_train_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    edm_file('a.pkl', classes=10, attributes=dict(D=128, pfgmpp=True), nf=4)
+    edm_file('snapshot.pkl', whole=False, nf=4)
+    how = {}
+    for nfe, solver, planes in (([], 'heun', 'rho7'), (['--nfe', 10], 'unipc', 'radius')):
+        args = sample.parse_args([str(word) for word in ('--ckpt', 'a.pkl', *nfe)])
+        flow = checkpoint.load_flow(args, torch.device('cpu'))[0]
+        assert (flow.solver, flow.spacing(), flow.nfe, flow.known) == (solver, planes, *(nfe[1:] or [35]), 10)
+        how[solver] = flow.ending()
+    assert how['heun'] == (True, 0.002 * 128 ** 0.5) and how['unipc'][1] > how['heun'][1]
+    x, calls = flow.follow(flow.prior([0, 1]), torch.device('cpu'), [0, 1])
+    assert x.dtype == F64 and calls == 10
+    script(['checkpoint.py', 'a.pkl', '--out', 'ours.pt'])
+    for file in ('a.pkl', 'ours.pt'):
+        script(['sample.py', '--ckpt', file, '--n', 2, '--nfe', 35, '--classes', 3, '--out', f'{file}.npz'])
+    images = [np.load(f'{file}.npz')['arr_0'] for file in ('a.pkl', 'ours.pt')]
+    assert (images[0] == images[1]).all()
+    for flags in (['--solver', 'rk45', '--tol', '0.1'], ['--solver', 'ipndm', '--nfe', 4, '--schedule', 'log'],
+                  ['--interpolate', '--nfe', 3], ['--encode', 'glyphs', '--solver', 'dpm2m', '--nfe', 4]):
+        script(['sample.py', '--ckpt', 'snapshot.pkl', '--n', 2, '--out', 'b.png', *flags])
+    script(['evaluate.py', '--compare', 'snapshot.pkl', 'a.pkl', '--swd', '--sweep', 'nfe=3', '--n', 8,
+            '--dataset', 'glyphs', '--batch_size', 8])
+    words = 'train.py --dataset glyphs --image_size 32 --channels 3 --batch_size 2 --log_every 1 --steps 9 ' \
+            '--save_every 1 --sample_every 9 --device cpu --no-bf16 --lr 1e-9'.split()
+    capsys.readouterr()
+    script([*words, '--init_from', 'snapshot.pkl', '--out_dir', 'o', '--steps', 1])
+    assert 'snapshot.pkl has no optimizer state' in capsys.readouterr().out
+    script([*words, '--init_from', 'a.pkl', '--classes', '--out_dir', 'p', '--steps', 8])
+    assert 'optimizer' not in capsys.readouterr().out
+    raw, saved = checkpoint.read_checkpoint('a.pkl', True)['net'], checkpoint.read_checkpoint('p/ckpt.pt')
+    assert all((saved['net'][k] - v).abs().max() < 1e-6 for k, v in raw.items())
+    assert saved['args']['edm'] and saved['args']['D'] == 128 and saved['opt']['state'][0]['step'] == 8
+    script([*words, '--classes', '--out_dir', 'p', '--D', 128])
+    refuses([*words, '--init_from', 'a.pkl', '--out_dir', 'q'], '--classes 0: a.pkl has 10')
+    refuses(['sample.py', '--ckpt', 'snapshot.pkl', '--classes', 0], 'the network knows none')
+
+
+def test_ncsnpp_trains_as_a_preset(tmp_path):
+    words = ['train.py', '--preset', 'cifar10_ncsnpp', '--dataset', 'glyphs', '--image_size', 32, '--nf', 8,
+             '--num_blocks', 1, '--batch_size', 2, '--log_every', 1, '--device', 'cpu', '--out_dir', tmp_path]
+    script([*words, '--steps', 2])
+    script([*words, '--steps', 4])
+    net, args = checkpoint.load_checkpoint(tmp_path / 'ckpt.pt')
+    assert (args['method'], args['ncsnpp'], args['label_first'], args['edm']) == ('pfgmpp', True, True, False)
+    assert net.net.freq.std() > 8 and len(losses(tmp_path)) == 4
+    for preset, row in train.PRESETS.items():
+        assert (row['ncsnpp'], row['label_first']) == (preset == 'cifar10_ncsnpp',) * 2
+
+
+def pickled(*opcodes):
+    """A pickle of protocol 4 put together by hand."""
+    return b'\x80\x04' + b''.join(opcodes) + b'.'
+
+
+def name(module, function):
+    return b''.join(bytes([140, len(word)]) + word.encode() for word in (module, function)) + b'\x93'
+
+
+def hostile_edm():
+    """{what: bytes of a plain pickle, or a change of a good file}"""
+    rebuild = name('torch._utils', '_rebuild_tensor_v2')
+
+    def within(saved):
+        saved['ema'].meta['state']['_modules']['model'].meta['state']['_modules']['a'] = saved['ema'].meta
+
+    def model(saved):
+        return saved['ema'].meta['state']['_modules']['model'].meta['state']['_modules']
+
+    def many(saved):  # each twice in the next: 2^60 modules without a tensor
+        part = dict(_parameters={}, _buffers={}, _modules={})
+        for _ in range(60):
+            part = dict(_parameters={}, _buffers={}, _modules={'a': part, 'b': part})
+        model(saved)['a'] = part
+
+    def tensor(make):
+        def change(saved):
+            layer = model(saved)['map_layer0'].meta['state']['_parameters']
+            layer['weight'] = make(layer['weight'])
+        return change
+
+    def kwargs(**new):
+        def change(saved):
+            saved['ema'].meta['state']['_init_kwargs'].update(new)
+            saved['ema'].meta['state'].update({k: v for k, v in new.items() if k != 'model_channels'})
+        return change
+    text = b''.join([b'\x8c\x05touch', b'0'])
+    return {
+        'a payload': lambda s: s.update(extra=Payload()),
+        'another name': pickled(name('builtins', 'eval'), b'\x8c\x011\x85R'),
+        'a name of torch': pickled(name('torch.hub', 'load'), b'\x8c\x01a\x85R'),
+        'a dotted name': pickled(name('torch._utils', '_rebuild_tensor_v2.__globals__'), b')R'),
+        'GLOBAL': b'\x80\x02cos\nsystem\n(U\x05touchtR.',
+        'INST': b'\x80\x02(S\'touch\'\nios\nsystem\n.',
+        'an extension': pickled(b'\x82\x01'),
+        'odd arguments': pickled(rebuild, b'K\x01K\x02\x86R'),
+        'arguments of nothing': pickled(rebuild, b'NR'),
+        'attributes of a function': pickled(rebuild, b'}\x8c\x0c__defaults__K\x01\x85sb'),
+        'attributes of a class': pickled(name('collections', 'OrderedDict'), b'}\x8c\x03popNsb'),
+        'a new function': pickled(rebuild, b')\x81'),
+        'a number called': pickled(b'K\x01)R'),
+        'a hash of depth': pickled(b'}', b')' + b'\x85' * 10 ** 6, b'Ns'),
+        'a list of depth': pickled(b']' * 10 ** 5 + b'a' * (10 ** 5 - 1)),
+        'a memo of 2^31': pickled(b'Nr\xff\xff\xff\x7f'),
+        'bytes that it has not': pickled(b'B\xff\xff\xff\xff'),
+        'a terabyte': pickled(b'\x8e' + struct.pack('<Q', 10 ** 12)),
+        'a bytearray of 8 GB': pickled(b'\x96' + struct.pack('<Q', 8 << 30)),
+        'text of an exabyte': pickled(b'\x8d' + struct.pack('<Q', 10 ** 18)),
+        'a frame of a terabyte': pickled(b'\x95' + struct.pack('<Q', 10 ** 12)),
+        'an endless number': pickled(b'\x8b' + struct.pack('<i', 2 ** 31 - 1)),
+        'nothing': pickled(b'N'), 'a number': pickled(b'K\x01'), 'no end': pickled(text)[:-1], 'text': pickled(text),
+        'no ema': lambda s: s.pop('ema'),
+        'modules within themselves': within, 'modules without number': many,
+        'a part that is not there': lambda s: model(s).pop('map_layer1'),
+        'a part too many': lambda s: model(s).update(more=edm_module({'weight': torch.ones(2)})),
+        'another shape': tensor(lambda t: t.T), 'a stride of 0': tensor(lambda t: t[:1, :1].expand(t.shape)),
+        'float64': tensor(lambda t: t.double()), 'half': tensor(lambda t: t.half()),
+        'a claim': tensor(lambda t: t[:1].detach().as_strided((10 ** 12,), (0,))),
+        'a number for a tensor': tensor(lambda t: 5.0), 'a module for a tensor': tensor(lambda t: model),
+        'ADM': kwargs(model_type='DhariwalUNet'), 'no type': lambda s: s['ema'].meta['state']['_init_kwargs'].pop(
+            'model_type'),
+        'a mixture': kwargs(embedding_type='fourier'), 'wide': kwargs(model_channels=10 ** 9),
+        'many': kwargs(num_blocks=10 ** 9), 'large': kwargs(img_resolution=2 ** 40), 'text for D': kwargs(
+            D='x' * 10 ** 6, pfgmpp=True), 'a D of nan': kwargs(D=math.nan, pfgmpp=True), 'a D of 0': kwargs(
+            D=0, pfgmpp=True), 'text for classes': kwargs(label_dim='9' * 10 ** 5), 'sigma_data': kwargs(sigma_data=-1),
+    }
+
+
+SAY = {'a payload': 'asks for', 'another name': 'asks for builtins.eval', 'GLOBAL': 'asks for os.system',
+       'ADM': 'EDMPrecond of ADM', 'no type': 'EDMPrecond of ADM', 'VPPrecond': 'VPPrecond of SongUNet',
+       'no ema': 'no ema in it; give the network-snapshot', 'another shape': r'expected \(32, 8\)'}
+
+
+@pytest.mark.parametrize('kind', [*hostile_edm(), 'VPPrecond', 'VEPrecond', 'iDDPMPrecond'])
+def test_hostile_published_files_are_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    case = hostile_edm().get(kind, lambda saved: None)
+    for zip_form in (False, True):
+        if isinstance(case, bytes) and zip_form:  # the same as the data.pkl of a zip
+            case = zipped([('a/data.pkl', case[:-1] + b'\x8c\x17torch_utils.persistence0.')], zipfile.ZIP_STORED)
+        if isinstance(case, bytes):
+            Path('a.pkl').write_bytes(case)
+        else:
+            edm_file('a.pkl', zip_form, case, kind if kind.endswith('Precond') else 'EDMPrecond')
+        with limited(20, 2), patch.object(os, 'system', side_effect=AssertionError):
+            refuses(['sample.py', '--ckpt', 'a.pkl', '--device', 'cpu'], SAY.get(kind, '--ckpt a.pkl: '))
+    assert os.listdir('.') == ['a.pkl']
+
+
+def fuzz_published(tmp_path, capsys, seed, count):
+    for zip_form in (False, True):
+        edm_file(tmp_path / 'good', zip_form, classes=3, ncsnpp=True, nf=4)
+        raw, rng, used = (tmp_path / 'good').read_bytes(), np.random.default_rng(seed), 0
+        for _ in range(count):
+            (tmp_path / 'a.pkl').write_bytes(mutated(raw, rng))
+            try:
+                with limited(20, 2):
+                    net, args = checkpoint.load_checkpoint(tmp_path / 'a.pkl')
+                assert args['edm'] and all(v.dtype == torch.float32 for v in net.state_dict().values())
+                used += 1
+            except data.BadInput as error:
+                message = str(error)
+                assert '\n' not in message and message.startswith('--ckpt') and len(message) < 1000
+        with capsys.disabled():
+            print(f'\n{count} {"zips" if zip_form else "pickles"}: {used} used, {count - used} refused')
+        assert used < count
+        assert not zip_form or used == 0 or seed
+
+
+def test_damaged_published_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_published(tmp_path, capsys, 0, 100)
+    for zip_form in (False, True):
+        edm_file('good', zip_form)
+        raw = Path('good').read_bytes()
+        for size in (0, 1, 10, 1000, len(raw) // 2, len(raw) - 1):
+            Path('cut').write_bytes(raw[:size])
+            refuses(['sample.py', '--ckpt', 'cut'], '--ckpt cut: damaged')
+
+
+@pytest.mark.slow
+def test_damaged_published_files_at_length(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_published(tmp_path, capsys, 1, 1000)
+
+
+LOADING = '''
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import checkpoint
+net, args = checkpoint.load_checkpoint(sys.argv[2])
+print(sum(p.numel() for p in net.parameters()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+'''
+
+
+@pytest.mark.slow
+def test_a_full_size_training_state_takes_less_than_a_gigabyte(tmp_path):
+    for zip_form in (False, True):
+        edm_file(tmp_path / 'a.pkl', zip_form, nf=128, mult=(2, 2, 2), blocks=4, ncsnpp=True, classes=10)
+        done = subprocess.run([sys.executable, '-c', LOADING, HERE, tmp_path / 'a.pkl'], capture_output=True,
+                              text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        count, megabytes = map(int, done.stdout.split())
+        assert 55e6 < count < 57e6 and megabytes < 1000, done.stdout
+        print(f'\n{os.path.getsize(tmp_path / "a.pkl") >> 20} MB on disk, {count:,} parameters: {megabytes} MB')
+
+
 # ---------------------------------------------------------------- flags
 
 WORDS = ['', 'x', 'nan', 'inf', '-inf', '-1', '0', '1e400', '-1e400', str(2 ** 70), '1e3', ' 5', '5 ', '1_0',
