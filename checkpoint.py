@@ -336,11 +336,11 @@ def read_edm(path, whole):
             order = [name for name in parts if name.endswith(('weight', 'bias'))]
             group = {k: opt['param_groups'][0][k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
             names.pop('freq', None)
-            moments = {k: list(ours({order[i]: row[k] for i, row in state.items()}, names).values())
-                       for k in ('exp_avg', 'exp_avg_sq')}
+            rows = zip(*(ours({order[i]: row[k] for i, row in state.items()}, names).values()
+                         for k in ('exp_avg', 'exp_avg_sq')))
             found['opt'] = {'param_groups': [dict(group, params=list(range(len(names))))], 'state': {
-                i: {'step': torch.tensor(float(step)), **{k: moments[k][i] for k in moments}}
-                for i in range(len(names))}}
+                i: dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
+                for i, (m, v) in enumerate(rows)}}
         return found
 
 
@@ -471,7 +471,7 @@ def class_list(text):
 
 def flow_flags(p):
     """The flags that say which flow to follow and how, shared with evaluate.py."""
-    p.add_argument('--ckpt', default='out/ckpt.pt', help='ours or an official one')
+    p.add_argument('--ckpt', default='out/ckpt.pt', help='ours, or one of the authors')
     p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
     p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
     p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
@@ -492,7 +492,7 @@ def flow_flags(p):
                    'rho7); time: even in the t of vp, subvp, ddpm and rf')
     p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
                    'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2, but not '
-                   'with rho7 by default)')
+                   'by heun on networks of EDM and PFGM++)')
     p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
                    'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
                    'for official checkpoints)')

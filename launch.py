@@ -365,12 +365,13 @@ def open_pickle(path):
                 packed = io.BytesIO(storage)
                 *_, storage, _ = [Reader(packed).load() for _ in range(5)]
                 numbers = packed.read()[8:]
-            if len(numbers) != 4 * storage['count'] or math.prod(t['size']) > storage['count']:
+            if (len(numbers) != 4 * storage['count'] or math.prod(t['size']) > storage['count']
+                    or 0 in t['stride']):
                 raise ValueError('a tensor is not held in full')
             numbers = torch.from_numpy(np.frombuffer(numbers, '<f4').copy())
             return numbers.as_strided(t['size'], t['stride'], t['offset'])
         file.seek(0)
-        yield Reader(archive.open(root) if archive else file).load(), tensor
+        yield Reader(io.BytesIO(archive.read(root)) if archive else file).load(), tensor
 
 
 def tensors_of(module, child):

@@ -1,6 +1,7 @@
 """Sample from a trained Poisson flow, or from the exact field of a data set.
 
     python sample.py --nfe 100                     # out/ckpt.pt -> samples.png
+    python sample.py --ckpt network-snapshot-200000.pkl --nfe 35   # a file of EDM or PFGM++
     python sample.py --exact --dataset glyphs      # no network: the field of the data itself
     torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz   # all GPUs, for FID
 

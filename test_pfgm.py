@@ -2925,14 +2925,14 @@ def hostile_edm():
         'a frame of a terabyte': pickled(b'\x95' + struct.pack('<Q', 10 ** 12)),
         'an endless number': pickled(b'\x8b' + struct.pack('<i', 2 ** 31 - 1)),
         'nothing': pickled(b'N'), 'a number': pickled(b'K\x01'), 'no end': pickled(text)[:-1], 'text': pickled(text),
-        'no ema': lambda s: s.pop('ema'),
+        'no ema': lambda s: s.update(net=s.pop('ema')),
         'modules within themselves': within, 'modules without number': many,
         'a part that is not there': lambda s: model(s).pop('map_layer1'),
         'a part too many': lambda s: model(s).update(more=edm_module({'weight': torch.ones(2)})),
         'another shape': tensor(lambda t: t.T), 'a stride of 0': tensor(lambda t: t[:1, :1].expand(t.shape)),
         'float64': tensor(lambda t: t.double()), 'half': tensor(lambda t: t.half()),
         'a claim': tensor(lambda t: t[:1].detach().as_strided((10 ** 12,), (0,))),
-        'a number for a tensor': tensor(lambda t: 5.0), 'a module for a tensor': tensor(lambda t: model),
+        'a number for a tensor': tensor(lambda t: 5.0), 'a dict for a tensor': tensor(lambda t: {'size': [8]}),
         'ADM': kwargs(model_type='DhariwalUNet'), 'no type': lambda s: s['ema'].meta['state']['_init_kwargs'].pop(
             'model_type'),
         'a mixture': kwargs(embedding_type='fourier'), 'wide': kwargs(model_channels=10 ** 9),
@@ -2957,7 +2957,7 @@ def test_hostile_published_files_are_refused(kind, tmp_path, monkeypatch):
         if isinstance(case, bytes):
             Path('a.pkl').write_bytes(case)
         else:
-            edm_file('a.pkl', zip_form, case, kind if kind.endswith('Precond') else 'EDMPrecond')
+            edm_file('a.pkl', zip_form, case, kind if 'Precond' in kind else 'EDMPrecond', whole=False)
         with limited(20, 2), patch.object(os, 'system', side_effect=AssertionError):
             refuses(['sample.py', '--ckpt', 'a.pkl', '--device', 'cpu'], SAY.get(kind, '--ckpt a.pkl: '))
     assert os.listdir('.') == ['a.pkl']
@@ -2967,12 +2967,13 @@ def fuzz_published(tmp_path, capsys, seed, count):
     for zip_form in (False, True):
         edm_file(tmp_path / 'good', zip_form, classes=3, ncsnpp=True, nf=4)
         raw, rng, used = (tmp_path / 'good').read_bytes(), np.random.default_rng(seed), 0
+        good = checkpoint.load_checkpoint(tmp_path / 'good')[0].state_dict()
         for _ in range(count):
             (tmp_path / 'a.pkl').write_bytes(mutated(raw, rng))
             try:
                 with limited(20, 2):
                     net, args = checkpoint.load_checkpoint(tmp_path / 'a.pkl')
-                assert args['edm'] and all(v.dtype == torch.float32 for v in net.state_dict().values())
+                assert args['edm'] and (not zip_form or same(net.state_dict(), good))  # by checksum
                 used += 1
             except data.BadInput as error:
                 message = str(error)
@@ -2980,7 +2981,6 @@ def fuzz_published(tmp_path, capsys, seed, count):
         with capsys.disabled():
             print(f'\n{count} {"zips" if zip_form else "pickles"}: {used} used, {count - used} refused')
         assert used < count
-        assert not zip_form or used == 0 or seed
 
 
 def test_damaged_published_files(tmp_path, capsys, monkeypatch):
@@ -3001,11 +3001,14 @@ def test_damaged_published_files_at_length(tmp_path, capsys, monkeypatch):
 
 
 LOADING = '''
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 import checkpoint
 net, args = checkpoint.load_checkpoint(sys.argv[2])
-print(sum(p.numel() for p in net.parameters()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+print(sum(p.numel() for p in net.parameters()))
+for line in open('/proc/self/status'):
+    if line.startswith('VmHWM'):  # of this program; resource's includes what started it
+        print(int(line.split()[1]) >> 10)
 '''
 
 

@@ -95,7 +95,7 @@ def parse_args(argv=None):
     flag('reflow', str, None, 'straighten this checkpoint of rf: train on pairs that it makes')
     flag('distill', str, None, 'the same, into samples of one call (--nfe 1)')
     flag('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill')
-    flag('init_from', str, None, 'go on from this checkpoint, ours or an official one')
+    flag('init_from', str, None, 'go on from this checkpoint, ours or one of the authors')
     flag('seed', above(-1, int), 0, 'of the weights, the order of images and all noise')
     flag('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps')
     flag('bf16', None, None, 'bfloat16 autocast (default: where it is fast)')
