@@ -336,11 +336,12 @@ def read_edm(path, whole):
             order = [name for name in parts if name.endswith(('weight', 'bias'))]
             group = {k: opt['param_groups'][0][k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
             names.pop('freq', None)
+            group['params'] = list(range(len(names)))
             rows = zip(*(ours({order[i]: row[k] for i, row in state.items()}, names).values()
                          for k in ('exp_avg', 'exp_avg_sq')))
-            found['opt'] = {'param_groups': [dict(group, params=list(range(len(names))))], 'state': {
-                i: dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
-                for i, (m, v) in enumerate(rows)}}
+            state = {i: dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
+                     for i, (m, v) in enumerate(rows)}
+            found['opt'] = dict(param_groups=[group], state=state)
         return found
 
 
