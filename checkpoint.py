@@ -283,8 +283,8 @@ def edm_args(saved, path):
         num_blocks=int(given['num_blocks']), attn=[int(size) for size in given['attn_resolutions']],
         dropout=float(given['dropout']), classes=int(given['label_dim']), ncsnpp=look == NCSNPP,
         label_first=True, method='pfgmpp', D=D, sigma_data=float(given['sigma_data']), edm=True,
-        z_min=EDM.low * pfgm.unit(D), z_max=EDM.high * pfgm.unit(D), z_exp=0.0, upper_norm=None,
-        gamma=5.0)
+        z_min=EDM.low * pfgm.unit(D), z_max=EDM.high * pfgm.unit(D), z_exp=0.0, gamma=5.0,
+        upper_norm=None)
 
 
 def edm_names(net, theirs):

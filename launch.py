@@ -1,4 +1,5 @@
-"""How the scripts start, share out and end: errors, flags, devices, processes, signals, files.
+"""How the scripts start, share out and end: errors, flags, devices, processes, signals, files;
+and how pickles of others are read without running them.
 
 Under torchrun every process runs the same script: `rank` of `world` in all, LOCAL_RANK on its
 machine. A rank that is silent for --timeout seconds in training ends the job; where one may rightly
@@ -325,12 +326,12 @@ class Reader(pickle._Unpickler):
             self.file.seek(count, os.SEEK_CUR)
             self.append(range(start, start + count))
 
-    def tuple(self, count):  # as a list, which has no hash: that of a deep tuple would end Python
+    def listed(self, count):  # a tuple has a hash, which for a deep one ends Python; a list has not
         self.stack[-count:] = [self.stack[-count:]]
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: build, pickle.BINBYTES[0]: binbytes,
                 pickle.TUPLE[0]: pickle._Unpickler.load_list,
-                **{code[0]: lambda self, count=count: self.tuple(count) for count, code in
+                **{code[0]: lambda self, count=count: self.listed(count) for count, code in
                    enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)}}
     del dispatch[pickle.BYTEARRAY8[0]]  # it would fill as many bytes as are claimed
 

@@ -143,7 +143,7 @@ def resolve(args, images, saved, world):
     teacher = args.reflow or args.distill
     old = saved['args'] if saved else {}
     args.edm = old.get('edm', False)
-    if args.edm:  # a network of EDM or PFGM++ is trained on as what it is
+    if args.edm and args.method in (None, 'pfgmpp'):  # it is trained on as what it is
         args.method, args.D = args.method or 'pfgmpp', args.D or old['D']
     row = dict(PRESETS[name if name in PRESETS else by_size])
     row.update({k: old[k] for k in ARCHITECTURE if k in old})
