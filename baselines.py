@@ -100,10 +100,25 @@ class Denoiser(torch.nn.Module):
         """(B,): the squared error of xhat times it is the squared error of F."""
         return 1 / self.coefficients(self.sigma(x, z))[1] ** 2
 
+    def predict(self, *inputs):
+        return self.net(*inputs)[0]
+
     def forward(self, x, z, labels=None):
         c_skip, c_out, c_in, c_noise = self.coefficients(self.sigma(x, z))
-        F, _ = self.net(pfgm.column(c_in, x) * x, c_noise, *([] if labels is None else [labels]))
+        F = self.predict(pfgm.column(c_in, x) * x, c_noise, *([] if labels is None else [labels]))
         return pfgm.column(c_skip - 1, x) * x + pfgm.column(c_out, x) * F, -z
+
+
+class EDM(Denoiser):
+    """As EDM and PFGM++ published it: sigma is z / sqrt(D) whatever |x|, and x may be of more
+    digits than the network. Sampled in float64 by default, by Heun on the planes of 'rho7'."""
+
+    def sigma(self, x, z):
+        return z / self.unit
+
+    def predict(self, x, c_noise, *labels):
+        dtype = next(self.net.parameters()).dtype
+        return super().predict(x.to(dtype), c_noise.to(dtype), *labels)
 
 
 class VP(Denoiser):
@@ -202,7 +217,7 @@ METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=Rec
 
 def as_flow(net, args):
     """The network as net(x, z[, labels]) -> (v_x, v_z) of the method that args say."""
-    method = METHODS[args['method']]
+    method = EDM if args.get('edm') else METHODS[args['method']]
     return net if method is None else method(net, args['D'], args['sigma_data'])
 
 
@@ -280,6 +295,13 @@ class Flow(types.SimpleNamespace):
         draws = [torch.Generator().manual_seed(step_seed(self.seed, 2 ** 33 + i)) for i in indices]
         return lambda step: torch.stack([torch.randn(self.shape, generator=g) for g in draws])
 
+    def spacing(self):
+        """The schedule: where none was given EDM's for its own solver, and ours for the others."""
+        return self.schedule or ('rho7' if self.as_edm() else 'radius')
+
+    def as_edm(self):
+        return isinstance(self.net, EDM) and self.solver == 'heun'
+
     def ending(self):
         """(whether the last call leads straight to z = 0, the plane on which it is made or, without
         it, the flow ends)."""
@@ -288,7 +310,7 @@ class Flow(types.SimpleNamespace):
         if to_data and fixed:
             if isinstance(self.net, pfgm.ExactField) and not self.z_last:
                 self.z_last = pfgm.deciding_z(self.net.charges)  # below it the lines are straight
-            z = self.z_last or pfgm.last_plane(z, self.nfe, self.D)
+            z = self.z_last or (z if self.as_edm() else pfgm.last_plane(z, self.nfe, self.D))
         return to_data, z
 
     def facts(self):
@@ -297,7 +319,8 @@ class Flow(types.SimpleNamespace):
         names = ('method', 'D', 'weights', 'step', 'solver', 'nfe', 'schedule', 'small_z', 'z_min',
                  'z_exp', 'guidance', 'eta', 'classes', 'bf16')
         found = {k: v for k, v in vars(self).items() if k in names}
-        found.update(D='inf' if self.D == math.inf else self.D, to_data=to_data, z_last=z_last)
+        found.update(D='inf' if self.D == math.inf else self.D, to_data=to_data, z_last=z_last,
+                     schedule=self.spacing())
         if self.solver == 'rk45':
             found.update(tol=self.tol, nfe=None, schedule=None, bf16=False)
         return found
@@ -305,14 +328,15 @@ class Flow(types.SimpleNamespace):
     @torch.no_grad()
     def follow(self, x, device, indices=(), up=False, callback=None):
         """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an
-        exact field). indices: which images these are, for their classes and fresh noise."""
+        exact field or EDM). indices: which images these are, for their classes and fresh noise."""
         labels = self.labels_of(indices, device)
         solver = self.solver
         if solver == 'ddim':
             solver = ancestral(self.eta, self.noise_of(indices)) if self.eta else 'euler'
         to_data, z_last = self.ending()
         ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)
-        dtype = torch.float64 if isinstance(self.net, pfgm.ExactField) else torch.float32
+        wide = isinstance(self.net, (pfgm.ExactField, EDM)) and device.type != 'mps'  # has none
+        dtype = torch.float64 if wide else torch.float32
         twice = labels is not None and self.guidance != 1
         how = {k: getattr(self, k) for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
         bf16 = self.bf16 and solver != 'rk45'  # whose tolerance is finer than bfloat16
@@ -322,7 +346,7 @@ class Flow(types.SimpleNamespace):
                     self.net, x.to(dtype).to(device), *ends, solver, self.nfe, labels=labels, **how,
                     rtol=self.tol, atol=self.tol, each=self.small_z != 'official',
                     schedule_name='log' if up else self.net.planes if self.schedule == 'time'
-                    else self.schedule, to_data=to_data and not up, callback=callback)
+                    else self.spacing(), to_data=to_data and not up, callback=callback)
         except pfgm.SolverError as error:
             raise BadInput(f'--ckpt: {error}; {DIVERGED}' if 'NaN' in str(error) else f'--tol '
                            f'{self.tol}: {error}; try a larger one, or --nfe 100') from error

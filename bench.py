@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import time
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as datasets
 import pfgm
 from baselines import field_loss, update
+from files import ENTRY_LIMIT, open_entry
 from launch import BadInput, first_of_its_machine, peak_memory, speed_up, write
 from unet import UNet
 
@@ -121,6 +123,46 @@ def features(net, pixels, resize='tf1'):
                 x = F.interpolate(x / 255, (299, 299), mode='bilinear') * 2 - 1
             rows.append(net(x))
     return torch.cat(rows)
+
+
+class Measured(NamedTuple):
+    n: Optional[int]                  # images; None where a statistics file does not say
+    mu: torch.Tensor                  # (2048,) float64
+    sigma: torch.Tensor               # (2048, 2048) float64, ddof 1
+    features: Optional[torch.Tensor]  # (n, 2048) float32, where asked for
+    pixels: Optional[torch.Tensor]    # (n, C, H, W) uint8, where asked for
+
+
+def read_stats(path, convention):
+    """Measured from a statistics file, whose `pool_3` are the features (score_sde), or None for a
+    .npz that is none: images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
+            found = {k: np.lib.format.read_array(open_entry(file.zip, f'{k}.npy', limit))
+                     for k in ('mu', 'sigma', 'n', 'convention', 'pool_3') if k in file.files}
+        n, features = int(found['n']) if 'n' in found else None, found.pop('pool_3', None)
+        if features is not None and not {'mu', 'sigma'} & found.keys():
+            n, features = len(features), torch.from_numpy(features).float()
+            parts = [part.double() for part in features.split(4096)]
+            mu = sum(part.sum(0) for part in parts) / n
+            sigma = sum((part - mu).T @ (part - mu) for part in parts) / (n - 1)
+            found.update(mu=mu.numpy(), sigma=sigma.numpy())
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise BadInput(f'--ref {path}: cannot be read ({error}); accepted: a folder, .zip or .npz '
+                       'of images, or a .npz of mu and sigma') from error
+    if not {'mu', 'sigma'} & found.keys():
+        return None
+    shapes = [found[k].shape if k in found else None for k in ('mu', 'sigma')]
+    if shapes != [(POOL,), (POOL, POOL)] or not all(
+            found[k].dtype.kind == 'f' and np.isfinite(found[k]).all() for k in ('mu', 'sigma')):
+        raise BadInput(f'--ref {path}: mu {shapes[0]}, sigma {shapes[1]}, or not finite; accepted: '
+                       f'({POOL},) and ({POOL}, {POOL}), as --save_stats writes')
+    if str(found.get('convention', convention)) != convention:
+        raise BadInput(f'--ref {path}: made with {found["convention"]}, not {convention}; give the '
+                       'same --resize and --inception, or make it again with --save_stats')
+    mu, sigma = (torch.from_numpy(found[k]).double() for k in ('mu', 'sigma'))
+    return Measured(n, mu, sigma, features if torch.is_tensor(features) else None, None)
 
 
 # ---------------------------------------------------------------- distances between sets

@@ -1,4 +1,5 @@
-"""Checkpoints: ours and the authors', told apart by content; nothing in a file is executed.
+"""Checkpoints: ours and the authors' of PFGM, PFGM++ and EDM, told apart by content; nothing in a
+file is executed.
 
     net, args = load_checkpoint('out/ckpt.pt')       # called net(x, z), see pfgm.py
     python checkpoint.py out/ckpt.pt --out ema.pt    # only the EMA, a quarter of the size; of
@@ -18,16 +19,17 @@ import torch
 
 import data as datasets
 import pfgm
-from baselines import METHODS, Flow, as_flow
-from files import check_archive, check_tensors
+from baselines import EDM, METHODS, Flow, as_flow
+from files import (check_archive, check_tensors, edm_names, holds_objects, official_names,
+                   open_pickle, tensors_of)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
                     keep_freed_memory, run, setup, speed_up, write)
 from unet import UNet
 
-
 ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
-                'classes')
-BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5)  # of files that do not say
+                'classes', 'ncsnpp', 'label_first')
+BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5, ncsnpp=False, label_first=False,
+                edm=False)  # of files that do not say
 
 
 def load_checkpoint(path, weights='ema'):
@@ -36,7 +38,7 @@ def load_checkpoint(path, weights='ema'):
 
     Reads our files and the authors', told apart by content; nothing in a file is executed.
     Raises BadInput where the file is absent, truncated, of another kind or another architecture."""
-    saved, part = read_checkpoint(path), {'ema': 'ema', 'raw': 'net'}[weights]
+    saved, part = read_checkpoint(path, weights == 'raw'), {'ema': 'ema', 'raw': 'net'}[weights]
     if part not in saved:
         raise BadInput(f'--weights {weights}: {path} holds the EMA only; use --weights ema')
     args = {**saved['args'], 'step': saved['step']}
@@ -78,9 +80,10 @@ def check_shapes(expected, found, path):
                        f'{"; ".join(faults[:3])}{more}')
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, whole=False):
     """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU; of
-    ema, step, args where it was pruned. Raises BadInput as load_checkpoint does."""
+    ema, step, args where it was pruned, or is of EDM's kind and not `whole` asked for. Raises
+    BadInput as load_checkpoint does."""
     if not os.path.isfile(path):
         missing = 'no such file' if not os.path.lexists(path) else 'not a file'
         raise BadInput(f'--ckpt {path}: {missing}; make one with: python train.py')
@@ -90,14 +93,17 @@ def read_checkpoint(path):
                      (scalar, 'numpy._core.multiarray.scalar')]
     try:
         check_archive(path)
-        with torch.serialization.safe_globals(numpy_numbers):
-            saved = torch.load(path, map_location='cpu', weights_only=True)
+        if holds_objects(path):
+            saved = read_edm(path, whole)
+        else:
+            with torch.serialization.safe_globals(numpy_numbers):
+                saved = torch.load(path, map_location='cpu', weights_only=True)
         keys = saved.keys() if isinstance(saved, dict) else set()
         if {'model', 'ema', 'optimizer', 'step'} <= keys:
             saved = convert_official(saved, path)
         elif not {'ema', 'args', 'step'} <= keys:
             raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, '
-                           'args), nor an official one (model, ema, optimizer, step)')
+                           'args), nor one of the authors of PFGM, PFGM++ or EDM')
         saved['args'] = {**BEFORE_D, **saved['args']}
         if saved['args'].get('M') == 0:  # so older files said that their method has no charges
             saved['args'].update(M=None, field_batch=1)
@@ -146,28 +152,6 @@ def save(path, checkpoint):
 
 
 # ---------------------------------------------------------------- the authors' files
-
-OFFICIAL_NAME = dict(norm1='GroupNorm_0', conv1='Conv_0', emb='Dense_0', norm2='GroupNorm_1',
-                     conv2='Conv_1', shortcut='Conv_2', norm='GroupNorm_0', q='NIN_0', k='NIN_1',
-                     v='NIN_2', out='NIN_3')
-
-
-def official_names(net):
-    """{our parameter name: official name}, in the order of both."""
-    units = [*net.embed, net.conv_in, *(u for s in net.down for u in s), *net.mid,
-             *(u for s in net.up for u in s), net.norm_out, net.conv_out]
-    index = {id(parameter): (i, name) for i, unit in enumerate(units)
-             for name, parameter in unit.named_parameters()}
-    names = {}
-    for ours, parameter in net.named_parameters():
-        i, name = index[id(parameter)]
-        *layer, leaf = name.split('.')
-        if layer and layer[0] in ('q', 'k', 'v', 'out'):
-            leaf = {'weight': 'W', 'bias': 'b'}[leaf]
-        layer = [OFFICIAL_NAME[k] for k in layer]
-        names[ours] = '.'.join([f'module.all_modules.{i}', *layer, leaf])
-    return names
-
 
 def official_architecture(shapes, path):
     """UNet arguments from the vectors among the official tensors (a matrix may be transposed)."""
@@ -228,6 +212,80 @@ def convert_official(saved, path):
                 step=int(saved['step']), args=dict(args, official=True))
 
 
+# ---------------------------------------------------------------- the files of EDM and PFGM++
+
+DDPMPP = dict(embedding_type='positional', encoder_type='standard', decoder_type='standard',
+              channel_mult_noise=1, channel_mult_emb=4, resample_filter=[1, 1])
+NCSNPP = dict(DDPMPP, embedding_type='fourier', encoder_type='residual', channel_mult_noise=2,
+              resample_filter=[1, 3, 3, 1])
+EDM_DEFAULTS = dict(DDPMPP, model_type='DhariwalUNet', model_channels=128, num_blocks=4,
+                    channel_mult=[1, 2, 2, 2], attn_resolutions=[16], dropout=0.1, sigma_data=0.5)
+
+
+def edm_args(saved, path):
+    """Our args, from the state of their EMA and what its constructor was given."""
+    if not isinstance(saved, dict) or 'ema' not in saved:
+        raise BadInput(f'--ckpt {path}: no ema in it; give the network-snapshot beside it')
+    state = saved['ema']['state']
+    given = {**EDM_DEFAULTS, **state['_init_kwargs'], **state}
+    kind, look = saved['ema']['class_name'] + ' of ', {k: given[k] for k in DDPMPP}
+    kind += {'DhariwalUNet': 'ADM'}.get(given['model_type'], given['model_type'])
+    if kind != 'EDMPrecond of SongUNet' or look not in (DDPMPP, NCSNPP):
+        raise BadInput(f'--ckpt {path}: {kind[:60]}; of the networks of EDM and PFGM++ accepted: '
+                       'EDMPrecond of SongUNet, DDPM++ or NCSN++ (not ADM, nor the baselines)')
+    D = float(given['D']) if any(given.get(k) for k in ('pfgmpp', 'pfgmv2', 'pfgm')) else math.inf
+    return dict(
+        image_size=int(given['img_resolution']), channels=int(given['img_channels']),
+        nf=int(given['model_channels']), ch_mult=[int(mult) for mult in given['channel_mult']],
+        num_blocks=int(given['num_blocks']), attn=[int(size) for size in given['attn_resolutions']],
+        dropout=float(given['dropout']), classes=int(given['label_dim']), ncsnpp=look == NCSNPP,
+        label_first=True, method='pfgmpp', D=D, sigma_data=float(given['sigma_data']), edm=True,
+        z_min=EDM.low * pfgm.unit(D), z_max=EDM.high * pfgm.unit(D), z_exp=0.0, gamma=5.0,
+        upper_norm=None)
+
+
+def read_edm(path, whole):
+    """A training-state or network-snapshot in our own form: of it only the EMA, a quarter, is read;
+    with `whole` also net and opt, where they are there."""
+    def fitted(ours, t):
+        layer = f'.{ours}'.split('.')[-2]
+        if layer in ('q', 'k', 'v'):
+            t = t['qkv'.index(layer)::3]
+        if layer in ('q', 'k', 'v', 'out'):  # there a 1 x 1 convolution
+            t = t.reshape(t.shape[:2])
+        if layer == 'conv_out':  # and v_z, of which a denoiser makes no use
+            t = torch.cat([t, torch.zeros_like(t[:1])])
+        return t.contiguous()
+
+    def ours(parts, names):
+        if sum(4 * math.prod(parts[name]['size']) for name in set(names.values())) > claimable:
+            raise ValueError('its parts claim more bytes than it has')
+        return {k: fitted(k, tensor(parts[name])) for k, name in names.items()}
+    claimable = os.path.getsize(path)
+    with open_pickle(path) as (saved, tensor):
+        args = edm_args(saved, path)
+        parts = tensors_of(saved['ema'], 'model')
+        names = edm_names(blank(args, len(parts), path), parts)
+        found = dict(ema=ours(parts, names), step=0, args=args)
+        if whole and 'net' in saved:
+            found['net'] = ours(tensors_of(saved['net'], 'model'), names)
+        opt = saved.get('optimizer_state') or {}
+        if state := opt.get('state'):
+            step = state[0]['step']
+            step = found['step'] = int(tensor(step) if isinstance(step, dict) else step)
+        if state and whole:
+            order = [name for name in parts if name.endswith(('weight', 'bias'))]
+            group = {k: opt['param_groups'][0][k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
+            names.pop('freq', None)
+            group['params'] = list(range(len(names)))
+            rows = zip(*(ours({order[i]: row[k] for i, row in state.items()}, names).values()
+                         for k in ('exp_avg', 'exp_avg_sq')))
+            state = {i: dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
+                     for i, (m, v) in enumerate(rows)}
+            found['opt'] = dict(param_groups=[group], state=state)
+        return found
+
+
 # ---------------------------------------------------------------- the folder of a run
 
 def in_folder(path):
@@ -236,9 +294,9 @@ def in_folder(path):
 
 
 def read_given(flag, path):
-    """read_checkpoint(path), whose complaints name the flag that gave the path."""
+    """read_checkpoint() of the whole file, whose complaints name the flag that gave the path."""
     try:
-        return read_checkpoint(path)
+        return read_checkpoint(path, whole=True)
     except BadInput as error:
         raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
 
@@ -246,7 +304,9 @@ def read_given(flag, path):
 def complete(flag, path):
     """The same, if training can go on from it."""
     saved = read_given(flag, path)
-    if not {'net', 'opt'} <= saved.keys():
+    if saved['args']['edm']:  # of which a snapshot is the EMA alone
+        saved.setdefault('net', {k: v.clone() for k, v in saved['ema'].items()})
+    elif not {'net', 'opt'} <= saved.keys():
         raise BadInput(f'{flag} {path}: holds the EMA only; training needs the whole checkpoint')
     return saved
 
@@ -272,15 +332,16 @@ def check_data(args, old, where, mend):
 def for_classes(saved, count):
     """A checkpoint for another number of classes, or others: step 0, no optimizer, and a new label
     layer of zeros, with which the network begins as what it was without a label."""
-    parts = {}
+    parts, first = {}, saved['args']['label_first']
     for part in ('net', 'ema'):
-        state = parts[part] = dict(saved[part])
-        bias = state.pop('label.bias', torch.zeros_like(state['embed.0.bias']))
+        state, weight = dict(saved[part]), saved[part]['embed.0.weight']
+        bias = state.pop('label.bias', weight.new_zeros(weight.shape[first]))
         state.pop('label.weight', None)
         if count:
             state.update({'label.weight': torch.zeros(len(bias), count), 'label.bias': bias})
         else:
-            state['embed.0.bias'] = state['embed.0.bias'] + bias
+            state['embed.0.bias'] = state['embed.0.bias'] + (weight @ bias if first else bias)
+        parts[part] = state
     return dict(parts, step=0, args=saved['args'])
 
 
@@ -329,6 +390,7 @@ def open_run(args):
 # ---------------------------------------------------------------- a flow to follow
 
 SOLVERS = ('rk45', *pfgm.SOLVERS, 'ddim')
+EDM_NFE = 35  # calls with which EDM and PFGM++ published CIFAR-10: 18 steps of heun
 
 
 def place_for(args):
@@ -346,8 +408,8 @@ def class_list(text):
 
 def flow_flags(p):
     """The flags that say which flow to follow and how, shared with evaluate.py."""
-    p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or an official one, '
-                   'or the folder of a run')
+    p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or one of the '
+                   'authors, or the folder of a run')
     p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
     p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
     p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
@@ -355,18 +417,20 @@ def flow_flags(p):
     p.add_argument('--data_dir', default='data')
     p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
     p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
-    p.add_argument('--solver', choices=SOLVERS, default=None,
-                   help='default: rk45, or where --nfe is given unipc (official checkpoints: heun)')
+    p.add_argument('--solver', choices=SOLVERS, default=None, help='default: rk45, or where --nfe '
+                   'is given unipc (official checkpoints: heun; those of EDM and PFGM++: heun from '
+                   f'{EDM_NFE} calls on, unipc below)')
     p.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0, help='fresh noise of ddim:'
                    ' 0 none (it is euler), 1 ancestral sampling of DDPM (default: 0)')
     p.add_argument('--nfe', type=above(0, int), default=None,
                    help='network calls an image, of all solvers but rk45 (default: 100; '
-                   'of a distilled network 1)')
+                   f'of a distilled network 1, of one of EDM or PFGM++ {EDM_NFE})')
     p.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None, help='planes of '
-                   'the steps (default: radius; official checkpoints: log); time: even in the t of '
-                   'vp, subvp, ddpm and rf')
+                   'the steps (default: radius; official checkpoints: log; EDM and PFGM++ by heun: '
+                   'rho7); time: even in the t of vp, subvp, ddpm and rf')
     p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
-                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2)')
+                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2, but not '
+                   'by heun on networks of EDM and PFGM++)')
     p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
                    'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
                    'for official checkpoints)')
@@ -417,15 +481,18 @@ def load_flow(args, device):
         flow.update(known=saved['classes'], class_names=saved.get('class_names'),
                     method=saved['method'], step=saved['step'], weights=args.weights,
                     student=bool(saved.get('distill')))
-    official = saved.get('official', False)
+    official, edm = saved.get('official', False), saved.get('edm', False)
     nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
-    solver = args.solver or ('rk45' if not nfe else 'heun' if official else 'unipc')
+    nfe = nfe or (EDM_NFE if edm and not args.solver else None)
+    solver = args.solver or ('rk45' if not nfe else 'unipc' if not official and
+                             (not edm or nfe < EDM_NFE) else 'heun')
     flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'),
                 solver=solver, nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
-                seed=args.seed, schedule=args.schedule or ('log' if official else 'radius'),
+                seed=args.seed, schedule=args.schedule or (
+                    'log' if official else None if edm else 'radius'),
                 to_data=False if official and args.to_data is None else args.to_data,
                 z_min=args.z_min or flow['z_min'], z_last=args.z_min)
-    flow['bf16'] = not args.exact and (fast_bf16(device) and not official
+    flow['bf16'] = not args.exact and (fast_bf16(device) and not official and not edm
                                        if args.bf16 is None else args.bf16)
     flow = Flow(**flow)
     check_flow(args, flow)

@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import pfgm
 from files import (ENTRY_LIMIT, as_labels, as_uint8, files_below, in_rows, layout, open_entry,
                    read_bytes, table_values)
-from launch import SIZE_LIMIT, BadInput, deaf, first_of_its_machine, reader_lost, step_seed
+from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, first_of_its_machine, reader_lost,
+                    step_seed)
 
 SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
     'glyphs':        (16, 1, False, '', ''),
@@ -276,6 +277,19 @@ class Images(torch.utils.data.Dataset):
                       f'(first: {problem})', file=sys.stderr)
             self.skipped += 1
         raise BadInput(f'{self.given}: no image can be read (last: {problem})')
+
+    def class_count(self):
+        """How many classes its labels are, for --classes; BadInput where they do for none."""
+        if self.labels is None:
+            raise BadInput(f'--classes: {self.name} has {self.unlabelled}; give a folder with one '
+                           'folder a class, or one integer an image, or leave it out')
+        labels = self.labels.unique().tolist()
+        if len(labels) > CLASS_LIMIT or labels != list(range(len(labels))):
+            without = [name for k, name in enumerate(self.classes or ()) if k not in labels]
+            raise BadInput(f'--classes: {len(labels)} labels from {labels[0]} to {labels[-1]}'
+                           + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
+                           f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
+        return len(labels)
 
     def decode(self, k):
         """-> (uint8 array (C, S, S), None, what was lost): image k's centred square, resized; or

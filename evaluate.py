@@ -29,9 +29,9 @@ import bench
 import data as datasets
 import pfgm
 from baselines import DIVERGED, Flow, straightness
-from bench import frechet, inception_score, kid, nearest, precision_recall, sliced_wasserstein
+from bench import (Measured, frechet, inception_score, kid, nearest, precision_recall, read_stats,
+                   sliced_wasserstein)
 from checkpoint import flow_flags, in_folder, load_flow, place_for, read_checkpoint
-from files import ENTRY_LIMIT, open_entry
 from launch import BadInput, Parser, above, all_rows, run, share, step_seed, wait, watch, write
 
 METRICS = {
@@ -194,7 +194,10 @@ def load_flows(args, device):
 
 def training_set_of(args):
     """The name of what --ckpt was trained on."""
-    saved = read_checkpoint(args.compare[0] if args.compare else args.ckpt)['args']
+    path = args.compare[0] if args.compare else args.ckpt
+    saved = read_checkpoint(path)['args']
+    if saved['edm'] and not saved.get('dataset') and saved['image_size'] != 32:
+        raise BadInput(f'--ckpt {path}: does not say what it was trained on; give --dataset')
     return saved.get('dataset') or datasets.OFFICIAL_BY_SIZE.get(saved['image_size'])
 
 
@@ -212,14 +215,6 @@ def held_out(train, args):
 
 
 # ---------------------------------------------------------------- one pass over images
-
-class Measured(NamedTuple):
-    n: Optional[int]                  # images; None where a statistics file does not say
-    mu: torch.Tensor                  # (2048,) float64
-    sigma: torch.Tensor               # (2048, 2048) float64, ddof 1
-    features: Optional[torch.Tensor]  # (n, 2048) float32, where asked for
-    pixels: Optional[torch.Tensor]    # (n, C, H, W) uint8, where asked for
-
 
 def collect(batches, n, net, resize, keep, place):
     """One pass over this rank's uint8 batches -> Measured over all ranks, on the CPU.
@@ -244,38 +239,6 @@ def collect(batches, n, net, resize, keep, place):
     sigma = (total[1:] - n * torch.outer(mu, mu)) / max(n - 1, 1)
     rows = {k: all_rows(torch.cat(kept[k]), n, device, world) if k in keep else None for k in kept}
     return Measured(n, mu.cpu(), sigma.cpu(), **rows)
-
-
-def read_stats(path, convention):
-    """Measured from a statistics file, whose `pool_3` are the features (score_sde), or None for a
-    .npz that is none: images."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
-            found = {k: np.lib.format.read_array(open_entry(file.zip, f'{k}.npy', limit))
-                     for k in ('mu', 'sigma', 'n', 'convention', 'pool_3') if k in file.files}
-        n, features = int(found['n']) if 'n' in found else None, found.pop('pool_3', None)
-        if features is not None and not {'mu', 'sigma'} & found.keys():
-            n, features = len(features), torch.from_numpy(features).float()
-            parts = [part.double() for part in features.split(4096)]
-            mu = sum(part.sum(0) for part in parts) / n
-            sigma = sum((part - mu).T @ (part - mu) for part in parts) / (n - 1)
-            found.update(mu=mu.numpy(), sigma=sigma.numpy())
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        raise BadInput(f'--ref {path}: cannot be read ({error}); accepted: a folder, .zip or .npz '
-                       'of images, or a .npz of mu and sigma') from error
-    if not {'mu', 'sigma'} & found.keys():
-        return None
-    shapes = [found[k].shape if k in found else None for k in ('mu', 'sigma')]
-    if shapes != [(bench.POOL,), (bench.POOL, bench.POOL)] or not all(
-            found[k].dtype.kind == 'f' and np.isfinite(found[k]).all() for k in ('mu', 'sigma')):
-        raise BadInput(f'--ref {path}: mu {shapes[0]}, sigma {shapes[1]}, or not finite; accepted: '
-                       f'({bench.POOL},) and ({bench.POOL}, {bench.POOL}), as --save_stats writes')
-    if str(found.get('convention', convention)) != convention:
-        raise BadInput(f'--ref {path}: made with {found["convention"]}, not {convention}; give the '
-                       'same --resize and --inception, or make it again with --save_stats')
-    mu, sigma = (torch.from_numpy(found[k]).double() for k in ('mu', 'sigma'))
-    return Measured(n, mu, sigma, features if torch.is_tensor(features) else None, None)
 
 
 # ---------------------------------------------------------------- metrics

@@ -1,9 +1,15 @@
 """What others have written, read so that nothing in it runs, fills the memory or goes unsaid:
 folders and zips, whatever their layout; labels; arrays; checkpoints. Errors are ValueErrors.
 """
+import contextlib
+import io
+import itertools
 import json
+import math
 import os
+import pickle
 import re
+import struct
 import threading
 import zipfile
 
@@ -218,3 +224,156 @@ def check_tensors(tensors):
                 and t.layout == torch.strided and t.device.type == 'cpu'
                 and t.untyped_storage().nbytes() >= t.nbytes):
             raise ValueError(f'{name!r} is not a float32 tensor held in full')
+
+
+# ---------------------------------------------------------------- pickles
+
+KNOWN = {  # every name that stands in a checkpoint of EDM or PFGM++, and what is made of it
+    'torch_utils.persistence._reconstruct_persistent_obj': lambda meta: meta,
+    'torch.nn.modules.container.ModuleDict': dict,
+    'collections.OrderedDict': dict,
+    'torch._utils._rebuild_parameter': lambda tensor, *_: tensor,
+    'torch._utils._rebuild_tensor_v2': lambda storage, offset, size, stride, *_: dict(
+        storage=storage, offset=offset, size=size, stride=stride),
+    'torch.storage._load_from_bytes': lambda packed: packed,
+    'torch.FloatStorage': 'float32',
+    'numpy.dtype': lambda *_: {},  # always float64
+    'numpy.core.multiarray.scalar': lambda dtype, packed: struct.unpack('<d', packed)[0],
+    'numpy._core.multiarray.scalar': lambda dtype, packed: struct.unpack('<d', packed)[0],
+    '__builtin__.set': lambda *_: None,
+    '_codecs.encode': lambda text, encoding: text.encode('latin1'),
+}
+
+
+class Reader(pickle._Unpickler):
+    """Reads a pickle as dicts, lists and numbers, and calls nothing but KNOWN. It is Python's own
+    class, not the one in C, so that its opcodes can be others; and what is large stays in the file,
+    as the range of its bytes."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.file = file
+
+    def find_class(self, module, name):
+        if f'{module}.{name}' not in KNOWN:
+            raise ValueError(f'it asks for {module}.{name}'[:100])
+        return KNOWN[f'{module}.{name}']
+
+    def persistent_load(self, key):
+        return dict(name=key[2], count=key[4])
+
+    def build(self):  # the state of an object
+        state = self.stack.pop()
+        self.stack[-1].update(state if isinstance(state, dict) else {})
+
+    def binbytes(self):
+        count, = struct.unpack('<I', self.read(4))
+        if count < 2 ** 16 or self._unframer.current_frame:
+            self.append(self.read(count))
+        else:
+            start = self.file.tell()
+            self.file.seek(count, os.SEEK_CUR)
+            self.append(range(start, start + count))
+
+    def listed(self, count):  # a tuple has a hash, which for a deep one ends Python; a list has not
+        self.stack[-count:] = [self.stack[-count:]]
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: build, pickle.BINBYTES[0]: binbytes,
+                pickle.TUPLE[0]: pickle._Unpickler.load_list,
+                **{code[0]: lambda self, count=count: self.listed(count) for count, code in
+                   enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)}}
+    del dispatch[pickle.BYTEARRAY8[0]]  # it would fill as many bytes as are claimed
+
+
+def holds_objects(path):
+    """Whether a file is one for open_pickle(), not for torch.load()."""
+    with open(path, 'rb') as file:
+        start = file.read(4)
+        if start[:2] != b'PK':  # torch.save's own, before it wrote zips, begin with a number
+            return start[:1] == b'\x80' and start[2:] != b'\x8a\n'
+        with zipfile.ZipFile(file) as archive:
+            return any(b'torch_utils.persistence' in archive.read(name)
+                       for name in archive.namelist() if name.endswith('data.pkl'))
+
+
+@contextlib.contextmanager
+def open_pickle(path):
+    """(what a pickle, plain or a zip of torch.save, holds; a function that reads a tensor of it).
+    Raises what it may where the file is damaged, and ValueError where it asks for another name."""
+    with open(path, 'rb') as file:
+        archive = zipfile.ZipFile(file) if file.read(2) == b'PK' else None
+        root = archive and next(name for name in archive.namelist() if name.endswith('data.pkl'))
+
+        def tensor(t):
+            storage = t['storage']
+            if archive:
+                numbers = archive.read(root.removesuffix('data.pkl') + 'data/' + storage['name'])
+            else:  # torch.save's of one storage: five pickles, a count, the numbers
+                if isinstance(storage, range):
+                    file.seek(storage.start)
+                    storage = file.read(len(storage))
+                packed = io.BytesIO(storage)
+                *_, storage, _ = [Reader(packed).load() for _ in range(5)]
+                numbers = packed.read()[8:]
+            if (len(numbers) != 4 * storage['count'] or math.prod(t['size']) > storage['count']
+                    or 0 in t['stride']):
+                raise ValueError('a tensor is not held in full')
+            numbers = torch.from_numpy(np.frombuffer(numbers, '<f4').copy())
+            return numbers.as_strided(t['size'], t['stride'], t['offset'])
+        file.seek(0)
+        yield Reader(io.BytesIO(archive.read(root)) if archive else file).load(), tensor
+
+
+def tensors_of(module, child):
+    """{name: tensor} of a child of a module in such a file, in the order of its parameters."""
+    def walk(module, prefix):
+        state = module.get('state', module)
+        for kind in ('_parameters', '_buffers', '_modules'):
+            for key, part in state[kind].items():
+                if len(prefix + key) > 100:
+                    raise ValueError('a name too long')  # or a module within itself
+                yield prefix + key, part if kind != '_modules' else None
+                if part is not None and kind == '_modules':
+                    yield from walk(part, f'{prefix}{key}.')
+    parts = itertools.islice(walk(module['state']['_modules'][child], ''), 10 ** 5)
+    return {name: part for name, part in parts if part is not None}
+
+
+# ---------------------------------------------------------------- their names for our parameters
+
+OFFICIAL_NAME = dict(norm1='GroupNorm_0', conv1='Conv_0', emb='Dense_0', norm2='GroupNorm_1',
+                     conv2='Conv_1', shortcut='Conv_2', norm='GroupNorm_0', q='NIN_0', k='NIN_1',
+                     v='NIN_2', out='NIN_3')
+
+
+def official_names(net):
+    """{our parameter name: official name}, in the order of both."""
+    units = [*net.embed, net.conv_in, *(u for s in net.down for u in s), *net.mid,
+             *(u for s in net.up for u in s), net.norm_out, net.conv_out]
+    index = {id(parameter): (i, name) for i, unit in enumerate(units)
+             for name, parameter in unit.named_parameters()}
+    names = {}
+    for ours, parameter in net.named_parameters():
+        i, name = index[id(parameter)]
+        *layer, leaf = name.split('.')
+        if layer and layer[0] in ('q', 'k', 'v', 'out'):
+            leaf = {'weight': 'W', 'bias': 'b'}[leaf]
+        layer = [OFFICIAL_NAME[k] for k in layer]
+        names[ours] = '.'.join([f'module.all_modules.{i}', *layer, leaf])
+    return names
+
+
+def edm_names(net, theirs):
+    """{our name: theirs} of all parameters, in our order, and of the frequencies. The order is the
+    same, but that q, k and v are one there and labels first. Left out: the filters, which are
+    constants, and map_augment, which adds nothing where images are not augmented."""
+    left = [name for name in theirs if not name.endswith('resample_filter')
+            and not name.startswith(('map_label', 'map_augment', 'map_noise'))][::-1]
+    names = {'freq': 'map_noise.freqs'} if net.ncsnpp else {}
+    for ours, _ in net.named_parameters():
+        twin = ours.replace('.k.', '.q.').replace('.v.', '.q.')
+        names[ours] = (f'map_{ours}' if ours.startswith('label.') else
+                       names[twin] if twin in names else left.pop())
+    if left:
+        raise ValueError(f'{left[0]} does not belong'[:100])
+    return names

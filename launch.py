@@ -370,6 +370,22 @@ def observe(meter, step, z, loss, norm):
         meter[key] = torch.where(first, value, meter[key])
 
 
+def stop_if_bad(meter, args, order, rank, world, path):
+    """End the run at the first gradient that was not finite, with the images and z that made it.
+    order(step): the numbers of the images of that step."""
+    step = int(meter['bad'])
+    if not step:
+        return
+    images = order(step)[rank * args.batch_size // world:]
+    wrong = (~meter['bad_loss'].isfinite()).nonzero().flatten().tolist()
+    made = ', '.join(f'{int(images[i])} at z = {float(meter["bad_z"][i]):.4g}' for i in wrong[:8])
+    saved = f'{path} holds an earlier step' if os.path.exists(path) else 'nothing was saved yet'
+    made = f'images {made}{" ..." * (len(wrong) > 8)}' if made else 'none of the images'
+    raise BadInput(f'step {step}: the gradient is not finite; loss not finite for {made}; '
+                   f'stopped, {saved}; go on by the same command with a lower --lr (it was '
+                   f'{args.lr:g})' + ', or --no-bf16' * args.bf16)
+
+
 def progress(args, step, meter, images, rate, device):
     """One line for people, and the dict that log.jsonl keeps. images: seen in all; rate: a second;
     sums (bins, 2): loss and count."""
@@ -437,6 +453,28 @@ def open_log(args, start):
     last = rows[-1] if rows else dict(step=0, images=0)  # --batch_size may have changed since
     seen = last['images'] + (start - last['step']) * args.batch_size
     return open(path, 'a', buffering=1), seen
+
+
+def restore(opt, saved, device, rank):
+    """The states of the optimizer and of this rank's generators, as they were."""
+    try:
+        groups = [dict(g, fused=device.type != 'mps') for g in saved['opt']['param_groups']]
+        opt.load_state_dict(dict(saved['opt'], param_groups=groups))
+        for p, state in opt.state.items():
+            for key in ('exp_avg', 'exp_avg_sq'):
+                if state[key].shape != p.shape:
+                    raise ValueError(f'{key} is {tuple(state[key].shape)}, not {tuple(p.shape)}')
+                # fused Adam pairs what lies at the same place in memory, whatever the strides
+                state[key] = torch.empty_like(p).copy_(state[key])
+            if not 1 <= float(state['step']) < 2 ** 31:
+                raise ValueError(f'step is {float(state["step"])}')
+        if rank < len(saved.get('rng', [])):
+            torch.set_rng_state(saved['rng'][rank][0])
+            for state in saved['rng'][rank][1:] if device.type != 'cpu' else ():
+                torch.get_device_module(device).set_rng_state(state)
+    except Exception as error:  # load_state_dict checks next to nothing itself
+        raise BadInput(f'the checkpoint is damaged: opt or rng do not fit '
+                       f'({repr(error)[:150]})') from error
 
 
 # ---------------------------------------------------------------- what only CPUs need

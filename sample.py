@@ -1,6 +1,7 @@
 """Sample from a trained Poisson flow, or from the exact field of a data set.
 
     python sample.py --nfe 100                     # out/ckpt.pt -> samples.png
+    python sample.py --ckpt network-snapshot-200000.pkl --nfe 35   # a file of EDM or PFGM++
     python sample.py --exact --dataset glyphs      # no network: the field of the data itself
     torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz   # all GPUs, for FID
 
@@ -305,7 +306,8 @@ def main(args):
     if args.interpolate:  # both ways with the same label, or without
         flow.classes = flow.classes[:1] if args.classes else []
     if rank == 0:
-        print('  '.join(f'{k} {v}' for k, v in vars(flow).items() if k != 'net'), flush=True)
+        facts = {**vars(flow), 'schedule': flow.spacing()}
+        print('  '.join(f'{k} {v}' for k, v in facts.items() if k != 'net'), flush=True)
     if args.encode:
         return encode(flow, args, device)
     if args.out.endswith('.gif'):

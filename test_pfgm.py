@@ -2883,6 +2883,538 @@ def test_hostile_checkpoints_at_length(trained, tmp_path, capsys, monkeypatch):
     fuzz_checkpoints(trained, tmp_path, capsys, 1, 300)
 
 
+# ---------------------------------------------------------------- the files of EDM and PFGM++
+
+GOLDEN_EDM = HERE.parent / 'shared' / 'golden_edm'
+golden_edm = pytest.mark.skipif(not GOLDEN_EDM.is_dir(), reason='no ../shared/golden_edm: the '
+                                'files and numbers of EDM and PFGM++ are not here')
+EDM_FILES = ('edm-cifar10-32x32-uncond-vp/network-snapshot-200000.pkl',
+             'pfgmpp-cifar10_ncsnpp_D_2048_conditional/training-state-200000.pkl',
+             'pfgmpp-cifar10_ncsnpp_D_2048_conditional-pt/training-state-200000.pt')
+
+
+@golden_edm
+@pytest.mark.parametrize('file', EDM_FILES)
+def test_published_denoisers_give_the_authors_numbers(file):
+    net, args = checkpoint.load_checkpoint(GOLDEN_EDM / file)
+    folder = (GOLDEN_EDM / file).parent
+    ref, made = ({k: torch.from_numpy(v) for k, v in np.load(path).items() if 'trace' not in k}
+                 for path in (folder / 'golden.npz', folder / 'sampler.npz'))
+    labels, unit = [ref['labels']] if 'labels' in ref else [], pfgm.unit(args['D'])
+    x, sigma, embedded = ref['x'].double(), ref['sigma'].double(), []
+    assert args['D'] == (2048 if labels else math.inf) and args['classes'] == 10 * len(labels)
+    with torch.no_grad():
+        hook = net.net.embed[1].register_forward_hook(lambda *a: embedded.append(a[2]))
+        F = net.predict(ref['c_in'].view(-1, 1, 1, 1) * ref['x'], ref['c_noise'], *labels)
+        hook.remove()
+        close(F, ref['F'], atol=2e-4)
+        close(torch.nn.functional.silu(embedded[0]), ref['emb'], atol=1e-4)
+        for kinds, key in [(labels, 'D'), ([], 'D_nolabel' if labels else 'D')]:
+            v_x, v_z = net(x, sigma * unit, *kinds)
+            close(v_x + x, ref[key], atol=1e-4)
+            close(v_z, -sigma * unit)
+        out, calls = pfgm.sample_ode(
+            net, made['latents'].double() * (1 if labels else 80), args['z_max'], args['z_min'],
+            'heun', 35, D=args['D'], z_exp=0, labels=made.get('labels'), schedule_name='rho7',
+            to_data=True)
+        close(out, made['x_final'], atol=1e-4)
+        c_in = (sigma.square() + 0.25).rsqrt().view(-1, 1, 1, 1)
+        close(net.double().predict(c_in * x, sigma.log() / 4, *labels), ref['F64'], atol=1e-6)
+
+
+def test_fir_filters_are_those_of_stylegan():
+    """blur() and means or repetitions, against [1, 3, 3, 1] x [1, 3, 3, 1] / 64 itself."""
+    F, taps = torch.nn.functional, torch.tensor([1., 3, 3, 1], dtype=F64)
+    x, h = (torch.randn(2, 5, n, n, dtype=F64, generator=seeded(n)) for n in (8, 4))
+    kernel = (taps[:, None] * taps / 64).expand(5, 1, 4, 4)
+    down, up = (unet.ResBlock(4, 4, 4, 0, kind, fir=True) for kind in ('down', 'up'))
+    close(down.scale(x), F.conv2d(x, kernel, None, 2, 1, groups=5), atol=1e-14)
+    close(up.scale(x), F.conv_transpose2d(x, 4 * kernel, None, 2, 1, groups=5), atol=1e-14)
+    pyramid = unet.Pyramid(5, 5).double()
+    with torch.no_grad():
+        torch.nn.init.normal_(pyramid.bias)
+        above = F.conv2d(x, pyramid.weight, None, padding=2)
+        above = F.conv2d(above, kernel, pyramid.bias, 2, groups=5)
+        close(pyramid(h, x), (h + above) / math.sqrt(2), atol=1e-14)
+
+
+def edm_shapes(size=32, nf=8, mult=(1, 2), blocks=1, ncsnpp=False, classes=0, augment=9):
+    """{name: shape} of EDM's SongUNet in its order."""
+    out, width, taps = {}, nf * (1 + ncsnpp), 4 if ncsnpp else 2
+
+    def layer(name, *shape, bias=True, resample=False):
+        out[f'{name}.weight'] = shape
+        if bias:
+            out[f'{name}.bias'] = shape[:1]
+        if resample:
+            out[f'{name}.resample_filter'] = (1, 1, taps, taps)
+
+    def block(name, a, b, attend=False, resample=False):
+        layer(f'{name}.norm0', a)
+        layer(f'{name}.conv0', b, a, 3, 3, resample=resample)
+        layer(f'{name}.affine', b, 4 * nf)
+        layer(f'{name}.norm1', b)
+        layer(f'{name}.conv1', b, b, 3, 3)
+        if a != b or resample:
+            layer(f'{name}.skip', b, a, 1, 1, resample=resample)
+        if attend:
+            layer(f'{name}.norm2', b)
+            layer(f'{name}.qkv', 3 * b, b, 1, 1)
+            layer(f'{name}.proj', b, b, 1, 1)
+    if ncsnpp:
+        out['map_noise.freqs'] = (nf,)
+    if classes:
+        layer('map_label', width, classes)
+    if augment:
+        layer('map_augment', width, augment, bias=False)
+    layer('map_layer0', 4 * nf, width)
+    layer('map_layer1', 4 * nf, 4 * nf)
+    layer(f'enc.{size}x{size}_conv', nf, 3, 3, 3)
+    c, above, skips = nf, 3, [nf]
+    sides = [f'{size >> level}x{size >> level}' for level in range(len(mult))]
+    for side, m in zip(sides, mult):
+        if side != sides[0]:
+            block(f'enc.{side}_down', c, c, resample=True)
+            if ncsnpp:
+                layer(f'enc.{side}_aux_residual', c, above, 3, 3, resample=True)
+            above = c
+            skips.append(c)
+        for i in range(blocks):
+            block(f'enc.{side}_block{i}', c, nf * m, attend=side == '16x16')
+            c = nf * m
+            skips.append(c)
+    block(f'dec.{side}_in0', c, c, attend=True)
+    block(f'dec.{side}_in1', c, c)
+    for side, m in zip(sides[::-1], mult[::-1]):
+        if side != sides[-1]:
+            block(f'dec.{side}_up', c, c, resample=True)
+        for i in range(blocks + 1):
+            attend = side == '16x16' and i == blocks
+            block(f'dec.{side}_block{i}', c + skips.pop(), nf * m, attend)
+            c = nf * m
+    layer(f'dec.{side}_aux_norm', c)
+    layer(f'dec.{side}_aux_conv', 3, c, 3, 3)
+    return out
+
+
+class Persistent:
+    """Pickled as EDM's torch_utils.persistence pickles an object."""
+
+    def __init__(self, kind, **state):
+        self.state = state
+        self.meta = dict(type='class', version=6, module_src='#' * 99, class_name=kind, state=state)
+
+    def __reduce__(self):
+        return sys.modules['torch_utils.persistence']._reconstruct_persistent_obj, (self.meta,)
+
+
+def edm_module(tensors, kind='Module'):
+    """The tree of {dotted name: tensor} as persistent objects."""
+    inside, own, modules = {}, {'_parameters': {}, '_buffers': {}}, {}
+    for key, tensor in tensors.items():
+        head, _, tail = key.partition('.')
+        if tail:
+            inside.setdefault(head, {})[tail] = tensor
+        else:
+            own['_parameters' if key in ('weight', 'bias') else '_buffers'][key] = tensor
+    for key, parts in inside.items():
+        modules[key] = edm_module(parts)
+        if key in ('enc', 'dec'):
+            state = modules[key].state
+            modules[key] = torch.nn.ModuleDict.__new__(torch.nn.ModuleDict)
+            modules[key].__dict__.update(state)
+    return Persistent(kind, training=False, **own, _modules=modules, skip_scale=np.float64(0.5))
+
+
+def edm_file(path, zip_form=False, change=lambda saved: None, kind='EDMPrecond', whole=True,
+             size=32, nf=8, mult=(1, 2), blocks=1, ncsnpp=False, classes=0, augment=9, **flags):
+    """A training-state in the form of EDM and PFGM++, or with whole=False a snapshot, of random
+    weights. -> EDM's {name: tensor} of the EMA."""
+    shapes = edm_shapes(size, nf, mult, blocks, ncsnpp, classes, augment)
+    attributes = dict(img_resolution=size, img_channels=3, label_dim=classes, **flags)
+    given = dict(attributes, model_type='SongUNet', model_channels=nf, channel_mult=list(mult),
+                 num_blocks=blocks, augment_dim=augment, dropout=0.13, use_fp16=False)
+    if ncsnpp:
+        given.update(embedding_type='fourier', encoder_type='residual', channel_mult_noise=2,
+                     resample_filter=[1, 3, 3, 1])
+
+    def network(seed):
+        tensors = {k: torch.randn(shape, generator=seeded(seed)) / math.prod(shape[1:]) ** 0.5
+                   for k, shape in shapes.items()}
+        model = edm_module({k: torch.nn.Parameter(v) if k.endswith(('weight', 'bias')) else v
+                            for k, v in tensors.items()}, 'SongUNet')
+        return tensors, Persistent(kind, _parameters={}, _buffers={}, _modules={'model': model},
+                                   sigma_data=0.5, _init_kwargs=given, **attributes)
+    tensors, ema = network(0)
+    saved = dict(ema=ema, loss_fn=Persistent('EDMLoss', P_mean=-1.2), augment_pipe=None)
+    if whole:
+        raw, net = network(1)
+        order = [v for k, v in raw.items() if k.endswith(('weight', 'bias'))]
+        state = {i: dict(step=torch.tensor(7.0), exp_avg=3 * p, exp_avg_sq=p * p)
+                 for i, p in enumerate(order)}
+        group = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0,
+                     params=list(range(len(order))))
+        saved = dict(optimizer_state=dict(state=state, param_groups=[group]), step=3584, ema=ema,
+                     net=net)
+    change(saved)
+    modules = {k: type(sys)(k) for k in ('torch_utils', 'torch_utils.persistence')}
+    rebuild = modules['torch_utils.persistence']._reconstruct_persistent_obj = lambda meta: meta
+    rebuild.__module__ = 'torch_utils.persistence'
+    rebuild.__qualname__ = '_reconstruct_persistent_obj'
+    with patch.dict(sys.modules, modules), open(path, 'wb') as file:
+        torch.save(saved, file) if zip_form else pickle.dump(saved, file, protocol=4)
+    return tensors
+
+
+def plain_edm(p, x, c_noise, labels, size=32, nf=8, ncsnpp=False, classes=0, **_):
+    """EDM's network written once more, straight on its tensors p."""
+    F, taps = torch.nn.functional, torch.tensor([1., 3, 3, 1] if ncsnpp else [1., 1])
+    kernel, pad, r = taps[:, None] * taps / taps.sum() ** 2, (len(taps) - 2) // 2, 0.5 ** 0.5
+
+    def conv(name, h, padding=1):
+        return F.conv2d(h, p[f'{name}.weight'], p[f'{name}.bias'], padding=padding)
+
+    def linear(name, h):
+        return F.linear(h, p[f'{name}.weight'], p[f'{name}.bias'])
+
+    def norm(name, h):
+        groups = min(32, h.shape[1] // 4)
+        return F.group_norm(h, groups, p[f'{name}.weight'], p[f'{name}.bias'], 1e-6)
+
+    def scale(h, name):
+        k = kernel.expand(h.shape[1], 1, *kernel.shape)
+        if 'down' in name:
+            return F.conv2d(h, k, None, 2, pad, groups=len(k))
+        return F.conv_transpose2d(h, 4 * k, None, 2, pad, groups=len(k)) if '_up' in name else h
+
+    def block(name, h):
+        y = conv(f'{name}.conv0', scale(F.silu(norm(f'{name}.norm0', h)), name))
+        y = F.silu(norm(f'{name}.norm1', y + linear(f'{name}.affine', emb)[:, :, None, None]))
+        h = scale(h, name)
+        h = conv(f'{name}.skip', h, 0) if f'{name}.skip.weight' in p else h
+        h = r * (h + conv(f'{name}.conv1', y))
+        if f'{name}.qkv.weight' in p:
+            qkv = conv(f'{name}.qkv', norm(f'{name}.norm2', h), 0)
+            q, k, v = qkv.view(len(h), h.shape[1], 3, -1).unbind(2)
+            w = torch.einsum('bcq,bck->bqk', q, k / h.shape[1] ** 0.5).softmax(2)
+            h = r * (h + conv(f'{name}.proj', torch.einsum('bqk,bck->bcq', w, v).view(h.shape), 0))
+        return h
+    f = 2 * math.pi * p['map_noise.freqs'] if ncsnpp else (
+        1e4 ** -(torch.arange(nf // 2) / (nf // 2 - 1)))
+    emb = torch.cat([(c_noise[:, None] * f).sin(), (c_noise[:, None] * f).cos()], 1)
+    if classes:
+        emb = emb + linear('map_label', F.one_hot(labels, classes) * classes ** 0.5)
+    emb = F.silu(linear('map_layer1', F.silu(linear('map_layer0', emb))))
+    h, above, skips = x, x, []
+    for name in dict.fromkeys('.'.join(k.split('.')[:2]) for k in p if k[:4] in ('enc.', 'dec.')):
+        if name == f'enc.{size}x{size}_conv':
+            h = conv(name, h)
+        elif 'aux_residual' in name:
+            y = F.conv2d(above, p[f'{name}.weight'], padding=2)
+            k = kernel.expand(y.shape[1], 1, 4, 4)
+            h = above = skips[-1] = r * (h + F.conv2d(y, k, p[f'{name}.bias'], 2, groups=len(k)))
+            continue
+        elif 'aux_norm' in name:
+            h = F.silu(norm(name, h))
+        elif 'aux_conv' in name:
+            return conv(name, h)
+        elif name.startswith('dec') and '_block' in name:
+            h = block(name, torch.cat([h, skips.pop()], 1))
+        else:
+            h = block(name, h)
+        if name.startswith('enc'):
+            skips.append(h)
+
+
+@pytest.mark.parametrize('zip_form', [False, True])
+@pytest.mark.parametrize('shape', [
+    dict(), dict(classes=4, augment=0), dict(ncsnpp=True, nf=12), dict(ncsnpp=True, classes=4),
+    dict(size=64, mult=(1, 2, 2, 2)), dict(ncsnpp=True, size=64, mult=(1, 2, 2))])
+def test_published_files_are_read_whole_and_converted(shape, zip_form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs, side = edm_file('a.pkl', zip_form, **shape), shape.get('size', 32)
+    net, args = checkpoint.load_checkpoint('a.pkl')
+    assert (args['D'], args['step'], args['ncsnpp']) == (math.inf, 7, 'ncsnpp' in shape)
+    x, c_noise = torch.randn(2, 3, side, side, generator=seeded()), torch.tensor([-1.2, 1.1])
+    labels = [torch.tensor([0, 3])] if 'classes' in shape else []
+    with torch.no_grad():
+        want = plain_edm(theirs, x, c_noise, *labels or [None], **shape)
+        close(net.predict(x, c_noise, *labels), want, atol=2e-5)
+    script(['checkpoint.py', 'a.pkl', '--out', 'b.pt'])
+    again, same_args = checkpoint.load_checkpoint('b.pt')
+    assert same(net.state_dict(), again.state_dict()) and same_args == args
+    saved = checkpoint.read_checkpoint('a.pkl', whole=True)
+    for i, (k, _) in enumerate(net.net.named_parameters()):  # moments made of the raw weights
+        close(saved['opt']['state'][i]['exp_avg'], 3 * saved['net'][k], rtol=1e-6)
+        close(saved['opt']['state'][i]['exp_avg_sq'], saved['net'][k].square(), rtol=1e-6)
+
+
+@golden_edm
+@pytest.mark.parametrize('kind', [
+    'cifar10-32x32-uncond-vp', 'cifar10-32x32-cond-vp', 'cifar10-32x32-uncond-ve',
+    'cifar10-32x32-cond-ve', 'ffhq-64x64-uncond-vp', 'ffhq-64x64-uncond-ve'])
+def test_full_size_published_networks_fit(kind):
+    rows = json.loads((GOLDEN_EDM / 'structure.json').read_text())[kind]
+    size, mult = (64, (1, 2, 2, 2)) if '64' in kind else (32, (2, 2, 2))
+    ncsnpp, classes = kind.endswith('ve'), 10 if '-cond' in kind else 0
+    shapes = edm_shapes(size, 128, mult, 4, ncsnpp, classes)
+    assert [[f'model.{k}', list(v)] for k, v in shapes.items()] == [row[:2] for row in rows]
+    with torch.device('meta'):
+        net = unet.UNet(size, ch_mult=mult, classes=classes, ncsnpp=ncsnpp, label_first=True)
+    names = checkpoint.edm_names(net, shapes)
+    theirs_of = {'norm1': 'norm0', 'conv1': 'conv0', 'emb': 'affine', 'norm2': 'norm1',
+                 'conv2': 'conv1', 'shortcut': 'skip', 'norm': 'norm2', 'q': 'qkv', 'k': 'qkv',
+                 'v': 'qkv', 'out': 'proj'}
+    for ours, p in net.state_dict().items():
+        layer, leaf = f'.{ours}'.split('.')[-2:]
+        assert layer not in theirs_of or names[ours].endswith(f'.{theirs_of[layer]}.{leaf}'), ours
+        count = p.numel() * (3 if layer in ('q', 'k', 'v') else 1)
+        count -= p[-1].numel() if layer == 'conv_out' else 0
+        assert math.prod(shapes[names[ours]]) == count, ours
+    left = {k for k in shapes if not k.endswith('filter')} - set(names.values())
+    assert left == {'map_augment.weight'} and names.keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize('flags, D', [
+    (dict(D=2048, pfgmpp=True), 2048), (dict(D=128, pfgmv2=True, pfgm=False), 128), ({}, math.inf),
+    (dict(D=128, pfgmpp=False), math.inf), (dict(D=128, pfgm=False, pfgmv2=False), math.inf)])
+def test_d_of_published_files(flags, D, tmp_path):
+    edm_file(tmp_path / 'a', bool(flags), whole=False, **flags)
+    net, args = checkpoint.load_checkpoint(tmp_path / 'a')
+    assert args['D'] == D
+    close([args['z_min'], args['z_max']], np.array([0.002, 80]) * pfgm.unit(D), rtol=1e-12)
+    far = torch.full((2, 3, 32, 32), 1e4, dtype=F64)
+    close(net.sigma(far, torch.ones(2)), torch.ones(2) / pfgm.unit(D), rtol=1e-6)  # not of |x|
+
+
+def test_published_files_sample_encode_and_train_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    edm_file('a.pkl', classes=10, nf=4, size=16, D=128, pfgmpp=True)
+    edm_file('b.pkl', whole=False, nf=4, size=16)
+    for flags, solver, planes in (([], 'heun', 'rho7'), (['--nfe', '10'], 'unipc', 'radius')):
+        args = sample.parse_args(['--ckpt', 'a.pkl', *flags])
+        flow, _ = checkpoint.load_flow(args, torch.device('cpu'))
+        assert (flow.solver, flow.spacing(), flow.known) == (solver, planes, 10)
+        assert (flow.ending() == (True, 0.002 * 128 ** 0.5)) == (solver == 'heun')
+        assert flow.nfe == (35 if solver == 'heun' else 10)
+    x, calls = flow.follow(flow.prior([0, 1]), torch.device('cpu'), [0, 1])
+    assert x.dtype == F64 and calls == 10
+    script(['checkpoint.py', 'a.pkl', '--out', 'c.pt'])
+    for file in ('a.pkl', 'c.pt'):
+        script(['sample.py', '--ckpt', file, *'--n 2 --nfe 35 --classes 3 --out'.split(),
+                f'{file}.npz'])
+    assert (np.load('a.pkl.npz')['arr_0'] == np.load('c.pt.npz')['arr_0']).all()
+    for flags in ('--solver rk45 --tol 0.1', '--solver ipndm --nfe 4 --schedule log',
+                  '--interpolate --nfe 3', '--encode glyphs --solver dpm2m --nfe 4'):
+        script(['sample.py', '--ckpt', 'b.pkl', '--n', 2, '--out', 'b.png', *flags.split()])
+    script(['evaluate.py', '--compare', 'b.pkl', 'a.pkl', *'--swd --sweep nfe=3 --n 8 --dataset '
+            'glyphs --batch_size 8'.split()])
+    words = ['train.py', *'--dataset glyphs --image_size 16 --channels 3 --batch_size 2 --lr 1e-9 '
+             '--log_every 1 --sample_every 9 --device cpu --no-bf16'.split()]
+    capsys.readouterr()
+    script([*words, '--init_from', 'b.pkl', '--steps', 1, '--out_dir', 'o'])
+    assert 'b.pkl has no optimizer state; Adam starts afresh' in capsys.readouterr().out
+    script([*words, '--init_from', 'a.pkl', '--classes', '--steps', 8, '--out_dir', 'p'])
+    assert 'afresh' not in capsys.readouterr().out
+    raw, saved = (checkpoint.read_checkpoint(k, True) for k in ('a.pkl', 'p/ckpt.pt'))
+    assert all((saved['net'][k] - v).abs().max() < 1e-6 for k, v in raw['net'].items())
+    assert saved['args']['edm'] and saved['args']['D'] == 128
+    assert saved['opt']['state'][0]['step'] == 8
+    script([*words, '--classes', '--D', 128, '--steps', 9, '--out_dir', 'p'])
+    refuses([*words, '--init_from', 'a.pkl', '--out_dir', 'q'], '--classes 0: a.pkl has 10')
+    refuses(['sample.py', '--ckpt', 'b.pkl', '--classes', 0], 'the network knows none')
+
+
+def test_ncsnpp_trains_as_a_preset(tmp_path):
+    words = ['train.py', '--out_dir', tmp_path, *'--preset cifar10_ncsnpp --dataset glyphs --nf 8 '
+             '--image_size 32 --num_blocks 1 --batch_size 2 --log_every 1 --device cpu'.split()]
+    script([*words, '--steps', 2])
+    script([*words, '--steps', 4])
+    net, args = checkpoint.load_checkpoint(tmp_path / 'ckpt.pt')
+    assert args['method'] == 'pfgmpp' and args['ncsnpp'] and args['label_first']
+    assert net.net.freq.std() > 8 and len(losses(tmp_path)) == 4 and not args['edm']
+    for preset, row in train.PRESETS.items():  # the published rows are what they were
+        assert (row['ncsnpp'], row['label_first']) == (preset == 'cifar10_ncsnpp',) * 2
+
+
+def opcodes(*parts):
+    """A pickle of protocol 4 put together by hand."""
+    return b'\x80\x04' + b''.join(parts) + b'.'
+
+
+def word(text):
+    return bytes([140, len(text)]) + text.encode()
+
+
+REBUILD = word('torch._utils') + word('_rebuild_tensor_v2') + b'\x93'
+HOSTILE_PICKLES = {
+    'eval': opcodes(word('builtins'), word('eval'), b'\x93', word('1'), b'\x85R'),
+    'hub': opcodes(word('torch.hub'), word('load'), b'\x93', word('a'), b'\x85R'),
+    'dotted': opcodes(word('torch._utils'), word('_rebuild_tensor_v2.__globals__'), b'\x93)R'),
+    'GLOBAL': b'\x80\x02cos\nsystem\n(X\x05\0\0\0touchtR.',
+    'INST': b"(S'touch'\nios\nsystem\n.",
+    'an extension': opcodes(b'\x82\x01'),
+    'odd arguments': opcodes(REBUILD, b'K\x01K\x02\x86R'),
+    'no arguments': opcodes(REBUILD, b'NR'),
+    'attributes of a function': opcodes(REBUILD, b'}', word('__defaults__'), b'K\x01\x85sb'),
+    'attributes of a class': opcodes(word('collections'), word('OrderedDict'), b'\x93}',
+                                     word('pop'), b'Nsb'),
+    'a new function': opcodes(REBUILD, b')\x81'),
+    'a number called': opcodes(b'K\x01)R'),
+    'a deep key': opcodes(b'}', b')' + b'\x85' * 200_000, b'Ns'),
+    'deep lists': opcodes(b']' * 10 ** 5 + b'a' * (10 ** 5 - 1)),
+    'a memo of 2^31': opcodes(b'Nr\xff\xff\xff\x7f'),
+    '4 GB of bytes': opcodes(b'B\xff\xff\xff\xff'),
+    'a terabyte': opcodes(b'\x8e' + struct.pack('<Q', 10 ** 12)),
+    'a bytearray of 8 GB': opcodes(b'\x96' + struct.pack('<Q', 8 << 30)),
+    'text of an exabyte': opcodes(b'\x8d' + struct.pack('<Q', 10 ** 18)),
+    'a frame of a terabyte': opcodes(b'\x95' + struct.pack('<Q', 10 ** 12)),
+    'a number of 2 GB': opcodes(b'\x8b' + struct.pack('<i', 2 ** 31 - 1)),
+    'None': opcodes(b'N'), 'a number': opcodes(b'K\x01'), 'no end': opcodes(word('x'))[:-1],
+}
+
+
+def model_of(saved):
+    return saved['ema'].state['_modules']['model'].state['_modules']
+
+
+def with_tensor(make):
+    def change(saved):
+        layer = model_of(saved)['map_layer0'].state['_parameters']
+        layer['weight'] = make(layer['weight'])
+    return change
+
+
+def with_facts(**facts):
+    def change(saved):
+        saved['ema'].state['_init_kwargs'].update(facts)
+        saved['ema'].state.update(facts)
+    return change
+
+
+def modules_without_number(saved):  # each twice in the next: 2^60, none with a tensor
+    part = dict(_parameters={}, _buffers={}, _modules={})
+    for _ in range(60):
+        part = dict(_parameters={}, _buffers={}, _modules={'a': part, 'b': part})
+    model_of(saved)['a'] = part
+
+
+HOSTILE_CHANGES = {
+    'a payload': lambda saved: saved.update(extra=Payload()),
+    'no ema': lambda saved: saved.update(net=saved.pop('ema')),
+    'modules within themselves': lambda saved: model_of(saved).update(a=saved['ema'].meta),
+    'modules without number': modules_without_number,
+    'a part missing': lambda saved: model_of(saved).pop('map_layer1'),
+    'a part more': lambda saved: model_of(saved).update(a=edm_module({'weight': torch.ones(2)})),
+    'another shape': with_tensor(lambda t: t.T),
+    'a stride of 0': with_tensor(lambda t: t[:1, :1].expand(t.shape)),
+    'a claim': with_tensor(lambda t: t[:1].detach().as_strided((10 ** 12,), (0,))),
+    'float64': with_tensor(lambda t: t.double()),
+    'half': with_tensor(lambda t: t.half()),
+    'a number for a tensor': with_tensor(lambda t: 5.0),
+    'a dict for a tensor': with_tensor(lambda t: {'size': [8]}),
+    'ADM': with_facts(model_type='DhariwalUNet'),
+    'no type': lambda saved: saved['ema'].state['_init_kwargs'].pop('model_type'),
+    'a mixture': with_facts(embedding_type='fourier'),
+    'wide': with_facts(model_channels=10 ** 9),
+    'many': with_facts(num_blocks=10 ** 9),
+    'large': with_facts(img_resolution=2 ** 40),
+    'a text for D': with_facts(D='x' * 10 ** 6, pfgmpp=True),
+    'a D of nan': with_facts(D=math.nan, pfgmpp=True),
+    'a D of 0': with_facts(D=0, pfgmpp=True),
+    'a text for classes': with_facts(label_dim='9' * 10 ** 5),
+    'a spread below 0': with_facts(sigma_data=-1),
+    **dict.fromkeys(('VPPrecond', 'VEPrecond', 'iDDPMPrecond'), lambda saved: None),
+}
+SAY = {'a payload': 'asks for', 'eval': 'asks for builtins.eval', 'GLOBAL': 'asks for os.system',
+       'ADM': 'EDMPrecond of ADM', 'no type': 'EDMPrecond of ADM', 'another shape': r'\(32, 8\)',
+       'VPPrecond': 'VPPrecond of SongUNet', 'no ema': 'give the network-snapshot'}
+
+
+@pytest.mark.parametrize('zip_form', [False, True])
+@pytest.mark.parametrize('case', [*HOSTILE_PICKLES, *HOSTILE_CHANGES])
+def test_hostile_published_files_are_refused(case, zip_form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if case in HOSTILE_CHANGES:
+        edm_file('a.pkl', zip_form, HOSTILE_CHANGES[case],
+                 case if 'Precond' in case else 'EDMPrecond', whole=False)
+    else:
+        raw = HOSTILE_PICKLES[case]
+        marked = raw[:-1] + word('torch_utils.persistence') + b'0.'
+        Path('a.pkl').write_bytes(zipped([('a/data.pkl', marked)], zipfile.ZIP_STORED)
+                                  if zip_form else raw)
+    with limited(20, 2), patch.object(os, 'system', side_effect=AssertionError):
+        refuses(['sample.py', '--ckpt', 'a.pkl', '--device', 'cpu'],
+                SAY.get(case, '--ckpt a.pkl: '))
+    assert os.listdir('.') == ['a.pkl']
+
+
+def fuzz_published(capsys, seed, count):
+    for zip_form in (False, True):
+        edm_file('good', zip_form, classes=3, ncsnpp=True, nf=4)
+        raw, rng, used = Path('good').read_bytes(), np.random.default_rng(seed), 0
+        good = checkpoint.load_checkpoint('good')[0].state_dict()
+        for _ in range(count):
+            Path('a.pkl').write_bytes(mutated(raw, rng))
+            try:
+                with limited(20, 2):
+                    net, args = checkpoint.load_checkpoint('a.pkl')
+                # a plain pickle has no checksum: another number in it is another weight
+                assert args['edm'] and (not zip_form or same(net.state_dict(), good))
+                used += 1
+            except data.BadInput as error:
+                message = str(error)
+                assert '\n' not in message and message.startswith('--ckpt a.pkl: ')
+                assert len(message) < 1000
+        with capsys.disabled():
+            kind = 'zips' if zip_form else 'pickles'
+            print(f'\n{count} {kind}: {used} used, {count - used} refused')
+        assert used < count
+
+
+def test_damaged_published_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_published(capsys, 0, 100)
+    for zip_form in (False, True):
+        edm_file('good', zip_form)
+        raw = Path('good').read_bytes()
+        for size in (0, 1, 10, 1000, len(raw) // 2, len(raw) - 1):
+            Path('cut').write_bytes(raw[:size])
+            refuses(['sample.py', '--ckpt', 'cut'], '--ckpt cut: damaged')
+
+
+@pytest.mark.slow
+def test_damaged_published_files_at_length(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuzz_published(capsys, 1, 1000)
+
+
+LOADING = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import checkpoint
+net, args = checkpoint.load_checkpoint(sys.argv[2])
+print(sum(p.numel() for p in net.parameters()))
+for line in open('/proc/self/status'):
+    if line.startswith('VmHWM'):  # of this program; resource's includes what started it
+        print(int(line.split()[1]) >> 10)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='no /proc on this system')
+@pytest.mark.parametrize('zip_form', [False, True])
+def test_a_full_size_training_state_takes_less_than_a_gigabyte(zip_form, tmp_path):
+    path = tmp_path / 'a.pkl'
+    edm_file(path, zip_form, nf=128, mult=(2, 2, 2), blocks=4, ncsnpp=True, classes=10)
+    done = subprocess.run([sys.executable, '-c', LOADING, HERE, path], capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    count, megabytes = map(int, done.stdout.split())
+    print(f'\n{os.path.getsize(path) >> 20} MB of {count:,} parameters: {megabytes} MB at most')
+    assert 55e6 < count < 57e6 and megabytes < 1000
+
+
 # ---------------------------------------------------------------- flags
 
 WORDS = ['', 'x', 'nan', 'inf', '-inf', '-1', '0', '1e400', '-1e400', str(2 ** 70), '1e3', ' 5', '5 ', '1_0',

@@ -11,6 +11,7 @@ what a step is trained on, its loss and its update in baselines.py, for PFGM and
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -24,17 +25,18 @@ import pfgm
 from baselines import (METHODS, PFGM, Pairs, as_flow, field_loss, pairs_of_teacher, training_point,
                        update)
 from checkpoint import ARCHITECTURE, build, for_classes, in_folder, load_checkpoint, open_run, save
-from launch import (CLASS_LIMIT, BadInput, Parser, above, agree, claim, everywhere, fast_bf16,
-                    fingerprint, heard, keep_older, listen, new_meter, observe, open_log, progress,
-                    rng_state, run, setup, speed_up, step_seed, write)
+from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16, fingerprint, heard,
+                    keep_older, listen, new_meter, observe, open_log, progress, restore, rng_state,
+                    run, setup, speed_up, step_seed, stop_if_bad, write)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
-# of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++.
+# of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++ with DDPM++, cifar10_ncsnpp
+# with NCSN++. The last two columns are False where a row does not have them.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
-    'ema_decay', 'steps', 'sample_every', 'loss'), row))
+    'ema_decay', 'steps', 'sample_every', 'loss', 'ncsnpp', 'label_first'), (*row, False, False)))
     for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
     'glyphs':       (32, S[:2], 1, (8,), 0, 64, 'all', 2e-3, 100, .995, 600, 200, 'sum'),
@@ -45,6 +47,8 @@ PRESETS = {name: dict(zip((
     'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean'),
     'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
                      'sum'),
+    'cifar10_ncsnpp': (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
+                       'sum', True, True),
 }.items()}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # with --init_from by the file
@@ -67,7 +71,7 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('out_dir', str, 'out', 'where the checkpoint, log and sample grids go'),
     ('image_size', above(0, int), None, 'pixels a side (default: as the data is)'),
     ('channels', int, None, 'grey or colour (default: as the data is)', dict(choices=(1, 3))),
-    ('method', str, None, 'what is trained (default: pfgm; with --D pfgmpp)',
+    ('method', str, None, 'what is trained (default: pfgm; with --D or --ncsnpp pfgmpp)',
      dict(choices=METHODS)),
     ('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)'),
     ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
@@ -75,8 +79,8 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('reflow', in_folder, None, 'straighten this checkpoint of rf: train on pairs it makes'),
     ('distill', in_folder, None, 'the same, into samples of one call (--nfe 1)'),
     ('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill'),
-    ('init_from', in_folder, None, 'go on from this checkpoint, ours or an official one, with its '
-     'flow; of other classes, from step 0'),
+    ('init_from', in_folder, None, 'go on from this checkpoint, ours or one of the authors, with '
+     'its flow; of other classes, from step 0'),
     ('seed', above(-1, int), 0, 'of the weights, the order of images and all noise'),
     ('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps'),
     ('bf16', None, None, 'bfloat16 autocast (default: where it is fast)'),
@@ -87,6 +91,8 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('num_blocks', above(0, int, 33), None, 'residual blocks a level'),
     ('attn', above(0, int), None, 'image sizes with attention', dict(nargs='*')),
     ('dropout', above(-1e-9, below=1), None, 'in residual blocks'),
+    ('ncsnpp', None, None, 'NCSN++: Fourier features of the noise, FIR filters, a pyramid'),
+    ('label_first', None, None, 'labels join the noise before the first linear layer'),
     ('steps', above(0, int), None, 'updates in all'),
     ('batch_size', above(0, int), None, 'points a step, over all processes'),
     ('accum', above(0, int), 1, 'micro-batches a process splits its share into'),
@@ -135,30 +141,20 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def count_classes(args, images):
-    """How many classes --classes trains on, 0 without it."""
-    if args.classes and images.labels is None:
-        raise BadInput(f'--classes: {images.name} has {images.unlabelled}; give a folder with one '
-                       'folder a class, or one integer an image, or leave it out')
-    labels = images.labels.unique() if args.classes else []
-    count = len(labels)
-    if count > CLASS_LIMIT or list(labels) != list(range(count)):
-        without = [name for k, name in enumerate(images.classes or ()) if k not in labels]
-        raise BadInput(f'--classes: {count} labels from {labels[0]} to {labels[-1]}'
-                       + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
-                       f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
-    return count
-
-
 def resolve(args, images, saved, world):
     """Fill the flags left open, from the checkpoint, the preset row or the data, and check them."""
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
     by_size = next(name for size, name in sizes if images.image_size <= size)
     name = args.preset or args.dataset
     teacher = args.reflow or args.distill
-    old = saved['args'] if saved and args.init_from else {}
-    args.method = args.method or old.get('method') or (
-        'rf' if teacher else 'pfgmpp' if args.D else 'pfgm')
+    old = saved['args'] if saved else {}
+    args.edm = old.get('edm', False)
+    given = old if args.init_from or args.edm else {}  # what the file says where no flag does
+    row = dict(PRESETS[name if name in PRESETS else by_size])
+    row.update({k: old[k] for k in ARCHITECTURE if k in old})
+    ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
+    args.method = args.method or given.get('method') or (
+        'rf' if teacher else 'pfgmpp' if args.D or ncsnpp else 'pfgm')
     if teacher and args.init_from:
         raise BadInput(f'--init_from {args.init_from}: --reflow and --distill go on from their '
                        'teacher; leave it out')
@@ -167,11 +163,10 @@ def resolve(args, images, saved, world):
                        f'rf, not {args.method}; and --reflow and --distill are two runs')
     if args.D and args.method != 'pfgmpp':
         raise BadInput(f'--D {args.D:g}: belongs to --method pfgmpp, not {args.method}')
-    args.D = args.D or old.get('D') or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
+    args.D = args.D or given.get('D') or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
     for key, value in OF_FLOW.items():
         if getattr(args, key) is None:
-            setattr(args, key, old.get(key, value))
-    row = dict(PRESETS[name if name in PRESETS else by_size])
+            setattr(args, key, given.get(key, value))
     if args.method == 'pfgm':
         row.update(datasets.flow_constants(images, name, args.sigma, args.tau, args.gamma))
     else:  # constants that do not depend on the data, and no charge but the image itself
@@ -181,16 +176,15 @@ def resolve(args, images, saved, world):
         if teacher and args.field_batch not in (None, 1):
             raise BadInput(f'--field_batch {args.field_batch}: the pairs of --reflow and --distill '
                            'have no charges; leave it out')
-    if old.get('D') == args.D:
+    if given.get('D') == args.D:
         official = datasets.OFFICIAL_BY_SIZE.get(old['image_size']) if old.get('official') else None
         row.update(datasets.flow_constants(None, official) if official else
                    {k: old[k] for k in (*BY_DATA, 'z_min') if k in old})
-    if saved:
-        row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
-        args.classes = saved['args']['classes'] > 0 if teacher else args.classes
+    if teacher:
+        args.classes = old['classes'] > 0
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
-    args.classes = count_classes(args, images)
+    args.classes = images.class_count() if args.classes else 0
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -222,7 +216,8 @@ def check_resume(args, old):
 
 def check_origin(args, old, flag, path):
     """A flag that contradicts the checkpoint whose network is taken; is it of other classes?"""
-    for key in ('method', 'image_size', 'channels', 'nf', 'ch_mult', 'num_blocks'):
+    for key in ('method', 'image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'ncsnpp',
+                'label_first'):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
         if a != b:
             raise BadInput(f'--{key} {a}: {flag} {path} has {b}; give --{key} '
@@ -241,6 +236,12 @@ def check_origin(args, old, flag, path):
 
 
 # ---------------------------------------------------------------- the data of a step
+
+def images_of(args, n, step):
+    """Their numbers: the charges of a step, its points among them, first."""
+    count = args.batch_size if args.field_batch == 'all' else max(args.batch_size, args.field_batch)
+    return next(datasets.image_order(n, count, args.seed, step - 1))
+
 
 def training_steps(images, flow, args, step, place):
     """Endless training_point()s for this process. images may be the Pairs of --reflow."""
@@ -267,28 +268,6 @@ def training_steps(images, flow, args, step, place):
 
 # ---------------------------------------------------------------- what a run keeps and says
 
-def restore(opt, saved, device, rank):
-    """The states of the optimizer and of this rank's generators, as they were."""
-    try:
-        groups = [dict(g, fused=device.type != 'mps') for g in saved['opt']['param_groups']]
-        opt.load_state_dict(dict(saved['opt'], param_groups=groups))
-        for p, state in opt.state.items():
-            for key in ('exp_avg', 'exp_avg_sq'):
-                if state[key].shape != p.shape:
-                    raise ValueError(f'{key} is {tuple(state[key].shape)}, not {tuple(p.shape)}')
-                # fused Adam pairs what lies at the same place in memory, whatever the strides
-                state[key] = torch.empty_like(p).copy_(state[key])
-            if not 1 <= float(state['step']) < 2 ** 31:
-                raise ValueError(f'step is {float(state["step"])}')
-        if rank < len(saved.get('rng', [])):
-            torch.set_rng_state(saved['rng'][rank][0])
-            for state in saved['rng'][rank][1:] if device.type != 'cpu' else ():
-                torch.get_device_module(device).set_rng_state(state)
-    except Exception as error:  # load_state_dict checks next to nothing itself
-        raise BadInput(f'the checkpoint is damaged: opt or rng do not fit '
-                       f'({repr(error)[:150]})') from error
-
-
 def sample_grid(net, args, device, path):
     """A PNG of what the network makes now: 36 images from fixed noise, 20 calls."""
     shape = (36, args.channels, args.image_size, args.image_size)
@@ -302,23 +281,6 @@ def sample_grid(net, args, device, path):
                                schedule_name='radius', to_data=True)
     picture = datasets.grid_of(datasets.to_uint8(x))
     write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
-
-
-def stop_if_bad(meter, args, n, rank, world, path):
-    """End the run at the first gradient that was not finite, with the images and z that made it."""
-    step = int(meter['bad'])
-    if not step:
-        return
-    count = args.batch_size if args.field_batch == 'all' else max(args.batch_size, args.field_batch)
-    share = args.batch_size // world
-    images = next(datasets.image_order(n, count, args.seed, step - 1))[rank * share:]
-    wrong = (~meter['bad_loss'].isfinite()).nonzero().flatten().tolist()
-    made = ', '.join(f'{int(images[i])} at z = {float(meter["bad_z"][i]):.4g}' for i in wrong[:8])
-    saved = f'{path} holds an earlier step' if os.path.exists(path) else 'nothing was saved yet'
-    made = f'images {made}{" ..." * (len(wrong) > 8)}' if made else 'none of the images'
-    raise BadInput(f'step {step}: the gradient is not finite; loss not finite for {made}; '
-                   f'stopped, {saved}; go on by the same command with a lower --lr (it was '
-                   f'{args.lr:g})' + ', or --no-bf16' * args.bf16)
 
 
 # ---------------------------------------------------------------- the run
@@ -418,6 +380,8 @@ def main(args):
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if saved and 'opt' in saved:
         restore(opt, saved, device, rank)
+    elif args.init_from and saved and rank == 0:
+        print(f'{origin} has no optimizer state; Adam starts afresh')
     saved = None  # a quarter of it stays in use
 
     # folder: every process has looked at it, since all agree
@@ -456,7 +420,8 @@ def main(args):
                                 (args.log_every, args.sample_every, args.save_every))
         saves = saves or asked == 'save'
         if logs or samples or saves:
-            stop_if_bad(meter, args, len(images), rank, world, path)
+            stop_if_bad(meter, args, functools.partial(images_of, args, len(images)), rank, world,
+                        path)
         if logs:
             if world > 1:
                 dist.all_reduce(meter['sums'])

@@ -4,7 +4,8 @@
     v_x, v_z = net(x, z)                          # x (B, C, H, W), z (B,) -> like x, (B,)
 
 Architecture: DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as trained in
-PFGM, arXiv 2209.11178. Modules are created in the order of the published parameters.
+PFGM, arXiv 2209.11178, or with `ncsnpp` NCSN++ of the same, as in EDM, arXiv 2206.00364, and
+PFGM++, arXiv 2302.04265. Modules are created in the order of the published parameters.
 """
 import math
 
@@ -38,22 +39,29 @@ def norm(c):
     return nn.GroupNorm(groups, c, eps=1e-6)
 
 
+def blur(h, padding=1):
+    """[1, 2, 1] / 4 in both directions. Behind it the mean of 2 x 2 pixels, or before it their
+    repetition, is the FIR filter [1, 3, 3, 1] = [1, 1] * [1, 2, 1] of arXiv 1912.04958."""
+    return F.avg_pool2d(F.avg_pool2d(h, 2, 1, padding), 2, 1)
+
+
 class ResBlock(nn.Module):
     """(B, c_in, H, W), emb (B, 4 nf) -> (B, c_out, H, W), H and W halved or doubled on request."""
 
-    def __init__(self, c_in, c_out, c_emb, dropout, resample=None):
+    def __init__(self, c_in, c_out, c_emb, dropout, resample=None, fir=False):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
         self.emb = linear(c_emb, c_out)
         self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, scale=0)
-        self.dropout, self.resample = nn.Dropout(dropout), resample
+        self.dropout, self.resample, self.fir = nn.Dropout(dropout), resample, fir
         if c_in != c_out or resample:
             self.shortcut = conv(c_in, c_out, 1)
 
     def scale(self, h):
         if self.resample == 'down':
-            return F.avg_pool2d(h, 2)
-        return F.interpolate(h, scale_factor=2) if self.resample == 'up' else h  # nearest
+            return F.avg_pool2d(blur(h) if self.fir else h, 2)
+        h = F.interpolate(h, scale_factor=2) if self.resample == 'up' else h  # nearest
+        return blur(h) if self.resample and self.fir else h
 
     def forward(self, x, emb):
         h = self.conv1(self.scale(F.silu(self.norm1(x)))) + self.emb(F.silu(emb))[:, :, None, None]
@@ -77,29 +85,46 @@ class Attention(nn.Module):
         return (x + self.out(h).transpose(1, 2).reshape(x.shape)) * math.sqrt(0.5)
 
 
+class Pyramid(nn.Conv2d):
+    """Adds to features (B, c, H, W) those of twice their size above them (B, c_in, 2H, 2W), at the
+    top the image itself: by a 3 x 3 convolution and the FIR filter."""
+
+    def __init__(self, c_in, c):
+        super().__init__(c_in, c, 3, padding=2)
+        initialise(self)
+
+    def forward(self, h, above):
+        return (h + F.avg_pool2d(blur(super().forward(above), 0), 2)) * math.sqrt(0.5)
+
+
 class UNet(nn.Module):
     """net(x, z): x (B, channels, S, S) in units of the data, z (B,) > 0 -> v_x like x, v_z (B,).
 
     nf x ch_mult channels and num_blocks residual blocks at each level, attention where the image
-    has one of the sizes `attn`. With classes > 0 it takes labels (B,) too, -1 meaning none.
+    has one of the sizes `attn`. With classes > 0 it takes labels (B,) too, -1 meaning none, which
+    `label_first` puts before the first linear layer. ncsnpp: Fourier features of z, which should
+    then be a logarithm (a Denoiser's is), FIR resampling, and a Pyramid.
     Raises ValueError where S cannot be halved at every level."""
 
     def __init__(self, image_size=32, channels=3, nf=128, ch_mult=(1, 2, 2, 2), num_blocks=4,
-                 attn=(16,), dropout=0.1, classes=0):
+                 attn=(16,), dropout=0.1, classes=0, ncsnpp=False, label_first=False):
         super().__init__()
         last = len(ch_mult) - 1
         if image_size % 2 ** last or image_size < 2 ** last:
             raise ValueError(f'image_size {image_size}: the network halves it {last} times; take a '
                              f'multiple of {2 ** last}')
-        self.nf = nf
-        self.embed = nn.ModuleList([linear(nf, 4 * nf), linear(4 * nf, 4 * nf)])
-        self.label = linear(classes, 4 * nf) if classes else None
+        self.nf, self.ncsnpp, self.label_first = nf, ncsnpp, label_first
+        width = nf * (1 + ncsnpp)
+        if ncsnpp:
+            self.register_buffer('freq', 16 * torch.randn(nf, device='cpu'))  # slow on meta
+        self.embed = nn.ModuleList([linear(width, 4 * nf), linear(4 * nf, 4 * nf)])
+        self.label = linear(classes, width if label_first else 4 * nf) if classes else None
         self.conv_in = conv(channels, nf)
 
         def res(c_in, c_out, resample=None):
-            return ResBlock(c_in, c_out, 4 * nf, dropout, resample)
+            return ResBlock(c_in, c_out, 4 * nf, dropout, resample, fir=ncsnpp)
         self.down = nn.ModuleList()  # stages, one skip connection each
-        c, skips = nf, [nf]
+        c, skips, above = nf, [nf], channels
         for level, mult in enumerate(ch_mult):
             attend = image_size >> level in attn
             for _ in range(num_blocks):
@@ -108,6 +133,9 @@ class UNet(nn.Module):
                 skips.append(c)
             if level < last:
                 self.down.append(nn.ModuleList([res(c, c, 'down')]))
+                if ncsnpp:
+                    self.down[-1].append(Pyramid(above, c))
+                    above = c
                 skips.append(c)
         self.mid = nn.ModuleList([res(c, c), Attention(c), res(c, c)])
         self.up = nn.ModuleList()
@@ -123,20 +151,24 @@ class UNet(nn.Module):
 
     def forward(self, x, z, labels=None):
         half = self.nf // 2
-        freq = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=x.device))
-        angle = z.to(x.dtype)[:, None] * freq.to(x.dtype)                     # (B, nf/2)
-        emb = torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B, nf)
-        emb = self.embed[0](emb)
+        freq = (2 * math.pi * self.freq if self.ncsnpp else
+                torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=x.device)))
+        angle = z.to(x.dtype)[:, None] * freq.to(x.dtype)                    # (B, nf/2 or nf)
+        emb, label = torch.cat([angle.sin(), angle.cos()], dim=1), 0         # (B, nf or 2 nf)
         if self.label is not None:  # one-hot of variance 1, and 0 for the label -1
             k = self.label.in_features
             labels = torch.full(z.shape, -1, device=x.device) if labels is None else labels
-            emb = emb + self.label(F.one_hot(labels + 1, k + 1)[:, 1:].to(x.dtype) * k ** 0.5)
+            label = self.label(F.one_hot(labels + 1, k + 1)[:, 1:].to(x.dtype) * k ** 0.5)
+        emb = self.embed[0](emb + label) if self.label_first else self.embed[0](emb) + label
         emb = self.embed[1](F.silu(emb))                                     # (B, 4 nf)
-        skips = [self.conv_in(x)]                                            # (B, nf, S, S)
+        skips, above = [self.conv_in(x)], x                                  # (B, nf, S, S)
         for stage in self.down:
             h = skips[-1]
             for layer in stage:
-                h = layer(h, emb)
+                if isinstance(layer, Pyramid):
+                    h = above = layer(h, above)
+                else:
+                    h = layer(h, emb)
             skips.append(h)
         h = skips[-1]
         for layer in self.mid:
