@@ -284,8 +284,8 @@ class Images(torch.utils.data.Dataset):
             raise BadInput(f'--classes: {self.name} has {self.unlabelled}; give a folder with one '
                            'folder a class, or one integer an image, or leave it out')
         labels = self.labels.unique().tolist()
-        if len(labels) > CLASS_LIMIT or labels != list(range(len(labels))):
-            without = [name for k, name in enumerate(self.classes or ()) if k not in labels]
+        without = [name for k, name in enumerate(self.classes or ()) if k not in labels]
+        if len(labels) > CLASS_LIMIT or labels != list(range(len(labels))) or without:
             raise BadInput(f'--classes: {len(labels)} labels from {labels[0]} to {labels[-1]}'
                            + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
                            f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')

@@ -1258,7 +1258,7 @@ def test_class_conditional_field(tmp_path):
 
 @pytest.mark.skipif(not Path('/proc/self').exists(), reason='no /proc: no folder refuses root')
 def test_places_that_cannot_be_written_are_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, 'generate', None)  # found out before any work
+    monkeypatch.setattr(sample, 'make_images', None)  # found out before any work
     ckpt = ['--ckpt', trained / 'ckpt.pt', '--device', 'cpu']
     for out in ('x.png', 'x.gif', 'x.npz', 'x'):
         refuses(['sample.py', *ckpt, '--out', f'/proc/{out}'], f'--out /proc/{out}: cannot be written')
@@ -2308,6 +2308,33 @@ def test_classes_by_name_and_data_that_moved(tmp_path, capsys):
     refuses([*run_, 4, '--dataset', tmp_path / 'moved' / '2'], '--dataset .*2: --out_dir .*o holds a run on .*moved/; give another')
 
 
+def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path):
+    photos = classes_of(tmp_path / 'photos', 'a', 'b', 'c')
+    for path in (photos / 'c').iterdir():
+        path.write_text('junk')
+    assert sorted(data.load(photos).labels.tolist()) == [0] * 8 + [1] * 8
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+        script(['train.py', *TINY, '--classes', '--dataset', photos, '--out_dir', tmp_path / 'o'])
+    assert re.search('skipped 8 of 24.*\n--classes: 2 labels from 0 to 1, no image of c;', said.getvalue())
+
+
+def test_a_new_label_layer_begins_as_no_label_wherever_it_joins():
+    x, z = torch.randn(2, 1, 8, 8, generator=seeded()), torch.tensor([1.0, 2.0])
+    for first in (False, True):
+        def net(classes):
+            return unet.UNet(8, 1, 8, (1, 2), 1, (), 0.0, classes, label_first=first).eval()
+        old = net(2)
+        for p in old.parameters():  # biases and last layers too
+            p.data = torch.randn(p.shape, generator=seeded()) / 4
+        saved = dict(net=old.state_dict(), ema=old.state_dict(), args=dict(label_first=first))
+        for classes in (0, 3):
+            new = net(classes)
+            new.load_state_dict(checkpoint.for_classes(saved, classes)['ema'])
+            label = [torch.tensor([2, 0])] if classes else []
+            for got, want in zip(new(x, z, *label), old(x, z)):
+                close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def test_init_from_brings_its_flow_and_takes_other_classes(tmp_path, capsys):
     one = classes_of(tmp_path / 'one', 'a', 'b')
     base = ['train.py', *TINY_PP, '--steps', 3, '--out_dir']
@@ -2321,7 +2348,8 @@ def test_init_from_brings_its_flow_and_takes_other_classes(tmp_path, capsys):
     x, z = torch.randn(2, 3, 16, 16, generator=seeded()), torch.tensor([1., 2.])
     outs = []
     for classes in (2, 3, 0):  # a new label layer begins as the network without labels
-        saved = dict(net=net, ema=net) if classes == 2 else checkpoint.for_classes(dict(net=net, ema=net, args={}), classes)
+        saved = dict(net=net, ema=net, args=dict(label_first=False))
+        saved = saved if classes == 2 else checkpoint.for_classes(saved, classes)
         labels = torch.full((2,), 1 if classes == 3 else -1)
         made = checkpoint.build(saved['net'], {**old, 'classes': classes}, 'x')
         outs.append(made(x, z, labels if classes else None)[0])
@@ -3221,7 +3249,6 @@ def test_published_files_sample_encode_and_train_on(tmp_path, monkeypatch, capsy
     assert saved['args']['edm'] and saved['args']['D'] == 128
     assert saved['opt']['state'][0]['step'] == 8
     script([*words, '--classes', '--D', 128, '--steps', 9, '--out_dir', 'p'])
-    refuses([*words, '--init_from', 'a.pkl', '--out_dir', 'q'], '--classes 0: a.pkl has 10')
     refuses(['sample.py', '--ckpt', 'b.pkl', '--classes', 0], 'the network knows none')
 
 
