@@ -1028,10 +1028,10 @@ def test_a_run_keeps_its_d_and_its_classes(D, charges, tmp_path):
     net, args = checkpoint.load_checkpoint(home / 'ckpt.pt')
     assert args['D'] == float(D) and args['classes'] == 10 and isinstance(net, baselines.Denoiser)
     refuses([*command, '--D', '5', '--steps', 20], '--D 5.0: the run .* has')
-    ckpt = ['--ckpt', home / 'ckpt.pt', '--nfe', 3, '--n', 3, '--no-bf16', '--guidance', 2]
-    refuses(['sample.py', *ckpt, '--classes', '10'], '--classes 10: the network knows 0 to 9')
-    *each, turns = (sampled(tmp_path / 'a.npz', *ckpt, '--classes', k) for k in (0, 3, 7, '0,3,7'))
-    assert abs(turns - np.stack([x[i] for i, x in enumerate(each)])).max() <= 1
+    refuses(['sample.py', '--ckpt', home / 'ckpt.pt', '--device', 'cpu', '--classes', '10'],
+            '--classes 10: the network knows 0 to 9')
+    labels = baselines.Flow(classes=[0, 3, 7]).labels_of(range(2, 6), 'cpu')
+    assert labels.tolist() == [7, 0, 3, 7]
 
 
 @pytest.fixture(scope='session')
@@ -1520,12 +1520,12 @@ def test_unusable_arrays_are_refused(tmp_path, array, match):
 
 def test_npz_keys_splits_and_labels(tmp_path):
     path, x = tmp_path / 'a.npz', np.zeros((3, 4, 4), np.uint8)
-    for arrays, train, test in (
+    for arrays, *wanted in (
             (dict(x=x, y=np.arange(3)), [0, 1, 2], [0, 1, 2]), (dict(arr_0=x), None, None),
             (dict(train_images=x, train_labels=np.ones((3, 1), np.uint8), test_images=x[:2],
                   test_labels=np.zeros((2, 1), np.uint8)), [1, 1, 1], [0, 0])):
         np.savez(path, **arrays)
-        for split, want in (('train', train), ('test', test)):
+        for split, want in zip(('train', 'test'), wanted):
             labels = data.load(path, split=split).labels
             assert labels is want or labels.tolist() == want
     for message, arrays in (('other', dict(other=x)), ('labels', dict(x=x, y=np.arange(2)))):
