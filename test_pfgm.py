@@ -1803,7 +1803,7 @@ def test_bombs_take_no_memory(tmp_path):
                 path.write_bytes(bomb)
                 with limited(60, 0.5), pytest.raises(data.BadInput) as refusal:
                     data.load(path)
-                assert not re.search('[Mm]emory|allocate', str(refusal.value))
+                assert not re.search('MemoryError|allocate', str(refusal.value))
 
 
 # ---------------------------------------------------------------- checkpoints of strangers
