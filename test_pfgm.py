@@ -2,6 +2,7 @@
 
 Reference numbers of the authors' code are read from ../shared/golden where that folder exists.
 """
+import argparse
 import contextlib
 import functools
 import io
@@ -9,7 +10,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import resource
 import shutil
@@ -93,25 +93,13 @@ def test_perturbation_quantiles(limit):
     x = torch.zeros(n, 3072)
     moved, z = pfgm.perturb(x, 291, limit_norm=limit, generator=seeded())
     assert moved.shape == x.shape and z.shape == (n,) and (z > 0).all()
+    assert moved.dtype == z.dtype == x.dtype
     for name, ours in (('r', moved.norm(dim=1)), ('z', z)):
         p = stats.ks_2samp(ours.numpy(), ref[f'draws_{name}_{key}']).pvalue
         assert p > 1e-3, (name, p)
         error = np.percentile(ours, ref['q_percent']) - ref[f'{name}_q_{key}']
         spread = ref[f'{name}_q_se_{key}'] * math.sqrt(1 + float(ref['n_draws']) / n)
         assert (abs(error) < 4 * spread).all(), (name, error / spread)
-
-
-@pytest.mark.parametrize('shape', [(5, 3, 4, 4), (5, 1, 6, 6), (5, 2)])
-def test_shapes_and_dtypes_follow_the_input(shape):
-    for dtype in (torch.float32, F64):
-        x = torch.rand(shape, dtype=dtype)
-        moved, z = pfgm.perturb(x, 200)
-        v_x, v_z = pfgm.poisson_field(moved, z, x)
-        for like_x, per_image in ((moved, z), (v_x, v_z)):
-            assert like_x.shape == shape and like_x.dtype == dtype
-            assert per_image.shape == (5,) and per_image.dtype == dtype
-        out, nfe = pfgm.sample_ode(ExactField(x), moved, 1.0, 0.1, 'euler', 3)
-        assert out.shape == shape and out.dtype == dtype and nfe == 3
 
 
 # ---------------------------------------------------------------- field
@@ -138,7 +126,9 @@ def test_field_equals_the_authors(size):
     ref = np.load(GOLDEN / 'field_target.npz')
     charges, points = (torch.from_numpy(ref[f'{k}_{size}']) for k in ('x_data', 'perturbed'))
     x, z = points[:, :-1].reshape(-1, *charges.shape[1:]), points[:, -1]
-    v = joined(pfgm.poisson_field(x, z, charges, 5.0)).double()
+    v_x, v_z = pfgm.poisson_field(x, z, charges, 5.0)
+    assert v_x.shape == x.shape and v_x.dtype == v_z.dtype == x.dtype == torch.float32
+    v = joined((v_x, v_z)).double()
     for key in ('target_f32', 'target_f64', 'target_exact_f64'):
         want = torch.from_numpy(ref[f'{key}_{size}']).double()
         error = (v - want).norm(dim=1)
@@ -153,13 +143,7 @@ def test_field_is_exact_to_1e_6_wherever_perturbation_reaches():
     x[3], x[5], z[5] = charges[3], charges[5], 1e-4            # on top of charges
     v, want = joined(pfgm.poisson_field(x, z, charges)).double(), plain_field(x, z, charges, 5.0)
     assert ((v - want).norm(dim=1) <= 1e-6 * want.norm(dim=1)).all()
-
-
-def test_field_on_a_charge_at_z_0_is_0():
-    charges = torch.rand(9, 50, generator=seeded())
-    v_x, v_z = pfgm.poisson_field(charges[:2], torch.zeros(2), charges)
-    close(v_x, torch.zeros(2, 50), atol=1e-12)
-    close(v_z, torch.zeros(2))
+    close(joined(pfgm.poisson_field(charges[:2], torch.zeros(2), charges)), torch.zeros(2, N + 1))
 
 
 def test_far_field_points_home():
@@ -201,14 +185,18 @@ def test_prior_radius_quantiles():
 
 
 @pytest.mark.parametrize('D', [1, 3, 128, math.inf])
-def test_prior_density_integrates_to_1_and_matches_its_draws(D):
-    z_max = 2.0 if D == math.inf else 2.0 * math.sqrt(D)
+def test_prior_density_integrates_to_1(D):
     def shell(r):  # N = 3: 4 pi r^2 p(r)
-        return 4 * math.pi * r * r * math.exp(pfgm.prior_logp(torch.tensor([[r, 0, 0]], dtype=F64), z_max, D))
+        x = torch.tensor([[r, 0, 0]], dtype=F64)
+        return 4 * math.pi * r * r * math.exp(pfgm.prior_logp(x, 2.0, D))
     close(integrate.quad(shell, 0, np.inf)[0], 1.0, rtol=1e-8)
-    r = pfgm.sample_prior((4000, 3), z_max, D=D, generator=seeded(), dtype=F64).norm(dim=1)
-    inside = sum(integrate.quad(shell, a, a + 0.5)[0] for a in np.arange(0, 3, 0.5))
-    assert abs(float((r < 3).double().mean()) - inside) < 4 * math.sqrt(0.25 / 4000)
+
+
+@pytest.mark.parametrize('D', [1, 2, 128, math.inf])
+def test_prior_quantiles_of_any_D(D):
+    x = pfgm.sample_prior((20000, 48), 3.0, D=D, generator=seeded(), dtype=F64)
+    law = stats.chi2(48) if D == math.inf else stats.betaprime(48 / 2, D / 2)
+    assert stats.kstest(x.square().sum(1).numpy() / 9, law.cdf).pvalue > 0.01
 
 
 def test_no_prior_draw_is_infinite():
@@ -291,19 +279,14 @@ def test_likelihood_of_charges_is_the_mixture_of_their_kernels(D):
 
 def test_one_charge_has_straight_lines():
     y, x = torch.randn(1, 12, dtype=F64), torch.randn(3, 12, dtype=F64) * 30
-    for solver, nfe in (('rk45', 0), ('euler', 1), ('euler', 7), ('heun', 8)):
+    for solver, nfe in (('rk45', 0), *((solver, n) for solver in pfgm.SOLVERS for n in (1, 7))):
         out, _ = pfgm.sample_ode(ExactField(y), x, 40.0, 0.01, solver, nfe)
         close(out, y + (x - y) * 0.01 / 40, atol=1e-3 if solver == 'rk45' else 1e-9)
-
-
-@pytest.mark.parametrize('N', [2, 64])
-def test_equal_charges_are_reached_equally(N):
-    K, g = 5, seeded()
-    charges = torch.randn(K, N, generator=g)
-    x = pfgm.sample_prior((4000, N), 1000.0, generator=g)
-    x, _ = pfgm.sample_ode(ExactField(charges), x, 1000.0, 1e-3)
-    reached = torch.bincount(torch.cdist(x, charges).argmin(1), minlength=K)
-    assert stats.chisquare(reached.numpy()).pvalue > 0.01, reached
+    seen = []  # unipc's first step without a call is forgotten once it has been corrected
+    out, _ = pfgm.sample_ode(ExactField(y), x, 40.0, 0.01, 'unipc', 7, to_data=True,
+                             callback=lambda *at: seen.append(at))
+    close(seen[-2][1], y + (x - y) * 0.01 / 40, atol=1e-9)
+    close(out, y.expand(3, -1), atol=1e-9)
 
 
 @pytest.mark.parametrize('solver', pfgm.SOLVERS)
@@ -350,45 +333,20 @@ def test_a_step_is_exact_where_xhat_is_a_polynomial_in_log_z():
 
 def test_schedules_end_where_they_say():
     x = pfgm.sample_prior((50, 3, 8, 8), 40.0, 400.0, generator=seeded(), dtype=F64)
-    for name in pfgm.SCHEDULES:
-        grid = pfgm.schedule(name, x, 40.0, 0.5, 9)
-        assert grid.shape == (10, 50) and (grid[1:] < grid[:-1]).all()
-        close(grid[0], 40.0 + 0 * grid[0], rtol=1e-12)
-        if name != 'radius':
-            close(grid[-1], 0.5 + 0 * grid[-1], rtol=1e-12)
+    grids = {name: pfgm.schedule(name, x, 40.0, 0.5, 9) for name in pfgm.SCHEDULES}
     # a point at the last plane's distance from a charge it is bound for: d^2 = (N + 1) 0.5^2
     distance = torch.hypot(x.flatten(1).norm(dim=1), torch.tensor(40.0, dtype=F64))
-    close(pfgm.schedule('radius', x, 40.0, 0.5, 9)[-1] * distance / 40, 0.5 * 193 ** 0.5 + 0 * distance,
-          rtol=1e-12)
-    close(pfgm.schedule('radius', x, 40.0, 0.5, 9, D=math.inf), pfgm.schedule('log', x, 40.0, 0.5, 9))
+    ends = dict(log=0.5, rho7=0.5, radius=0.5 * 193 ** 0.5 * 40 / distance)
+    for name, grid in grids.items():
+        assert grid.shape == (10, 50) and (grid[1:] < grid[:-1]).all()
+        close(grid[0], torch.full((50,), 40.0), rtol=1e-12)
+        close(grid[-1], ends[name] + 0 * distance, rtol=1e-12)
+    close(pfgm.schedule('radius', x, 40.0, 0.5, 9, D=math.inf), grids['log'])
     with pytest.raises(ValueError, match='linear'):
         pfgm.schedule('linear', x, 40.0, 0.5, 9)
 
 
-def test_unipc_finds_the_right_image_in_few_calls():
-    """The bench of --solver_bench on 300 glyphs: the share of right ends at 5, 10 and 20 calls."""
-    charges = data.to_float(data.load('glyphs').pixels[:300]).double()
-    x = pfgm.sample_prior((128, 1, 16, 16), 40.0, 800.0, generator=seeded(), dtype=F64)
-    def ends(*how, **more):
-        out, _ = pfgm.sample_ode(ExactField(charges), x, 40.0, *how, z_exp=0, **more)
-        return torch.cdist(out.flatten(1), charges.flatten(1)).argmin(1)
-    right, z_last = ends(1e-3, rtol=1e-7, atol=1e-7), pfgm.deciding_z(charges)
-    for nfe, least in ((5, 0.88), (10, 0.97), (20, 0.99)):
-        share = {solver: (ends(z_last, solver, nfe, schedule_name='radius', to_data=True)
-                          == right).double().mean() for solver in ('euler', 'unipc')}
-
-        assert share['unipc'] >= least and share['unipc'] > share['euler']
-
-
 # ---------------------------------------------------------------- any D
-
-@pytest.mark.parametrize('D', [1, 2, 128, math.inf])
-def test_kernel_quantiles(D):
-    N, z = 48, torch.full((20000,), 3.0, dtype=F64)
-    r2 = pfgm.kernel((20000, N), z, D, seeded()).square().sum(1).numpy() / 9
-    law = stats.chi2(N) if D == math.inf else stats.betaprime(N / 2, D / 2)
-    assert stats.kstest(r2, law.cdf).pvalue > 0.01
-
 
 class Linear(torch.nn.Module):
     """A stand-in for a U-Net: F = x sin(c_noise) + class."""
@@ -401,21 +359,23 @@ class Linear(torch.nn.Module):
 def test_d_inf_is_edm_and_large_d_converges_to_it():
     x = 3 * torch.randn(6, 3, 8, 8, generator=seeded(), dtype=F64)
     sigma = torch.tensor([0.002, 0.05, 0.5, 2.0, 10.0, 80.0], dtype=F64)
-    v_x, v_z = baselines.Denoiser(Linear())(x, sigma)
+    edm = baselines.Denoiser(Linear())
+    v_x, v_z = edm(x, sigma)
     s = sigma.view(-1, 1, 1, 1)  # EDM Table 1, sigma_data 0.5
     c_skip, c_out = 0.25 / (s ** 2 + 0.25), s * 0.5 / (s ** 2 + 0.25).sqrt()
     xhat = c_skip * x + c_out * Linear()(x / (s ** 2 + 0.25).sqrt(), sigma.log() / 4)[0]
     close(x + v_x, xhat, rtol=1e-12, atol=1e-12)
     close(v_z, -sigma)
-    close(baselines.Denoiser(Linear()).weight(x, sigma), (sigma ** 2 + 0.25) / (sigma / 2) ** 2, rtol=1e-12)
-    close(pfgm.drift(baselines.Denoiser(Linear()), x, sigma, z_exp=0), x - xhat, rtol=1e-9, atol=1e-12)
+    close(edm.weight(x, sigma), (sigma ** 2 + 0.25) / (sigma / 2) ** 2, rtol=1e-12)
+    close(pfgm.drift(edm, x, sigma, z_exp=0), x - xhat, rtol=1e-9, atol=1e-12)
     y = torch.randn(9, 3, 8, 8, generator=seeded(1), dtype=F64)
     for D, atol in ((1e4, 6), (1e6, 6e-2), (1e8, 6e-4)):
         z = sigma * math.sqrt(D)
         noisy = y[:6] + s * torch.randn(6, 3, 8, 8, generator=seeded(2), dtype=F64)
-        close(baselines.Denoiser(Linear(), D)(noisy, z)[0], baselines.Denoiser(Linear())(noisy, sigma)[0], atol=atol)
-        close(pfgm.posterior_mean(noisy, z, y, D), pfgm.posterior_mean(noisy, sigma, y, math.inf), atol=atol)
-        a, b = (pfgm.kernel((6, 3, 8, 8), scale, d, seeded(3)) for scale, d in ((z, D), (sigma, math.inf)))
+        close(baselines.Denoiser(Linear(), D)(noisy, z)[0], edm(noisy, sigma)[0], atol=atol)
+        pair = (z, D), (sigma, math.inf)
+        close(*(pfgm.posterior_mean(noisy, at, y, d) for at, d in pair), atol=atol)
+        a, b = (pfgm.kernel((6, 3, 8, 8), at, d, seeded(3)) for at, d in pair)
         close(a / s, b / s, rtol=10 * D ** -0.5)
 
 
@@ -489,10 +449,9 @@ def test_the_time_of_each_rival():
     close(flow.z_of(levels), ((1 - bar) / bar).sqrt(), rtol=1e-9)
     close(flow.t_of(((1 - bar) / bar).sqrt()), levels, atol=1e-6)
     close(flow.coefficients(flow.z_of(levels))[3], levels, atol=1e-6)
-    rf, y, eps = baselines.METHODS['rf'](None), torch.randn(20, dtype=F64), torch.randn(20, dtype=F64)
+    rf, y, eps = baselines.METHODS['rf'](None), *torch.randn(2, 19, dtype=F64)
     z = rf.z_of(1 - t[:-1])
     c_skip, c_out, c_in, c_noise = rf.coefficients(z)
-    y, eps = y[:-1], eps[:-1]
     close(c_in * (y + z * eps), t[:-1] * y + (1 - t[:-1]) * eps, atol=1e-12)
     close((y - c_skip * (y + z * eps)) / c_out, y - eps, atol=1e-9)
     close(c_noise, 999 * t[:-1], atol=1e-9)
@@ -500,20 +459,20 @@ def test_the_time_of_each_rival():
 
 @pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
 def test_ddim_keeps_the_variance_of_a_gaussian(eta):
-    flow, spread = gaussian_rival('ddpm'), 0.6
+    flow, g = gaussian_rival('ddpm', spread=0.6), seeded(1)
     x = pfgm.sample_prior((20000, 1), flow.high, D=math.inf, generator=seeded(), dtype=F64)
-    generator = seeded(1)
-    solver = baselines.ancestral(eta, lambda i: torch.randn(x.shape, generator=generator, dtype=F64))
-    out, nfe = pfgm.sample_ode(flow, x, flow.high, flow.low, solver, 999, z_exp=0, schedule_name=flow.planes)
-    assert nfe == 999 and stats.kstest(out[:, 0].numpy() / math.hypot(spread, flow.low), 'norm').pvalue > 0.01
+    def end(solver):
+        return pfgm.sample_ode(flow, x, flow.high, flow.low, solver, 999, z_exp=0,
+                               schedule_name=flow.planes)[0]
+    out = end(baselines.ancestral(eta, lambda i: torch.randn(x.shape, generator=g, dtype=F64)))
+    assert stats.kstest(out[:, 0].numpy() / math.hypot(0.6, flow.low), 'norm').pvalue > 0.01
     if eta == 0:
-        close(out, pfgm.sample_ode(flow, x, flow.high, flow.low, 'euler', 999, z_exp=0,
-                                   schedule_name=flow.planes)[0], atol=1e-9)
+        close(out, end('euler'), atol=1e-9)
 
 
 def test_classes_have_fields_of_their_own_and_guidance_mixes_them():
     charges, kinds = torch.randn(12, 5, generator=seeded(), dtype=F64), torch.arange(12) % 3
-    x, z = torch.randn(4, 5, generator=seeded(1), dtype=F64), torch.tensor([0.1, 0.5, 1, 9.], dtype=F64)
+    x, z = torch.randn(4, 5, generator=seeded(1), dtype=F64), torch.tensor([.1, .5, 1, 9]).double()
     labels = torch.tensor([0, 2, 1, 1])
     mixed = pfgm.poisson_field(x, z, charges, among=labels[:, None] == kinds)
     for i, k in enumerate(labels):
@@ -526,65 +485,45 @@ def test_classes_have_fields_of_their_own_and_guidance_mixes_them():
     none = f(torch.full((4,), -1))
     close(f(labels, 0.0), none)
     close(f(labels, 2.5), none + 2.5 * (f(labels) - none), atol=1e-12)
-    together, _ = pfgm.sample_ode(net, x, 40.0, 0.01, z_exp=0, labels=labels, each=True)
+    def end(which):
+        return pfgm.sample_ode(net, x[which], 40.0, 0.01, z_exp=0, labels=labels[which],
+                               each=True)[0]
+    x *= torch.tensor([1e3, 1, 1e2, 10]).view(4, 1, 1, 1)
+    together = end(slice(None))
     for i in range(4):  # the solvers of a batch leave it one by one, each with its own label
-        alone, _ = pfgm.sample_ode(net, x[i:i + 1], 40.0, 0.01, z_exp=0, labels=labels[i:i + 1], each=True)
-        close(together[i], alone[0], atol=1e-9)
-
-
-def test_rk45_steps_of_a_sample_do_not_depend_on_its_batch():
-    charges = torch.randn(9, 16, generator=seeded(), dtype=F64)
-    x, net = pfgm.sample_prior((6, 16), 30.0, 500.0, generator=seeded(1), dtype=F64), ExactField(charges)
-    whole, nfe = pfgm.sample_ode(net, x, 30.0, 1e-3, each=True)
-    for part in ([0, 1], [4], [5, 3]):
-        out, _ = pfgm.sample_ode(net, x[part], 30.0, 1e-3, each=True)
-        close(out, whole[part], atol=1e-8)
-    together, _ = pfgm.sample_ode(net, x, 30.0, 1e-3)
-    close(whole, together, atol=5e-3)
-
-
-def one_by_one(net):
-    """The same field, whose rounding does not depend on the batch."""
-    def each(x, z):
-        parts = [net(x[i:i + 1], z[i:i + 1]) for i in range(len(x))]
-        return tuple(map(torch.cat, zip(*parts)))
-    return each
+        close(together[i], end(slice(i, i + 1))[0], rtol=1e-9, atol=1e-9)
 
 
 @golden
-@pytest.mark.parametrize('z_from, z_to, least', [(40.0, 1e-3, 1e-12), (1e-3, 40.0, 1e-11)])
-def test_rk45_takes_the_steps_of_scipy_on_each_image_alone(z_from, z_to, least, monkeypatch):
-    """Equal to 1e-12 where sums are made in scipy's order; the error estimate, which cancels to a
-    1e-4 of its terms, makes other orders differ by 1e-8."""
+@pytest.mark.parametrize('z_from, z_to', [(40.0, 1e-3), (1e-3, 40.0)])
+def test_rk45_takes_the_steps_of_scipy_on_each_image_alone(z_from, z_to):
+    """At every state: the error estimate, which cancels to a 1e-4 of its terms, makes sums in
+    another order than scipy's differ by 1e-8."""
     ref = np.load(GOLDEN / 'ode.npz')
-    net = one_by_one(ExactField(torch.from_numpy(ref['data_points']).double()))
+    exact = ExactField(torch.from_numpy(ref['data_points']).double())
+    def net(x, z):  # one by one, so that the rounding does not depend on the batch
+        parts = [exact(x[i:i + 1], z[i:i + 1]) for i in range(len(x))]
+        return tuple(map(torch.cat, zip(*parts)))
     x = torch.from_numpy(ref['x_init']).double()[:16]
     if z_to > z_from:
         x = pfgm.sample_ode(net, x, z_to, z_from, z_exp=5)[0]
-    want = []
-    for one in x:
+    states = [[] for _ in x]
+    def keep(z, x):
+        for found, z_i, x_i in zip(states, z.tolist(), x):
+            if not found or found[-1][0] != z_i:  # else its step was rejected, or it is there
+                found.append((z_i, x_i))
+    _, nfe = pfgm.sample_ode(net, x, z_from, z_to, z_exp=5, each=True, callback=keep)
+    calls = []
+    for one, found in zip(x, states):
         def f(log_z, y):
             y = torch.from_numpy(y).view(1, *one.shape)
             return pfgm.drift(net, y, y.new_full((1,), math.exp(log_z)), z_exp=5).numpy().ravel()
-        want.append(integrate.solve_ivp(f, (math.log(z_from), math.log(z_to)), one.numpy().ravel(),
-                                        rtol=1e-4, atol=1e-4))
-
-    def check(tolerance):
-        states = [[] for _ in x]
-        def keep(z, x):
-            for found, z_i, x_i in zip(states, z.tolist(), x):
-                if not found or found[-1][0] != z_i:  # else its step was rejected, or it has arrived
-                    found.append((z_i, x_i))
-        _, nfe = pfgm.sample_ode(net, x, z_from, z_to, z_exp=5, each=True, callback=keep)
-        assert nfe == max(w.nfev for w in want)
-        for found, w in zip(states, want):
-            assert len(found) == len(w.t) - 1
-            close([z for z, _ in found], np.exp(w.t[1:]), rtol=tolerance)
-            close(torch.stack([x for _, x in found]).flatten(1), w.y.T[1:], tolerance, tolerance)
-    check(1e-6)
-    monkeypatch.setattr(torch, 'mv', lambda A, b: torch.from_numpy(np.dot(A.numpy(), b.numpy())))
-    monkeypatch.setattr(torch, 'addcmul', lambda y, h, slope: y + h * slope)
-    check(least)
+        want = integrate.solve_ivp(f, (math.log(z_from), math.log(z_to)), one.numpy().ravel(),
+                                   rtol=1e-4, atol=1e-4)
+        calls.append(want.nfev)
+        close([z for z, _ in found], np.exp(want.t[1:]), rtol=1e-6)
+        close(torch.stack([x for _, x in found]).flatten(1), want.y.T[1:], 1e-6, 1e-6)
+    assert nfe == max(calls)
 
 
 @pytest.mark.parametrize('each', [False, True])
@@ -599,7 +538,8 @@ def test_rk45_that_cannot_go_on_says_where(each):
 
 # ---------------------------------------------------------------- network and checkpoints
 
-PARAMETERS = [({}, 61_805_572), (dict(num_blocks=8), 106_633_732), (dict(image_size=64), 61_805_572),
+PARAMETERS = [({}, 61_805_572), (dict(num_blocks=8), 106_633_732),
+              (dict(image_size=64), 61_805_572),
               (dict(image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), num_blocks=2), 124_076_292)]
 
 
@@ -612,21 +552,22 @@ def test_published_networks_have_their_number_of_parameters(kw, count):
 @pytest.mark.parametrize('p', [0.1, 0.13, 0.9])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_dropout_drops_each_element_with_probability_p(p, dtype):
-    h = torch.ones(10, 64, 33, 47, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    h = torch.ones(10, 64, 33, 47, dtype=dtype).to(memory_format=torch.channels_last)
+    h.requires_grad_()
     torch.manual_seed(1)
     dropout = launch.speed_up(torch.nn.Sequential(torch.nn.Dropout(p)))
     y, again = dropout(h), dropout(h)
     y.sum().backward()
-    kept = y != 0
-    assert torch.equal(y, kept.to(dtype) * (1 / (1 - p))) and torch.equal(h.grad, y)
-    for dropped, rate in ((~kept, p), (~kept & (again == 0), p * p),
-                          (~kept[..., 1:] & ~kept[..., :-1], p * p), (~kept[:, 1:] & ~kept[:, :-1], p * p)):
+    gone, along, across = y == 0, (y[..., 1:] + y[..., :-1]) == 0, (y[:, 1:] + y[:, :-1]) == 0
+    assert torch.equal(y, (~gone).to(dtype) * (1 / (1 - p))) and torch.equal(h.grad, y)
+    for dropped, rate in ((gone, p), (y + again == 0, p * p), (along, p * p), (across, p * p)):
         close(dropped.double().mean(), rate, atol=6 * (rate / dropped.numel()) ** 0.5)
     torch.manual_seed(1)
     assert torch.equal(dropout(h), y) and torch.equal(dropout.eval()(h), h)
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.float32, 1e-6),
+                                              (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize('shape', [(3, 512, 4, 4), (2, 32, 32, 32), (2, 24, 33, 32)])
 def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dtype, tolerance):
     layer, = launch.speed_up(torch.nn.Sequential(unet.norm(shape[1]))).double()
@@ -695,34 +636,44 @@ def tiny_official(path, change=lambda saved: None):
     return net
 
 
-def test_official_checkpoint_is_read_whole(tmp_path):
-    net = tiny_official(tmp_path / 'a.pth')
-    saved = checkpoint.read_checkpoint(tmp_path / 'a.pth')
-    for i, (name, p) in enumerate(net.named_parameters()):
-        close(saved['net'][name], p.detach() + 0.01)
-        close(saved['ema'][name], (p.detach() + 0.01) * 2)
-        close(saved['opt']['state'][i]['exp_avg'], (p.detach() + 0.01) * 6)
-    torch.optim.Adam(net.parameters()).load_state_dict(saved['opt'])
+def test_official_checkpoint_is_read_whole_and_its_moments_serve_fused_adam(tmp_path):
+    whole = tiny_official(tmp_path / 'a.pth')
+    after = []
+    for fused in (True, False):
+        saved = checkpoint.read_checkpoint(tmp_path / 'a.pth')
+        net = checkpoint.build(saved['net'], saved['args'], 'a.pth')
+        opt = torch.optim.Adam(net.to(memory_format=torch.channels_last).parameters())
+        train.restore(opt, saved, torch.device('cpu'), 0)
+        assert opt.param_groups[0]['fused']
+        opt.param_groups[0].update(fused=fused, lr=0.1)
+        for i, (name, p) in enumerate(whole.named_parameters()):
+            close(saved['net'][name], p.detach() + 0.01)
+            close(saved['ema'][name], (p.detach() + 0.01) * 2)
+            close(saved['opt']['state'][i]['exp_avg'], (p.detach() + 0.01) * 6)
+        for i, p in enumerate(net.parameters()):
+            assert all(opt.state[p][k].stride() == p.stride() for k in ('exp_avg', 'exp_avg_sq'))
+            p.grad = torch.empty_like(p).normal_(generator=seeded(i))
+        opt.step()
+        after.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    close(*after, atol=1e-6)
 
 
-def test_pruned_and_averaged_checkpoints_load(trained, tmp_path, monkeypatch, capsys):
+def test_pruned_and_averaged_checkpoints_load(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a = torch.load(trained / 'ckpt.pt', weights_only=True)
     torch.save({**a, 'ema': {k: v + 1 for k, v in a['ema'].items()}}, 'b.pt')
-    script(['checkpoint.py', *[str(trained / 'ckpt.pt'), '--out', 'ema.pt']])
-    script(['checkpoint.py', *[str(trained / 'ckpt.pt'), 'b.pt', '--out', 'mean.pt']])
+    script(['checkpoint.py', trained / 'ckpt.pt', '--out', 'ema.pt'])
+    script(['checkpoint.py', trained / 'ckpt.pt', 'b.pt', '--out', 'mean.pt'])
     for path, shift in (('ema.pt', 0.0), ('mean.pt', 0.5)):
-        net, _ = checkpoint.load_checkpoint(path)
-        for k, v in net.state_dict().items():
+        for k, v in checkpoint.load_checkpoint(path)[0].state_dict().items():
             close(v, a['ema'][k] + shift, atol=1e-6)
     assert os.path.getsize('ema.pt') < 0.4 * os.path.getsize('b.pt')
     refuses(['sample.py', '--ckpt', 'ema.pt', '--weights', 'raw'], 'holds the EMA only')
     os.mkdir('o')
     os.rename('ema.pt', 'o/ckpt.pt')
     refuses(['train.py', *TINY, '--steps', 20, '--out_dir', 'o'], 'holds the EMA only')
-    for bad in (['no.pt', '--out', 'c.pt'], ['b.pt', '--out', 'mean.pt']):
-        with pytest.raises(SystemExit):
-            script(['checkpoint.py', *bad])
+    refuses(['checkpoint.py', 'no.pt', '--out', 'c.pt'], '--ckpt no.pt: no such file')
+    refuses(['checkpoint.py', 'b.pt', '--out', 'mean.pt'], '--out mean.pt: exists')
     assert sorted(os.listdir('.')) == ['b.pt', 'mean.pt', 'o']
 
 
@@ -731,20 +682,17 @@ class Payload:
         return os.system, ('touch hacked',)
 
 
-def rename(saved):
-    saved['model']['module.all_modules.3.Conv_9.weight'] = saved['model'].pop(
-        'module.all_modules.3.Conv_0.weight')
+def turned(tensors, key):
+    tensors[key] = tensors[key].transpose(0, 1).clone()
 
 
-def transpose(saved):
-    key = 'module.all_modules.5.Conv_0.weight'
-    saved['model'][key] = saved['model'][key].transpose(0, 1).clone()
-
-
+CONV = 'module.all_modules.{}.Conv_{}.weight'
 DAMAGE = {
-    'renamed': (rename, '3.Conv_0.weight is missing; .*3.Conv_9.weight does not belong'),
+    'renamed': (lambda s: s['model'].update({CONV.format(3, 9): s['model'].pop(CONV.format(3, 0))}),
+                '3.Conv_0.weight is missing; .*3.Conv_9.weight does not belong'),
     'missing': (lambda s: s['model'].pop('module.all_modules.2.bias'), '2.bias is missing'),
-    'transposed': (transpose, r'5.Conv_0.weight is \(8, 16, 3, 3\), expected \(16, 8, 3, 3\)'),
+    'transposed': (lambda s: turned(s['model'], CONV.format(5, 0)),
+                   r'5.Conv_0.weight is \(8, 16, 3, 3\), expected \(16, 8, 3, 3\)'),
     'short ema': (lambda s: s['ema']['shadow_params'].pop(), 'shadow_params'),
     'payload': (lambda s: s.update(extra=Payload()), 'not a checkpoint of tensors'),
     'not ours': (lambda s: s.pop('model'), 'not a checkpoint of train.py'),
@@ -760,21 +708,13 @@ def test_damaged_checkpoints_are_named_in_one_line(kind, tmp_path, monkeypatch):
     assert sorted(os.listdir('.')) == ['a.pth']  # nothing ran, nothing was written
 
 
-def test_truncated_and_absent_checkpoints(tmp_path):
-    tiny_official(tmp_path / 'a.pth')
-    whole = (tmp_path / 'a.pth').read_bytes()
-    for size in (0, 100, len(whole) // 2, len(whole) - 1):
-        (tmp_path / 'a.pth').write_bytes(whole[:size])
-        refuses(['sample.py', '--ckpt', str(tmp_path / 'a.pth')], 'damaged')
-    refuses(['sample.py', '--ckpt', str(tmp_path / 'b.pth')], 'no such file; make one with')
-
-
 # ---------------------------------------------------------------- the scripts
 
 SCRIPTS = dict(train=train, sample=sample, evaluate=evaluate, checkpoint=checkpoint)
 data.glyphs = functools.lru_cache(data.glyphs)  # drawn once for all tests
 TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
        '--sample_every 0 --device cpu --no-bf16'.split()
+TINY_PP = TINY[:TINY.index('--field_batch')] + TINY[TINY.index('--field_batch') + 2:]
 
 
 def script(command):
@@ -783,249 +723,27 @@ def script(command):
     run(module.main, module.parse_args([str(word) for word in command[1:]]))
 
 
+def said(command):
+    """What the command prints on stdout."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        script(command)
+    return stdout.getvalue()
+
+
 def refuses(command, message):
     """The command ends with exit code 2 and one line on stderr that matches `message`."""
-    stderr, sys.stderr = sys.stderr, io.StringIO()
-    try:
-        with pytest.raises(SystemExit) as stop:
-            script(command)
-        text = sys.stderr.getvalue()
-    finally:
-        sys.stderr = stderr
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
+        script(command)
+    text = stderr.getvalue()
     assert stop.value.code == 2 and text.count('\n') == 1, text
     assert re.search(message, text), text
 
 
-def losses(folder):
-    return [json.loads(line)['loss'] for line in open(Path(folder) / 'log.jsonl')]
+def sampled(out, *flags):
+    """The images (n, H, W, C) that sample.py makes as the .npz `out`."""
+    script(['sample.py', '--device', 'cpu', '--out', out, *flags])
+    return np.load(out)['arr_0'].astype(int)
 
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A run of 10 steps on glyphs."""
-    out = tmp_path_factory.mktemp('run') / 'out'
-    script(['train.py', *TINY, '--steps', 10, '--dropout', 0.1, '--out_dir', out])
-    return out
-
-
-def test_ten_steps_equal_five_and_five(trained, tmp_path):
-    for steps in (5, 10):
-        script(['train.py', *TINY, '--steps', steps, '--dropout', 0.1, '--out_dir', tmp_path / 'o'])
-    a, b = (torch.load(d / 'ckpt.pt', weights_only=True) for d in (trained, tmp_path / 'o'))
-    assert a['step'] == b['step'] == 10 and losses(trained) == losses(tmp_path / 'o')
-    for part in ('net', 'ema'):
-        assert a[part].keys() == b[part].keys()
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    for i, state in a['opt']['state'].items():
-        assert all(torch.equal(v, b['opt']['state'][i][k]) for k, v in state.items())
-    assert all(torch.equal(x, y) for x, y in zip(a['rng'][0], b['rng'][0]))
-
-
-def test_two_processes_follow_the_loss_of_one(tmp_path):
-    command = [*TINY, '--steps', 4, '--dropout', 0]
-    script(['train.py', *command, '--out_dir', tmp_path / 'one'])
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', HERE /
-                    'train.py', *map(str, command), '--out_dir', tmp_path / 'two'], check=True,
-                   capture_output=True)
-    close(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-5)
-    script(['train.py', *command, '--out_dir', tmp_path / 'half', '--accum', 2])
-    close(losses(tmp_path / 'half'), losses(tmp_path / 'one'), rtol=1e-5)
-
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(tmp_path, number):
-    p = subprocess.Popen([sys.executable, HERE / 'train.py', *TINY, '--steps', '100000',
-                          '--out_dir', tmp_path / 'o'], stdout=subprocess.PIPE, text=True)
-    for line in p.stdout:
-        if line.startswith('step 3/'):
-            p.send_signal(number)
-            break
-    rest = p.stdout.read()
-    assert p.wait() == 0 and 'saved' in rest
-    step = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)['step']
-    assert step == len(losses(tmp_path / 'o')) >= 3
-
-
-def test_nan_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
-    script(['train.py', *TINY, '--steps', 2, '--out_dir', tmp_path])
-    before = (tmp_path / 'ckpt.pt').read_bytes()
-    saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    saved['net']['conv_in.bias'][:] = math.nan
-    torch.save(saved, tmp_path / 'ckpt.pt')
-    before = (tmp_path / 'ckpt.pt').read_bytes()
-    refuses(['train.py', *TINY, '--steps', 9, '--out_dir', tmp_path],
-            r'step 3: .*images (\d+ at z = [\d.e-]+, ){7}\d+ at z')
-    assert (tmp_path / 'ckpt.pt').read_bytes() == before
-
-
-@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full on this system')
-def test_full_disk_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
-    script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path])
-    before = (tmp_path / 'ckpt.pt').read_bytes()
-    (tmp_path / 'ckpt.pt.part').symlink_to('/dev/full')
-    refuses(['train.py', *TINY, '--steps', 2, '--out_dir', tmp_path], 'is intact')
-    assert (tmp_path / 'ckpt.pt').read_bytes() == before
-
-
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capfd):
-    command = ['train.py', *TINY, '--save_every', 2, '--out_dir', tmp_path / 'o']
-    script([*command, '--steps', 6])
-    assert sorted(p.name for p in (tmp_path / 'o').glob('*.pt')) == ['ckpt-0000004.pt', 'ckpt.pt']
-    whole, want = (tmp_path / 'o' / 'ckpt.pt').read_bytes(), losses(tmp_path / 'o')
-    (tmp_path / 'o' / 'ckpt.pt').unlink()
-    (tmp_path / 'o' / 'ckpt.pt').write_bytes(whole[:9000])
-    script([*command, '--steps', 6])
-    assert re.search(r'o/ckpt.pt: damaged.*going back to .*ckpt-0000004.pt', capfd.readouterr().err)
-    assert losses(tmp_path / 'o') == want
-    a, b = (torch.load(io.BytesIO(f), weights_only=True)['net'] for f in
-            (whole, (tmp_path / 'o' / 'ckpt.pt').read_bytes()))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_two_runs_on_one_folder_and_sigusr1(tmp_path):
-    command = [*TINY, '--steps', '100000', '--out_dir', tmp_path / 'o']
-    p = subprocess.Popen([sys.executable, HERE / 'train.py', *command], text=True,
-                         stdout=subprocess.PIPE)
-    for line in p.stdout:
-        if line.startswith('step 3/'):
-            break
-    refuses(['train.py', *command], 'another run is using it')
-    p.send_signal(signal.SIGUSR1)
-    while not (tmp_path / 'o' / 'ckpt.pt').exists():
-        assert p.poll() is None
-        time.sleep(0.05)
-    p.kill()
-    p.wait()
-    assert torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)['step'] >= 3
-
-
-def test_a_slow_file_system_without_links_and_locks(tmp_path, monkeypatch, capsys):
-    """As network file systems can be: every write takes its time, and may be the last."""
-    import fcntl
-
-    def absent(*args):
-        raise OSError('not supported')
-    writes, writing = [], torch.save
-
-    def slow(saved, file):  # the third one is cut off half way
-        data = io.BytesIO()
-        writing(saved, data)
-        writes.append(file.name)
-        half = len(data.getvalue()) // 2
-        file.write(data.getvalue()[:half])
-        file.flush()
-        time.sleep(0.1)
-        if len(writes) == 3:
-            raise OSError('stale file handle')
-        file.write(data.getvalue()[half:])
-    monkeypatch.setattr(os, 'link', absent)
-    monkeypatch.setattr(fcntl, 'flock', absent)
-    monkeypatch.setattr(torch, 'save', slow)
-    command = ['train.py', *TINY, '--save_every', 2, '--steps', 8, '--keep', 3, '--out_dir', tmp_path]
-    with pytest.raises(SystemExit):
-        script(command)
-    said = capsys.readouterr().err
-    assert 'cannot be locked (not supported)' in said and said.count('\n') == 2
-    assert 'ckpt.pt: cannot be written (stale file handle); the one of before is intact' in said
-    assert checkpoint.read_checkpoint(tmp_path / 'ckpt.pt')['step'] == 4
-    script(command)
-    kept = sorted(path.name for path in tmp_path.glob('*.pt*'))
-    assert kept == ['ckpt-0000004.pt', 'ckpt-0000006.pt', 'ckpt.pt']
-    assert [checkpoint.read_checkpoint(tmp_path / name)['step'] for name in kept] == [4, 6, 8]
-
-
-def test_a_spike_is_logged(trained, capsys):
-    args = train.parse_args(['--steps', '9', '--warmup', '1', '--lr', '1', '--batch_size', '2'])
-    meter = train.new_meter('cpu')
-    for step, loss in enumerate([1., 1., 1., 1., 1., 1., 1., 1., 90.], 1):
-        train.observe(meter, step, torch.ones(2), torch.full((2,), loss), torch.ones(()))
-    row = train.progress(args, 9, meter, 18, 1.0, torch.device('cpu'))
-    assert row['peak_step'] == 9 and 'spike 90 at step 9' in capsys.readouterr().out
-
-
-BAD_TRAIN = [
-    ('--dataset nothing_here', 'no such data set'), ('--image_size 15', 'multiple of 2'),
-    ('--steps 0', 'must be a whole number above 0'), ('--lr nan', 'must be a number above 0'),
-    ('--batch_size 8 --accum 3', 'multiple of'), ('--field_batch 4', 'at least --batch_size'),
-    ('--nf 30', 'take a multiple'), ('--z_min 1e9', 'must be below --z_max'),
-    ('--device cuda:7', '--device cuda:7: not on this machine'), ('--device tpu9', 'not on this'),
-    ('--data x', 'unrecognized'), ('--dropout 1', 'below 1'), ('--out_dir /dev/null/x', 'cannot write'), ('--init_from no.pth', 'no such file'),
-]
-
-
-@pytest.mark.parametrize('flags, message', BAD_TRAIN)
-def test_bad_training_flags(flags, message, tmp_path):
-    refuses(['train.py', *TINY, '--out_dir', tmp_path / 'o', *flags.split()], message)
-    assert not (tmp_path / 'o').exists()
-
-
-def test_a_folder_in_use_is_not_overwritten(trained, tmp_path):
-    before = (trained / 'ckpt.pt').read_bytes()
-    Image.new('L', (16, 16)).save(tmp_path / 'a.png')
-    refuses(['train.py', *TINY, '--dataset', tmp_path, '--out_dir', trained], 'holds a run on glyphs')
-    refuses(['train.py', *TINY, '--out_dir', tmp_path], 'not empty')
-    for name in ('b', 'b/c'):  # but folders of other runs may be in it
-        script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path / 'runs' / name])
-    script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path / 'runs'])
-    (tmp_path / 'photos' / 'cats').mkdir(parents=True)
-    refuses(['train.py', *TINY, '--out_dir', tmp_path / 'photos'], 'not empty')
-    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--ema_decay', 0.5], '--ema_decay 0.5: the run')
-    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 20, '--nf', 16], '--nf 16: the run')
-    refuses(['train.py', *TINY, '--out_dir', trained, '--steps', 10], 'has 10 already')
-    assert (trained / 'ckpt.pt').read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ['a.png', 'photos', 'runs']
-
-
-def test_official_moments_serve_fused_adam_as_they_serve_plain_adam(tmp_path):
-    tiny_official(tmp_path / 'a.pth')
-    after = []
-    for fused in (True, False):
-        saved = checkpoint.read_checkpoint(tmp_path / 'a.pth')
-        net = checkpoint.build(saved['net'], saved['args'], 'a.pth').to(memory_format=torch.channels_last)
-        opt = torch.optim.Adam(net.parameters())
-        train.restore(opt, saved, torch.device('cpu'), 0)
-        assert all(state[k].stride() == p.stride() for p, state in opt.state.items()
-                   for k in ('exp_avg', 'exp_avg_sq')) and opt.param_groups[0]['fused']
-        opt.param_groups[0].update(fused=fused, lr=0.1)
-        for i, p in enumerate(net.parameters()):
-            p.grad = torch.empty_like(p).normal_(generator=torch.Generator().manual_seed(i))
-        opt.step()
-        after.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
-    close(after[0], after[1], atol=1e-6)
-
-
-def test_compile_without_a_compiler_ends_in_one_line(trained, tmp_path):
-    done = subprocess.run(
-        [sys.executable, HERE / 'sample.py', '--ckpt', trained / 'ckpt.pt', '--n', '1', '--nfe', '1',
-         '--compile'], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, 'CXX': 'no_such_compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'c')})
-    assert done.returncode == 2 and not (tmp_path / 'samples.png').exists(), done.stderr
-    assert done.stderr.startswith('--compile: ') and done.stderr.count('\n') == 1
-
-
-@pytest.mark.slow
-def test_compiled_network_makes_the_same_images(trained, tmp_path):
-    flags = ['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', 5, '--nfe', 4, '--batch_size', 4,
-             '--device', 'cpu', '--no-bf16', '--out']
-    script([*flags, tmp_path / 'a.npz'])
-    script([*flags, tmp_path / 'b.npz', '--compile'])
-    a, b = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in 'ab')
-    assert abs(a - b).max() <= 1
-    refuses([*flags, tmp_path / 'c.npz', '--exact', '--compile'], '--compile: --exact has no network')
-
-
-def test_official_checkpoint_trains_on(tmp_path):
-    tiny_official(tmp_path / 'a.pth')
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / 'd.npz', x=pixels)
-    script(['train.py', '--dataset', tmp_path / 'd.npz', '--init_from', tmp_path / 'a.pth',
-            '--out_dir', tmp_path / 'o', '--steps', 9, '--batch_size', 4, '--field_batch', 8,
-            '--sample_every', 0, '--device', 'cpu'])
-    saved = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
-    assert saved['step'] == 9 and saved['args']['nf'] == 8 and saved['opt']['state'][0]['step'] == 9
-
-
-# ---------------------------------------------------------------- killed, stopped, restarted
 
 def start(command, processes=0, **flags):
     """A training process, or torchrun with several, with its output as text."""
@@ -1042,42 +760,234 @@ def until(p, text):
     raise AssertionError(f'ended with {p.wait()} before {text!r}')
 
 
-def kill_and_resume(tmp_path, kills, seed=0):
-    """kill -9 a run at random moments; the finished run must equal one that was never killed."""
-    rng = np.random.default_rng(seed)
+def loaded(folder):
+    return torch.load(Path(folder) / 'ckpt.pt', weights_only=True)
+
+
+def rows_of(file):
+    """The dicts of a log.jsonl or results.jsonl."""
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def losses(folder):
+    return [row['loss'] for row in rows_of(Path(folder) / 'log.jsonl')]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def same_run(a, b):
+    """Whether two folders hold the same weights, and the same loss at every step."""
+    saved, other = loaded(a), loaded(b)
+    return losses(a) == losses(b) and all(same(saved[k], other[k]) for k in ('net', 'ema'))
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A run of 10 steps on glyphs."""
+    out = tmp_path_factory.mktemp('run') / 'out'
+    script(['train.py', *TINY, '--steps', 10, '--dropout', 0.1, '--out_dir', out])
+    return out
+
+
+@pytest.fixture
+def few_glyphs(monkeypatch):
+    monkeypatch.setattr(data, 'glyphs', functools.partial(data.glyphs, 200))
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of it, which may be changed."""
+    return shutil.copytree(trained, tmp_path / 'copied')
+
+
+def test_ten_steps_equal_five_and_five(trained, tmp_path):
+    for steps in (5, 10):
+        script(['train.py', *TINY, '--steps', steps, '--dropout', 0.1, '--out_dir', tmp_path / 'o'])
+    assert same_run(trained, tmp_path / 'o')
+    a, b = loaded(trained), loaded(tmp_path / 'o')
+    assert a['step'] == b['step'] == 10
+    assert all(same(state, b['opt']['state'][i]) for i, state in a['opt']['state'].items())
+    assert all(torch.equal(x, y) for x, y in zip(a['rng'][0], b['rng'][0]))
+
+
+def test_two_processes_then_one_and_two_micro_batches_follow_the_loss_of_one(tmp_path):
+    one, two, half = (tmp_path / k for k in ('one', 'two', 'half'))
+    command = [*TINY, '--dropout', 0]
+    script(['train.py', *command, '--steps', 8, '--out_dir', one])
+    p = start([*command, '--steps', 4, '--out_dir', two], 2)
+    assert 'saved' in p.communicate()[0]
+    close(losses(two), losses(one)[:4], rtol=1e-5)
+    script(['train.py', *command, '--steps', 8, '--out_dir', two])
+    close(losses(two), losses(one), rtol=1e-4)
+    script(['train.py', *command, '--steps', 4, '--out_dir', half, '--accum', 2])
+    close(losses(half), losses(one)[:4], rtol=1e-5)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_sigusr1_saves(tmp_path, number):
+    command, ckpt = [*TINY, '--steps', 100000, '--out_dir', tmp_path / 'o'], tmp_path / 'o/ckpt.pt'
+    p = start(command)
+    until(p, 'step 3/')
+    refuses(['train.py', *command], 'another run is using it')
+    p.send_signal(signal.SIGUSR1)
+    while not ckpt.exists():
+        assert p.poll() is None
+        time.sleep(0.05)
+    first = loaded(tmp_path / 'o')['step']
+    p.send_signal(number)
+    rest = p.communicate()[0]
+    assert p.returncode == 0 and 'saved' in rest
+    assert loaded(tmp_path / 'o')['step'] == len(losses(tmp_path / 'o')) > first >= 3
+
+
+def test_nan_and_a_full_disk_keep_the_checkpoint(copied):
+    command = ['train.py', *TINY, '--dropout', 0.1, '--steps', 11, '--out_dir', copied]
+    saved, before = loaded(copied), (copied / 'ckpt.pt').read_bytes()
+    if Path('/dev/full').exists():
+        (copied / 'ckpt.pt.part').symlink_to('/dev/full')
+        refuses(command, 'is intact')
+        assert (copied / 'ckpt.pt').read_bytes() == before
+    saved['net']['conv_in.bias'][:] = math.nan
+    torch.save(saved, copied / 'ckpt.pt')
+    before = (copied / 'ckpt.pt').read_bytes()
+    refuses(command, r'step 11: .*images (\d+ at z = \S+, ){7}\d+ at z.* --lr \(it was 0.002')
+    assert (copied / 'ckpt.pt').read_bytes() == before
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capfd):
+    home = tmp_path / 'o'
+    command = ['train.py', *TINY, '--save_every', 2, '--steps', 6, '--out_dir', home]
+    script(command)
+    assert sorted(p.name for p in home.glob('*.pt')) == ['ckpt-0000004.pt', 'ckpt.pt']
+    shutil.copytree(home, tmp_path / 'whole')
+    (home / 'ckpt.pt').write_bytes((tmp_path / 'whole/ckpt.pt').read_bytes()[:9000])
+    script(command)
+    assert re.search(r'o/ckpt.pt: damaged.*going back to .*ckpt-0000004.pt', capfd.readouterr().err)
+    assert same_run(home, tmp_path / 'whole')
+
+
+def test_a_file_system_without_links_and_locks(tmp_path, monkeypatch, capsys):
+    def absent(*args):
+        raise OSError('not supported')
+    monkeypatch.setattr(os, 'link', absent)
+    monkeypatch.setattr('fcntl.flock', absent)
+    script(['train.py', *TINY, *'--save_every 2 --steps 8 --keep 3 --out_dir'.split(), tmp_path])
+    err = capsys.readouterr().err
+    assert 'cannot be locked (not supported)' in err and err.count('\n') == 1
+    kept = {p.name: checkpoint.read_checkpoint(p)['step'] for p in tmp_path.glob('*.pt*')}
+    assert kept == {'ckpt-0000004.pt': 4, 'ckpt-0000006.pt': 6, 'ckpt.pt': 8}
+
+
+REFUSALS = [  # a command on a folder of its own or on the network `trained`, and words of its line
+    ('train.py --dataset nothing_here', 'no such data set'), ('train.py --steps 0', 'above 0'),
+    ('train.py --image_size 15', 'multiple of 2'), ('train.py --lr nan', 'a number above 0'),
+    ('train.py --accum 3', 'multiple of'), ('train.py --field_batch 4', 'at least --batch_size'),
+    ('train.py --D 3 --field_batch 4', '--field_batch 4: .* at least --batch_size'),
+    ('train.py --nf 30', 'take a multiple'), ('train.py --z_min 1e9', 'must be below --z_max'),
+    ('train.py --device cuda:7', '--device cuda:7: not on this machine'),
+    ('train.py --device tpu9', 'not on this'), ('train.py --data x', 'unrecognized'),
+    ('train.py --hel', 'unrecognized'), ('train.py -n 3', 'unrecog'), ('train.py x', 'unrecog'),
+    ('train.py --dropout 1', 'below 1'), ('train.py --out_dir /dev/null/x', 'cannot write'),
+    ('train.py --out_dir /proc/x', '--out_dir /proc/x: cannot write there'),
+    ('train.py --init_from no.pth', 'no such file'), ('train.py --method vp --D 3', 'D 3: belongs'),
+    ('sample.py --ckpt no.pt', 'no such file; make one with'), ('sample.py --nfe 0', '--nfe: 0'),
+    ('sample.py --nfe 2.5', '--nfe: 2.5'), ('sample.py --solver rk4', 'rk4'),
+    ('sample.py --out a.tiff', 'must end in'), ('sample.py --out no/a.png', 'mkdir'),
+    *((f'sample.py --out /proc/{out}', f'--out /proc/{out}: cannot be written')
+      for out in ('x.png', 'x.gif', 'x.npz', 'x')),
+    ('sample.py --encode nothing', 'no such data set'), ('sample.py --classes -2', '-2'),
+    ('sample.py --exact --compile', '--compile: --exact has no network'),
+    ('sample.py --guidance 2', '--guidance 2.0: the network knows no classes'),
+    ('sample.py --classes 3', '--classes 3: .* none; leave it out'),
+    ('sample.py --schedule time', 'only vp'), ('sample.py --eta 1', 'belongs to --solver ddim'),
+    ('sample.py --solver ddim', '--solver ddim: adds Gaussian noise'),
+    ('sample.py --solver ddim --eta 1 --encode glyphs', '--eta 1.0: fresh'),
+    *((f'WORLD_SIZE=2 {command}', 'of one process|by one process') for command in (
+        'sample.py --gif', 'sample.py --encode glyphs', 'sample.py --field_lines',
+        'evaluate.py --bench', 'evaluate.py --solver_bench')),
+    ('evaluate.py', 'no metric asked'), ('evaluate.py --fid --n 100', 'needs 2049 images'),
+    ('evaluate.py --kid --ref a.npz', 'a.npz'), ('evaluate.py --sweep nfe=0 --swd', '0'),
+    ('evaluate.py --fid --samples nothing --ref x', '--samples nothing: no such'),
+    ('evaluate.py --swd --sweep nfe=5 --solvers rk4', 'rk4'),
+    ('evaluate.py --swd --results no/r.jsonl', 'mkdir'),
+    ('evaluate.py --swd --n 2 --nfe 1 --results /proc/x', '--results /proc/x: cannot be written'),
+    ('evaluate.py --is --n 20 --inception none.pth', 'no such file; get'),
+    ('evaluate.py --is --n 20', r'get https://\S+ by hand and put it at \S+, or give --inception'),
+    ('evaluate.py --straightness', '--straightness: only vp'),
+    ('evaluate.py --curves none.jsonl', '--curves none.jsonl: .*No such file')]
+
+
+@pytest.mark.parametrize('command, message', REFUSALS)
+def test_bad_input_ends_in_one_line_before_any_work(
+        command, message, trained, tmp_path, monkeypatch):
+    def offline(*args, **kw):
+        raise urllib.error.URLError('no network')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path.parent))
+    monkeypatch.setattr(sample, 'generate', None)
+    if '/proc' in command and not Path('/proc/self').exists():
+        pytest.skip('no /proc: no folder refuses root')
+    if command != (command := command.removeprefix('WORLD_SIZE=2 ')):
+        monkeypatch.setenv('WORLD_SIZE', '2')
+    name, *flags = command.split()
+    base = ([*TINY, '--out_dir', 'o'] if name == 'train.py' else
+            ['--ckpt', trained / 'ckpt.pt', '--device', 'cpu'])
+    refuses([name, *base, *flags], message)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_in_use_is_not_overwritten(trained, tmp_path):
+    before = (trained / 'ckpt.pt').read_bytes()
+    Image.new('L', (16, 16)).save(tmp_path / 'a.png')
+    for flags, message in ((['--dataset', tmp_path], 'holds a run on glyphs'),
+                           (['--ema_decay', 0.5], '--ema_decay 0.5: the run'),
+                           (['--nf', 16], '--nf 16: the run'), (['--steps', 10], 'has 10 already')):
+        refuses(['train.py', *TINY, '--dropout', 0.1, '--out_dir', trained, '--steps', 20, *flags],
+                message)
+    (tmp_path / 'photos' / 'cats').mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / 'photos'):
+        refuses(['train.py', *TINY, '--out_dir', folder], 'not empty')
+    for name in ('b', 'b/c', ''):  # but folders of other runs may be in it
+        script(['train.py', *TINY, '--steps', 1, '--out_dir', tmp_path / 'runs' / name])
+    assert (trained / 'ckpt.pt').read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ['a.png', 'photos', 'runs']
+
+
+def test_compile_without_a_compiler_ends_in_one_line(trained, tmp_path):
+    cache = str(tmp_path / 'c')
+    done = subprocess.run(
+        [sys.executable, HERE / 'sample.py', '--ckpt', trained / 'ckpt.pt', '--n', '1', '--nfe',
+         '1', '--compile'], cwd=tmp_path, capture_output=True, text=True, env={
+            **os.environ, 'CXX': 'no_such_compiler', 'TORCHINDUCTOR_CACHE_DIR': cache})
+    assert done.returncode == 2 and not (tmp_path / 'samples.png').exists(), done.stderr
+    assert done.stderr.startswith('--compile: ') and done.stderr.count('\n') == 1
+
+
+# ---------------------------------------------------------------- killed, stopped, restarted
+
+@pytest.mark.parametrize('kills, seed', [(2, 0), pytest.param(50, 1, marks=pytest.mark.slow)])
+def test_kill_9_and_resume(tmp_path, kills, seed):
+    """Killed at random moments, a finished run equals one that was never killed."""
+    rng, killed = np.random.default_rng(seed), 0
     command = [*TINY, '--steps', 30 * kills, '--dropout', 0.1, '--save_every', 4, '--field_batch',
                8, '--sample_every', 25]  # of a flag given twice the last one counts
     script(['train.py', *command, '--out_dir', tmp_path / 'whole'])
-    killed = 0
     while True:
         p = start([*command, '--out_dir', tmp_path / 'killed'])
         if killed < kills:
-            for line in p.stdout:
-                if line.startswith('step'):
-                    break
+            next((line for line in p.stdout if line.startswith('step')), None)
             time.sleep(rng.uniform(0, 0.8))
         if killed == kills or p.poll() is not None:
-            rest = p.communicate()[0]
-            assert p.returncode == 0 or 'already' in rest, rest
             break
         p.kill()
         p.wait()
         killed += 1
-    a, b = (torch.load(tmp_path / d / 'ckpt.pt', weights_only=True) for d in ('whole', 'killed'))
-    for part in ('net', 'ema'):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    assert losses(tmp_path / 'whole') == losses(tmp_path / 'killed')
-    print(f'{killed} kills, every restart went on, {a["step"]} steps bit for bit')
-    return killed
-
-
-def test_kill_9_and_resume(tmp_path):
-    assert kill_and_resume(tmp_path, 2) == 2
-
-
-@pytest.mark.slow
-def test_kill_9_fifty_times(tmp_path):
-    assert kill_and_resume(tmp_path, 50, seed=1) == 50
+    rest = p.communicate()[0]
+    assert killed == kills and (p.returncode == 0 or 'already' in rest), rest
+    assert same_run(tmp_path / 'whole', tmp_path / 'killed')
 
 
 def workers(p):
@@ -1110,54 +1020,27 @@ def test_a_hung_rank_ends_the_job(tmp_path):
     assert p.returncode != 0
 
 
-def test_another_number_of_processes_follows_the_same_loss(tmp_path):
-    command = [*TINY, '--dropout', 0]
-    script(['train.py', *command, '--steps', 8, '--out_dir', tmp_path / 'one'])
-    p = start([*command, '--steps', 4, '--out_dir', tmp_path / 'two'], 2)
-    assert 'saved' in p.communicate()[0]
-    script(['train.py', *command, '--steps', 8, '--out_dir', tmp_path / 'two'])
-    close(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-4)
-
-
-TINY_PP = TINY[:TINY.index('--field_batch')] + TINY[TINY.index('--field_batch') + 2:]
-
-
-@pytest.mark.parametrize('D', ['1', '2', '128', 'inf'])
-def test_any_d_trains_samples_and_has_a_likelihood(D, tmp_path, capsys):
-    out = tmp_path / 'o'
-    script(['train.py', *TINY_PP, '--D', D, '--steps', 12, '--classes', '--lr', '1e-2', '--out_dir', out])
-    assert np.isfinite(losses(out)).all() and losses(out)[-1] < losses(out)[0]
-    ckpt = ['--ckpt', out / 'ckpt.pt', '--device', 'cpu']
-    for flags in ([], ['--guidance', '2', '--classes', '3,7'], ['--classes', 'none']):
-        script(['sample.py', *ckpt, '--nfe', 6, '--n', 5, *flags, '--out', tmp_path / 's.npz'])
-        made = np.load(tmp_path / 's.npz')['arr_0']
-        assert made.shape == (5, 16, 16, 1)
-    script(['evaluate.py', *ckpt, '--bpd', '--n', 3, '--tol', '1e-2'])
-    assert 'bpd' in capsys.readouterr().out
-    net, args = checkpoint.load_checkpoint(out / 'ckpt.pt')
+@pytest.mark.parametrize('D, charges', [('2', 'all'), ('inf', 1)])
+def test_a_run_keeps_its_d_and_its_classes(D, charges, tmp_path):
+    home = tmp_path / 'o'
+    command = ['train.py', *TINY, '--classes', '--out_dir', home, '--field_batch', charges]
+    script([*command, '--D', D, '--steps', 2])
+    net, args = checkpoint.load_checkpoint(home / 'ckpt.pt')
     assert args['D'] == float(D) and args['classes'] == 10 and isinstance(net, baselines.Denoiser)
-    refuses(['train.py', *TINY_PP, '--D', '5', '--classes', '--lr', '1e-2', '--steps', 20,
-             '--out_dir', out], '--D 5.0: the run .* has')
-    refuses(['sample.py', *ckpt, '--classes', '10'], '--classes 10: the network knows 0 to 9')
+    refuses([*command, '--D', '5', '--steps', 20], '--D 5.0: the run .* has')
+    refuses(['sample.py', '--ckpt', home / 'ckpt.pt', '--device', 'cpu', '--classes', '10'],
+            '--classes 10: the network knows 0 to 9')
+    labels = baselines.Flow(classes=[0, 3, 7]).labels_of(range(2, 6), 'cpu')
+    assert labels.tolist() == [7, 0, 3, 7]
 
 
-@pytest.mark.parametrize('method', RIVALS)
-def test_rivals_train_and_sample(method, tmp_path, capsys):
-    out = tmp_path / 'o'
-    script(['train.py', *TINY_PP, '--method', method, '--steps', 12, '--lr', '1e-2', '--out_dir', out])
-    assert np.isfinite(losses(out)).all() and losses(out)[-1] < losses(out)[0]
-    for flags in ([], ['--schedule', 'time'], ['--solver', 'ddim', '--eta', '1']):
-        script(['sample.py', '--ckpt', out / 'ckpt.pt', '--nfe', 6, '--n', 3, '--device', 'cpu', *flags,
-                '--out', tmp_path / 's.npz'])
-        assert np.load(tmp_path / 's.npz')['arr_0'].shape == (3, 16, 16, 1)
-    refuses(['train.py', *TINY_PP, '--method', method, '--D', 3, '--out_dir', tmp_path / 'p'], '--D 3: belongs')
-    ckpt = ['--ckpt', out / 'ckpt.pt', '--device', 'cpu', '--out', tmp_path / 'e.png']
-    script(['sample.py', *ckpt, '--encode', 'glyphs', '--n', 2, '--solver', 'ddim', '--nfe', 6])
-    said = capsys.readouterr().out
-    assert 'schedule time' in said and len(said) < 4000  # not the network itself
-    refuses(['sample.py', *ckpt, '--encode', 'glyphs', '--solver', 'ddim', '--eta', 1], '--eta 1.0: fresh')
-    refuses(['sample.py', *ckpt, '--guidance', 2], '--guidance 2.0: the network knows no classes')
-    refuses(['sample.py', *ckpt, '--classes', 3], '--classes 3: .* none; leave it out')
+@pytest.fixture(scope='session')
+def straight(tmp_path_factory):
+    """A run of 6 steps of rectified flow with classes."""
+    out = tmp_path_factory.mktemp('run') / 'straight'
+    script(['train.py', *TINY_PP, '--method', 'rf', '--classes', '--steps', 6, '--lr', '1e-2',
+            '--out_dir', out])
+    return out
 
 
 def test_straightness_of_known_lines():
@@ -1165,8 +1048,8 @@ def test_straightness_of_known_lines():
         def forward(self, x, c_noise):
             t = (c_noise / 999)[:, None]
             return (y - x) / (1 - t), None
-    y, x = torch.linspace(-1, 1, 6, dtype=F64), 999 * torch.randn(5, 6, generator=seeded(), dtype=F64)
-    close(baselines.straightness(baselines.RectifiedFlow(Point()), x), torch.zeros(5, dtype=F64), atol=1e-12)
+    y, x = torch.linspace(-1, 1, 6, dtype=F64), 999 * torch.randn(5, 6, dtype=F64)
+    close(baselines.straightness(baselines.RectifiedFlow(Point()), x), torch.zeros(5), atol=1e-12)
     flow = baselines.VP(lambda x, c_noise: (torch.zeros_like(x), None))  # eps = 0: x / alpha stays
     alpha = flow.alpha(flow.planes(flow.high, flow.low, 50))
     whole = alpha[-1] - alpha[0]
@@ -1174,112 +1057,63 @@ def test_straightness_of_known_lines():
     close(baselines.straightness(flow, x), bent.expand(5), rtol=1e-9)
 
 
-def few_bits(bits_per_dim, flow, images, n, args, place):
-    return bits_per_dim(flow, images, 3, args, place)
-
-
-def test_comparing_checkpoints(trained, tmp_path, monkeypatch, capsys):
+def test_comparing_checkpoints(trained, straight, few_glyphs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, 'bits_per_dim', functools.partial(few_bits, evaluate.bits_per_dim))
-    script(['train.py', *TINY_PP, '--method', 'rf', '--steps', 3, '--out_dir', tmp_path / 'straight'])
-    ckpts = [tmp_path / 'straight' / 'ckpt.pt', trained / 'ckpt.pt']
-    script(['evaluate.py', '--compare', *ckpts, '--swd', '--bpd', '--straightness', '--sweep', 'nfe=1,4',
-            '--solvers', 'unipc,rk45', '--n', 6, '--tol', '1e-1', '--device', 'cpu'])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if 'unipc' in line]
-    rows = [row for row in rows if row[:2] in (['straight', 'rf'], [trained.name, 'pfgm'])]
-    assert [row[2:4] for row in rows] == [['unipc', '1'], ['unipc', '4']] * 2
-    assert all(np.isfinite([float(v) for v in row[3:] if v != '-']).all() for row in rows)
+    compare = ['evaluate.py', '--compare', straight / 'ckpt.pt', trained / 'ckpt.pt', '--n', 3]
+    out = said([*compare, *'--swd --bpd --straightness --sweep nfe=1,4 --solvers unipc,rk45 '
+                '--tol 0.1 --device cpu'.split()])
+    rows = [line.split() for line in out.splitlines() if re.match(' *(straight|out) .*unipc', line)]
+    assert [row[:4] for row in rows] == [[name, method, 'unipc', nfe] for name, method in (
+        ('straight', 'rf'), ('out', 'pfgm')) for nfe in '14']
     assert rows[0][-1] != '-' and rows[2][-1] == '-'  # no time, no straightness
-    assert Image.open('compare.png').size == (960, 640) and Image.open('compare_samples.png').width > 8 * 64
-    assert len(Path('results.jsonl').read_text().splitlines()) == 2 * (3 + 1)
-    script(['train.py', *TINY_PP, '--image_size', 8, '--steps', 1, '--out_dir', tmp_path / 'small'])
-    refuses(['evaluate.py', '--compare', *ckpts, tmp_path / 'small' / 'ckpt.pt'], '--compare .*one size')
-    refuses(['evaluate.py', '--straightness', '--ckpt', ckpts[1]], '--straightness: only vp')
+    assert len(rows_of('results.jsonl')) == 2 * (3 + 1)
+    script(['train.py', *TINY_PP, '--image_size', 8, '--steps', 1, '--out_dir', 'small'])
+    refuses([*compare, '--compare', trained / 'ckpt.pt', 'small/ckpt.pt'], '--compare .*one size')
 
 
-def test_reflow_and_distillation(tmp_path, capsys):
+def test_reflow_and_distillation(straight, tmp_path, monkeypatch):
     """Pairs are draws of the prior and where the teacher leads them; killed between two shards the
-    run keeps what it has; both students train, resume and sample in one call."""
-    out, small = tmp_path / 'rf', ['--pairs', 40, '--lr', '1e-2']
-    script(['train.py', *TINY_PP, '--method', 'rf', '--classes', '--steps', 6, '--out_dir', out])
-    for kind in ('reflow', 'distill'):
-        home = tmp_path / kind
-        run = ['train.py', *TINY_PP, f'--{kind}', out / 'ckpt.pt', *small, '--out_dir', home]
-        with patch.object(baselines, 'SHARD', 16):
-            script([*run, '--steps', 20])
-            said = capsys.readouterr().out
-            assert 'the teacher: straightness' in said and 'pairs: 40/40' in said
-            files = sorted((home / 'pairs').iterdir())
-            assert [len(np.load(f)) for f in files] == [16, 16, 8]
-            made = {f: f.read_bytes() for f in files}
-            files[0].unlink(), files[2].write_bytes(made[files[2]][:500])
-            script([*run, '--steps', 22])
-            assert 'pairs: 24/24' in capsys.readouterr().out
-            assert {f: f.read_bytes() for f in files} == made
-        assert np.isfinite(losses(home)).all() and len(losses(home)) == 22
-        assert np.mean(losses(home)[-5:]) < np.mean(losses(home)[:3])
-        script(['sample.py', '--ckpt', home / 'ckpt.pt', '--n', 3, '--device', 'cpu', '--out',
-                tmp_path / 's.npz', *(['--nfe', 1] if kind == 'reflow' else [])])
-        assert 'nfe 1 ' in capsys.readouterr().out
+    run keeps what it has; both students train, and that of distillation samples in one call."""
+    teacher, home = straight / 'ckpt.pt', tmp_path / 'distill'
+    run = ['train.py', *TINY_PP, '--distill', teacher, '--pairs', 40, '--out_dir', home]
+    monkeypatch.setattr(baselines, 'SHARD', 16)
+    out = said([*run, '--steps', 2])
+    assert 'the teacher: straightness' in out and 'pairs: 40/40' in out
+    files = sorted((home / 'pairs').iterdir())
+    assert [len(np.load(f)) for f in files] == [16, 16, 8]
+    made = {f: f.read_bytes() for f in files}
+    files[0].unlink()
+    files[2].write_bytes(made[files[2]][:500])
+    assert 'pairs: 24/24' in said([*run, '--steps', 4])
+    assert {f: f.read_bytes() for f in files} == made and np.isfinite(losses(home)).all()
+    script(['train.py', *TINY_PP, '--reflow', teacher, '--pairs', 16, '--steps', 2, '--out_dir',
+            tmp_path / 'reflow'])
+    assert 'nfe 1 ' in said(['sample.py', '--ckpt', home / 'ckpt.pt', '--n', 3, '--device', 'cpu',
+                             '--out', tmp_path / 's.npz'])  # all that the student knows
     eps, y = torch.from_numpy(np.concatenate([np.load(f) for f in files])).float().unbind(1)
-    net, args = checkpoint.load_checkpoint(out / 'ckpt.pt')
+    net, args = checkpoint.load_checkpoint(teacher)
     with torch.no_grad():
-        end, _ = pfgm.sample_ode(net, eps * args['z_max'], args['z_max'], 1e-3, rtol=1e-4, atol=1e-4,
-                                 labels=torch.arange(40) % 10, z_exp=0)
+        end, _ = pfgm.sample_ode(net, eps * args['z_max'], args['z_max'], 1e-3, z_exp=0,
+                                 labels=torch.arange(40) % 10)
     assert (eps.mean().abs() < 0.05) and (eps.std() - 1).abs() < 0.05
     assert (end - y).abs().mean() < 0.02
-    script(['evaluate.py', '--ckpt', home / 'ckpt.pt', '--swd', '--n', 3, '--device', 'cpu'])
-    assert json.loads((home / 'results.jsonl').read_text())['nfe'] == 1  # all that the student knows
-    refuses([*run, '--reflow', out / 'ckpt.pt'], 'two runs')
-    refuses([*run[:-1], tmp_path / 'x', '--method', 'vp'], 'belongs to --method rf')
     np.save(tmp_path / 'a.npy', np.zeros((9, 16, 16), np.uint8))
-    refuses(['train.py', '--dataset', tmp_path / 'a.npy', '--reflow', out / 'ckpt.pt', '--out_dir',
-             tmp_path / 'x'], '--dataset .*a.npy: --reflow .* was trained on glyphs; give --dataset glyphs')
+    new, words = ['--out_dir', tmp_path / 'x'], 'a.npy: --distill .* was trained on glyphs; give'
+    refuses([*run, '--reflow', teacher], 'two runs')
+    refuses([*run, *new, '--method', 'vp'], 'belongs to --method rf')
+    refuses([*run, *new, '--dataset', tmp_path / 'a.npy'], words)
 
 
 def test_labels_with_a_gap_are_refused_and_a_class_has_one_number_in_both_splits(tmp_path):
     x = np.zeros((8, 8, 8), np.uint8)
     np.savez(tmp_path / 'a.npz', x=x, y=np.array([1, 2] * 4))
-    refuses(['train.py', *TINY_PP, '--dataset', tmp_path / 'a.npz', '--D', 2, '--classes', '--out_dir',
-             tmp_path / 'o'], '--classes: 2 labels from 1 to 2; accepted: 0, 1')
+    refuses(['train.py', *TINY_PP, '--dataset', tmp_path / 'a.npz', '--D', 2, '--classes',
+             '--out_dir', tmp_path / 'o'], '--classes: 2 labels from 1 to 2; accepted: 0, 1')
     for name in ('train/a', 'train/b', 'train/c', 'test/b', 'test/c'):
         (tmp_path / 'f' / name).mkdir(parents=True)
         Image.fromarray(x[0]).save(tmp_path / 'f' / name / '0.png')
-    train, test = (data.load(tmp_path / 'f', split=split) for split in ('train', 'test'))
-    assert train.labels.tolist() == [0, 1, 2] and test.labels.tolist() == [1, 2]
-
-
-def test_class_conditional_field(tmp_path):
-    script(['train.py', *TINY, '--classes', '--steps', 3, '--out_dir', tmp_path / 'o'])
-    script(['sample.py', '--ckpt', tmp_path / 'o' / 'ckpt.pt', '--nfe', 4, '--n', 3, '--device', 'cpu',
-            '--out', tmp_path / 's.png'])
-    refuses(['sample.py', '--ckpt', tmp_path / 'o' / 'ckpt.pt', '--classes', '-2'], '-2')
-
-
-@pytest.mark.skipif(not Path('/proc/self').exists(), reason='no /proc: no folder refuses root')
-def test_places_that_cannot_be_written_are_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, 'make_images', None)  # found out before any work
-    ckpt = ['--ckpt', trained / 'ckpt.pt', '--device', 'cpu']
-    for out in ('x.png', 'x.gif', 'x.npz', 'x'):
-        refuses(['sample.py', *ckpt, '--out', f'/proc/{out}'], f'--out /proc/{out}: cannot be written')
-    refuses(['train.py', *TINY, '--out_dir', '/proc/x'], '--out_dir /proc/x: cannot write there')
-    refuses(['evaluate.py', *ckpt, '--swd', '--n', 2, '--nfe', 1, '--results', '/proc/x'],
-            '--results /proc/x: cannot be written')
-
-
-def test_loss_curves(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    script(['evaluate.py', '--curves', trained / 'log.jsonl'])
-    assert Image.open('curves.png').size == (960, 640)
-    Path('a.jsonl').write_text('[1]')
-    for log, why in (('a.jsonl', 'not a log.jsonl'), ('none.jsonl', 'No such file')):
-        refuses(['evaluate.py', '--curves', log], f'--curves {log}: .*{why}')
-
-
-def test_benches_want_one_process(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    for flag in ('--bench', '--solver_bench'):
-        refuses(['evaluate.py', flag], f'{flag}: of one process')
+    labels = [data.load(tmp_path / 'f', split=split).labels.tolist() for split in ('train', 'test')]
+    assert labels == [[0, 1, 2], [1, 2]]
 
 
 def test_heavy_tailed_starts_stay_finite():
@@ -1292,71 +1126,65 @@ def test_heavy_tailed_starts_stay_finite():
             assert out.isfinite().all() and out.abs().max() < 100
 
 
+def test_field_on_a_charge_at_z_0_is_0():
+    charges = torch.rand(9, 50, generator=seeded())
+    v_x, v_z = pfgm.poisson_field(charges[:2], torch.zeros(2), charges)
+    close(v_x, torch.zeros(2, 50), atol=1e-12)
+    close(v_z, torch.zeros(2))
+
+
+@pytest.mark.parametrize('N', [2, 64])
+def test_equal_charges_are_reached_equally(N):
+    K, g = 5, seeded()
+    charges = torch.randn(K, N, generator=g)
+    x = pfgm.sample_prior((4000, N), 1000.0, generator=g)
+    x, _ = pfgm.sample_ode(ExactField(charges), x, 1000.0, 1e-3)
+    reached = torch.bincount(torch.cdist(x, charges).argmin(1), minlength=K)
+    assert stats.chisquare(reached.numpy()).pvalue > 0.01, reached
+
+
+def test_likelihood_in_the_exact_field_of_many_charges(monkeypatch):
+    y, x = torch.randn(20, 6, generator=seeded(), dtype=F64), torch.zeros(2, 6, dtype=F64)
+    want = pfgm.log_likelihood(ExactField(y), x, 0.5, 40.0, 'exact').logp
+    monkeypatch.setattr(pfgm, 'chunk', lambda x: 3)  # each backward needs all chunks
+    close(pfgm.log_likelihood(ExactField(y), x, 0.5, 40.0, 'exact').logp, want, rtol=1e-9)
+
+
 # ---------------------------------------------------------------- sampling
 
 # rk45 on the exact field, in float64: a raw network amplifies how convolutions round in a batch
-@pytest.mark.parametrize('flags', [['--exact'], ['--nfe', '5']])
-def test_an_image_depends_on_seed_and_index_only(trained, tmp_path, flags):
-    def sampled(n, batch_size, seed=0):
-        out = tmp_path / f'{n}-{batch_size}-{seed}.npz'
-        script(['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', n, '--batch_size', batch_size,
-                '--seed', seed, '--out', out, '--device', 'cpu', *flags])
-        return np.load(out)['arr_0'].astype(int)
-    six = sampled(6, 6)
+@pytest.mark.parametrize('flags', ['--exact', '--nfe 5', '--solver ddim --eta 1 --nfe 5'])
+def test_an_image_depends_on_seed_and_index_only(trained, straight, few_glyphs, tmp_path, flags):
+    run = straight if 'ddim' in flags else trained
+
+    def made(n, batch_size, seed=0):
+        return sampled(tmp_path / 'a.npz', '--ckpt', run / 'ckpt.pt', '--n', n, '--no-bf16',
+                       '--batch_size', batch_size, '--seed', seed, *flags.split())
+    six = made(6, 6)
     assert six.shape == (6, 16, 16, 1) and len(np.unique(six.reshape(6, -1), axis=0)) == 6
     for n, batch_size in ((6, 4), (3, 1)):
-        assert abs(sampled(n, batch_size) - six[:n]).max() <= 1  # rounding to grey levels
-    assert abs(sampled(6, 6, seed=1) - six).max() > 1
+        assert abs(made(n, batch_size) - six[:n]).max() <= 1  # rounding to grey levels
+    assert abs(made(6, 6, seed=1) - six).max() > 1
 
 
 def test_processes_share_the_images(trained, tmp_path):
-    command = ['--ckpt', str(trained / 'ckpt.pt'), '--n', '5', '--nfe', '3', '--device', 'cpu']
-    script(['sample.py', *command, '--out', tmp_path / 'one.npz'])
-    for out in ('two.npz', 'folder'):
-        subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-                        '--', HERE / 'sample.py', *command, '--out', tmp_path / out], check=True,
-                       capture_output=True)
-    one, two = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in ('one', 'two'))
-    assert abs(one - two).max() <= 1 and len(list((tmp_path / 'folder').glob('*.png'))) == 5
-    first = np.asarray(Image.open(tmp_path / 'folder' / '000000.png')).astype(int)
-    assert abs(first - one[0, :, :, 0]).max() <= 1
+    flags = ['--ckpt', trained / 'ckpt.pt', '--n', '5', '--nfe', '3', '--device', 'cpu']
+    p = torchrun('--', HERE / 'sample.py', *flags, '--out', tmp_path / 'two.npz')
+    assert p.wait() == 0, p.stdout.read()
+    two = np.load(tmp_path / 'two.npz')['arr_0'].astype(int)
+    assert abs(sampled(tmp_path / 'one.npz', *flags) - two).max() <= 1
 
 
-def test_exact_samples_are_training_images(tmp_path, capsys):
-    script(['sample.py', '--exact', '--n', 4, '--out', tmp_path / 'a.png', '--device', 'cpu'])
-    said = capsys.readouterr().out
-    assert '4 of 4 samples are images of glyphs to within a grey level' in said
-    assert re.search(r'nfe \d+', said) and Image.open(tmp_path / 'a.png').size > (64, 64)
+def test_exact_samples_are_training_images(few_glyphs, tmp_path):
+    out = said(['sample.py', '--exact', '--n', 4, '--out', tmp_path / 'a.png', '--device', 'cpu'])
+    assert '4 of 4 samples are images of glyphs to within a grey level' in out
+    assert re.search(r'nfe \d+', out) and Image.open(tmp_path / 'a.png').size == (140, 140)
 
 
-@pytest.mark.parametrize('kind, name, size', [
-    ('--gif', 'a.gif', None), ('--interpolate', 'a.png', None), ('--rescale', 'a.png', None),
-    ('--field_lines', 'a.png', (800, 720))])
-def test_pictures(trained, tmp_path, kind, name, size):
-    script(['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', 8, '--nfe', 4, kind, '--device',
-            'cpu', '--out', tmp_path / name])
-    image = Image.open(tmp_path / name)
-    assert size is None or image.size == size
-    assert name != 'a.gif' or image.n_frames >= 3
-
-
-def test_encoding_inverts(trained, tmp_path, capsys):
-    script(['sample.py', '--ckpt', trained / 'ckpt.pt', '--encode', 'glyphs', '--n', 2, '--tol',
-            '1e-6', '--out', tmp_path / 'a.png', '--device', 'cpu'])
-    error = float(re.search(r'mean error (\S+)', capsys.readouterr().out)[1])
-    assert error < 1e-3
-
-
-BAD_SAMPLE = [('--nfe 0', '--nfe: 0'), ('--nfe 2.5', '--nfe: 2.5'), ('--n -1', '--n: -1'),
-              ('--solver rk4', 'rk4'), ('--out a.tiff', 'must end in'), ('--out no/a.png', 'mkdir'),
-              ('--encode nothing', 'no such data set')]
-
-
-@pytest.mark.parametrize('flags, message', BAD_SAMPLE)
-def test_bad_sampling_flags(trained, tmp_path, monkeypatch, flags, message):
-    monkeypatch.chdir(tmp_path)
-    refuses(['sample.py', '--ckpt', trained / 'ckpt.pt', *flags.split(), '--device', 'cpu'], message)
-    assert os.listdir(tmp_path) == []
+def test_encoding_inverts(trained, tmp_path):
+    out = said(['sample.py', '--ckpt', trained / 'ckpt.pt', '--encode', 'glyphs', '--n', 2, '--tol',
+                '1e-6', '--out', tmp_path / 'a.png', '--device', 'cpu'])
+    assert float(re.search(r'mean error (\S+)', out)[1]) < 1e-3
 
 
 PAGES = 'README.md', 'RESULTS.md'
@@ -1373,58 +1201,57 @@ def readme_commands():
         word[1] + part + word[3] for part in word[2].split(',')), script)
     script = re.sub(r'for (\w+) in (.*?); do(.*?); done', lambda loop: '\n'.join(
         loop[3].replace(f'${loop[1]}', word) for word in loop[2].split()), script, flags=re.S)
-    return [part.split() for line in script.splitlines() for part in line.split('&&') if part.strip()]
+    parts = [part for line in script.splitlines() for part in line.split('&&')]
+    return [part.split() for part in parts if part.strip()]
 
 
-class Toy:
+def toy(size, depth):
     """In place of a torchvision data set: digits of its size, nothing downloaded."""
-
-    def __init__(self, size, depth):
-        self.size, self.depth = size, depth
-
-    def __call__(self, root, train, download):
-        pixels, self.targets = data.glyphs(image_size=self.size, split='train' if train else 'test')
-        self.data = np.stack([pixels[:300]] * 3, -1) if self.depth == 3 else pixels[:300]
-        self.targets, self.classes = self.targets[:300], list('0123456789')
-        return self
+    def known(root, train, download):
+        pixels, labels = (a[:300] for a in data.glyphs(image_size=size, split=(
+            'train' if train else 'test')))
+        return argparse.Namespace(data=np.stack([pixels] * 3, -1) if depth == 3 else pixels,
+                                  targets=labels, classes=list('0123456789'))
+    return known
 
 
 def shrunk(words):
     """The script and flags of a README command, with sizes for a test; of a flag given twice the
     last one counts."""
     words = words[next(i for i, word in enumerate(words) if word.endswith('.py')):]
-    small = [*words, '--device', 'cpu', '--no-bf16'] if words[0] != 'checkpoint.py' else words
+    if words[0] == 'checkpoint.py':
+        return words
+    small = [*words, '--device', 'cpu', '--no-bf16']
     if words[0] == 'train.py':
-        small += ['--steps', 10 if '--init_from' in words else 3, '--batch_size', 8, '--log_every', 1]
-        small += ['--pairs', 4] if '--pairs' in words else []
-    elif words[0] != 'checkpoint.py' and '--bench' not in words and '--curves' not in words:
-        small += ['--n', 4] if '--exact' not in words else ['--n', 2]
-        small += ['--tol', '0.1'] if {'--bpd', 'rk45', '--compare', '--encode'} & set(words) else []
-        small += ['--sweep', 'nfe=2,3'] if {'--sweep', '--compare'} & set(words) else []
-    return small + (['--batch_size', 4] if '--solver_bench' in words else [])
+        small += ['--steps', 10 if '--init_from' in words else 3, '--batch_size', 8]
+        small += ['--log_every', 1] + ['--pairs', 4] * ('--pairs' in words)
+    elif not {'--bench', '--curves'} & set(words):
+        small += ['--n', 4 - 2 * ('--exact' in words)]
+        small += ['--tol', '0.1'] * bool({'--bpd', 'rk45', '--compare', '--encode'} & set(words))
+        small += ['--sweep', 'nfe=2,3'] * bool({'--sweep', '--compare'} & set(words))
+    return small + ['--batch_size', 4] * ('--solver_bench' in words)
 
 
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
-    """A folder with the files that the README speaks of; networks, data and Inception made small."""
+    """A folder with the files that the README speaks of; networks, data, Inception made small."""
     monkeypatch.chdir(tmp_path)
-    for row in train.PRESETS.values():
-        for key, value in dict(nf=8, num_blocks=1, warmup=2, sample_every=0, field_batch=16).items():
-            monkeypatch.setitem(row, key, value)
+    tiny = dict(nf=8, num_blocks=1, warmup=2, sample_every=0, field_batch=16)
+    monkeypatch.setattr(train, 'PRESETS', {k: {**v, **tiny} for k, v in train.PRESETS.items()})
+    way, weight = torch.randn(48, 32, generator=seeded()), torch.randn(1008, 32, dtype=F64)
+    small = functools.partial(torch.nn.functional.interpolate, size=(4, 4))
     monkeypatch.setattr(unet.UNet.__init__, '__defaults__', (32, 3, 8, (1, 1), 1, (16,), 0.1, 0))
-    monkeypatch.setattr('torchvision.datasets.MNIST', Toy(28, 1))
-    monkeypatch.setattr('torchvision.datasets.CIFAR10', Toy(32, 3))
-    monkeypatch.setattr(bench, 'POOL', 32)
-    way = torch.randn(48, 32, generator=seeded())
-    monkeypatch.setattr(bench, 'load_inception', lambda *args: (len, torch.randn(1008, 32).double()))
-    monkeypatch.setattr(bench, 'features', lambda net, pixels, resize: torch.nn.functional.interpolate(
-        pixels.expand(-1, 3, -1, -1).float(), size=(4, 4)).flatten(1) @ way)
-    monkeypatch.setattr(evaluate, 'check_counts', lambda *args: None)
-    monkeypatch.setattr(bench, 'BENCH_CHARGES', (64, 128))
+    for target, value in {
+            'torchvision.datasets.MNIST': toy(28, 1), 'torchvision.datasets.CIFAR10': toy(32, 3),
+            'bench.POOL': 32, 'bench.load_inception': lambda *args: (len, weight),
+            'bench.features': lambda net, pixels, resize: small(
+                pixels.expand(-1, 3, -1, -1).float()).flatten(1) @ way,
+            'bench.BENCH_CHARGES': (64, 128), 'evaluate.check_counts': lambda *args: None}.items():
+        monkeypatch.setattr(target, value)
     os.mkdir('photos')
     with zipfile.ZipFile('images.zip', 'w') as file:
-        for k, image in enumerate(torch.randint(0, 256, (8, 32, 32, 3), generator=seeded())):
-            Image.fromarray(image.to(torch.uint8).numpy()).save(f'photos/{k}.png')
+        for k, image in enumerate(np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3))):
+            Image.fromarray(image.astype(np.uint8)).save(f'photos/{k}.png')
             file.write(f'photos/{k}.png')
     tiny_official('checkpoint_500000.pth')
     np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
@@ -1439,18 +1266,14 @@ def test_readme_commands_in_their_order(newcomer, count):
         if words[0] == 'pip':
             assert (HERE / words[words.index('-r') + 1]).exists()
         elif words[1:3] != ['-m', 'pytest']:
-            command = shrunk(words)
-            kind = tuple(word for word in map(str, command) if word.startswith('--'))
+            command = [str(word) for word in shrunk(words)]
+            kind = tuple(word for word in command if word.startswith('--'))
             if k >= count or command[0] == 'evaluate.py' and kind in ran:
-                if command[0] != 'checkpoint.py':
-                    SCRIPTS[command[0].removesuffix('.py')].parse_args([str(word) for word in command[1:]])
+                SCRIPTS[command[0].removesuffix('.py')].parse_args(command[1:])
                 continue
-            if command[0] == 'checkpoint.py':
-                checkpoint.main(checkpoint.parse_args(command[1:]))
-            else:
-                script(command)
-            made = [command[i + 1] for i, word in enumerate(command) if word in ('--out', '--out_dir')]
-            assert all(os.path.exists(path) for path in made), command
+            script(command)
+            for flag, path in zip(command, command[1:]):
+                assert flag not in ('--out', '--out_dir') or os.path.exists(path), command
             ran.add(kind)
     assert len(ran) > min(30, count - 4) and os.path.exists('out/photos/ckpt.pt')
 
@@ -1577,6 +1400,28 @@ def test_official_checkpoint_samples(tmp_path, capsys):
     assert Image.open(tmp_path / 'a.png').size == (140, 140)
 
 
+def test_official_checkpoint_trains_on(tmp_path):
+    tiny_official(tmp_path / 'a.pth')
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / 'd.npz', x=pixels)
+    script(['train.py', '--dataset', tmp_path / 'd.npz', '--init_from', tmp_path / 'a.pth',
+            '--out_dir', tmp_path / 'o', '--steps', 9, '--batch_size', 4, '--field_batch', 8,
+            '--sample_every', 0, '--device', 'cpu'])
+    saved = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
+    assert saved['step'] == 9 and saved['args']['nf'] == 8 and saved['opt']['state'][0]['step'] == 9
+
+
+@pytest.mark.slow
+def test_compiled_network_makes_the_same_images(trained, tmp_path):
+    flags = ['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', 5, '--nfe', 4, '--batch_size', 4,
+             '--device', 'cpu', '--no-bf16', '--out']
+    script([*flags, tmp_path / 'a.npz'])
+    script([*flags, tmp_path / 'b.npz', '--compile'])
+    a, b = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in 'ab')
+    assert abs(a - b).max() <= 1
+    refuses([*flags, tmp_path / 'c.npz', '--exact', '--compile'], '--compile: --exact has no network')
+
+
 # ---------------------------------------------------------------- measuring
 
 def test_frechet_of_gaussians():
@@ -1607,14 +1452,13 @@ def test_inception_score_kid_and_precision_recall():
 
 def test_tf1_resize_reads_from_the_corner():
     x = torch.rand(1, 1, 5, 7, generator=seeded(), dtype=F64)
-    got, size = bench.resize_tf1(x, 11)[0, 0], 11
-    for i in range(size):
-        for j in range(size):
-            v, u = i * 5 / size, j * 7 / size
-            a, b, c, d = int(v), min(int(v) + 1, 4), int(u), min(int(u) + 1, 6)
-            top = x[0, 0, a, c] * (1 - u + c) + x[0, 0, a, d] * (u - c)
-            low = x[0, 0, b, c] * (1 - u + c) + x[0, 0, b, d] * (u - c)
-            close(got[i, j], top * (1 - v + a) + low * (v - a), atol=1e-12)
+    got = bench.resize_tf1(x, 11)[0, 0]
+    for i, j in np.ndindex(11, 11):
+        v, u = i * 5 / 11, j * 7 / 11
+        a, b, c, d = int(v), min(int(v) + 1, 4), int(u), min(int(u) + 1, 6)
+        top = x[0, 0, a, c] * (1 - u + c) + x[0, 0, a, d] * (u - c)
+        low = x[0, 0, b, c] * (1 - u + c) + x[0, 0, b, d] * (u - c)
+        close(got[i, j], top * (1 - v + a) + low * (v - a), atol=1e-12)
 
 
 def test_sliced_wasserstein_of_a_shift():
@@ -1629,111 +1473,58 @@ def test_statistics_and_features(tmp_path, capsys):
     net, weight = bench.load_inception('random', place[0])
     assert 'the numbers mean nothing' in capsys.readouterr().out and weight.shape == (1008, 2048)
     pixels = torch.randint(0, 256, (5, 1, 8, 8), generator=seeded()).to(torch.uint8)
-    got = evaluate.collect(iter(pixels.split(2)), 5, net, 'pytorch', {'features', 'pixels'}, place)
+    got = evaluate.collect(iter(pixels.split(2)), 5, net, 'tf1', {'features', 'pixels'}, place)
     assert torch.equal(got.pixels, pixels) and got.features.std(0).max() > 1e-3
+    # once equal to those of torch-fidelity, bit for bit
+    close([got.features.mean(), got.features.std()], [0.0900560, 0.1209559], rtol=1e-4)
     close(got.mu, got.features.double().mean(0), rtol=1e-5, atol=1e-5)
     close(got.sigma, np.cov(got.features.double().numpy().T), atol=1e-5)
     np.savez(tmp_path / 'a.npz', mu=got.mu, sigma=got.sigma)
     read = evaluate.read_stats(str(tmp_path / 'a.npz'), 'any')
     assert read.n is None and torch.equal(read.mu, got.mu) and torch.equal(read.sigma, got.sigma)
     np.savez(tmp_path / 'b.npz', sigma=got.sigma)
-    refuses(['evaluate.py', '--fid', '--samples', 'x', '--ref', tmp_path / 'b.npz'], 'no such data set')
     with pytest.raises(data.BadInput, match='mu None'):
         evaluate.read_stats(str(tmp_path / 'b.npz'), 'any')
 
 
-@pytest.mark.slow  # pip install pytorch-fid torch-fidelity, in an environment of their own
-def test_metrics_are_those_of_pytorch_fid_and_torch_fidelity(tmp_path, monkeypatch):
-    fid = pytest.importorskip('pytorch_fid.inception')
-    extractor = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
-    from pytorch_fid.fid_score import calculate_frechet_distance
-    from torch_fidelity import metric_isc, metric_kid, metric_prc
-    net, weight = bench.load_inception('random', 'cpu')
-    from torchvision.models import Inception3
-    state = bench.random_weights(Inception3(1008, aux_logits=False, init_weights=False))
-    torch.save(state, tmp_path / 'w.pth')
-    monkeypatch.setattr(fid, 'load_state_dict_from_url', lambda *args, **kw: state)
-    by_fid = fid.InceptionV3([3]).eval()
-    by_fidelity = extractor.FeatureExtractorInceptionV3(
-        'x', ['2048', 'logits_unbiased'], feature_extractor_weights_path=tmp_path / 'w.pth').eval()
-    grey = data.load('glyphs').pixels[:64].expand(-1, 3, -1, -1)
-    coarse = torch.randint(0, 256, (64, 3, 8, 8), generator=seeded()).to(torch.uint8)
-    ours, theirs, logits = [], [], []
-    with torch.no_grad():
-        for pixels in (grey, coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)):
-            want = by_fid(pixels[:16] / 255)[0][:, :, 0, 0]
-            close(bench.features(net, pixels[:16], 'pytorch'), want, rtol=1e-4, atol=1e-6)
-            found = [by_fidelity(part) for part in pixels.split(16)]
-            theirs, logits = ([*old, torch.cat(new)] for old, new in zip((theirs, logits), zip(*found)))
-            ours.append(torch.cat([bench.features(net, part, 'tf1') for part in pixels.split(16)]))
-            close(ours[-1], theirs[-1], rtol=1e-4, atol=1e-6)
-    moments = [m for x in ours for m in (x[:, :32].double().mean(0), torch.cov(x[:, :32].double().T))]
-    close(bench.frechet(*moments), calculate_frechet_distance(*map(np.asarray, moments)), rtol=1e-3)
-    got = metric_kid.kid_features_to_metric(
-        *theirs, kid_subsets=100, kid_subset_size=50, kid_degree=3, kid_gamma=None, kid_coef0=1,
-        rng_seed=0, verbose=False)
-    close(bench.kid(*ours, size=50)[0], got['kernel_inception_distance_mean'], rtol=1e-3)
-    got = metric_isc.isc_features_to_metric(torch.cat(logits), splits=10, shuffle=True, rng_seed=0)
-    close(bench.inception_score(torch.cat(ours).double() @ weight.T)[0], got['inception_score_mean'],
-          rtol=1e-3)
-    got = metric_prc.prc_features_to_metric(
-        *theirs[::-1], prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False)
-    assert bench.precision_recall(*ours) == (got['precision'], got['recall'])
-
-
-def test_offline_measures_are_recorded(trained, tmp_path, capsys):
+def test_lines_of_results_say_what_was_measured_and_made_them(trained, few_glyphs, tmp_path):
     common = ['evaluate.py', '--ckpt', trained / 'ckpt.pt', '--device', 'cpu', '--results',
-              tmp_path / 'r.jsonl', '--out', tmp_path / 'a.png']
-    script([*common, '--swd', '--neighbours', '--n', 12, '--nfe', 3])
-    assert Image.open(tmp_path / 'a.png').size[0] > 200
-    script([*common, '--swd', '--n', 8, '--sweep', 'nfe=1,2,4', '--solvers', 'euler,heun'])
-    assert Image.open(tmp_path / 'a.png').size == (960, 640)
-    script([*common, '--bpd', '--n', 2, '--tol', '1e-3'])
-    rows = [json.loads(line) for line in open(tmp_path / 'r.jsonl')]
-    assert [(r['solver'], r['nfe']) for r in rows[1:7]] == [
-        (s, n) for s in ('euler', 'heun') for n in (1, 2, 4)]
-    for row in rows:
-        assert {'command', 'git', 'torch', 'hardware', 'seconds', 'seed', 'n'} <= row.keys()
-    assert rows[0]['swd'] > 0 and rows[0]['samples_min'] > 0 and rows[7]['bpd'] > 0
-    assert rows[7]['round_trip_mean'] < 0.3 and rows[7]['nfe'] > 10
+              tmp_path / 'r.jsonl', '--out', tmp_path / 'a.png', '--n', 4, '--swd']
+    changes = ('', '--bf16', '--schedule log', '--no-to_data', '--z_min 0.01', '--solver heun',
+               '--small_z official', '--weights raw', '--seed 3', '--solver rk45 --tol 0.1')
+    for flags in changes:
+        script([*common, '--nfe', 3, *flags.split()])
+    script([*common, '--neighbours', '--bpd', '--nfe', 2, '--tol', '1e-3'])
+    *rows, of_flow, of_samples = rows_of(tmp_path / 'r.jsonl')
+    assert all({'command', 'git', 'torch', 'hardware', 'seconds', 'seed', 'n'} <= row.keys()
+               and row['step'] == 10 for row in (*rows, of_flow, of_samples))
+    same = ('command', 'time', 'seconds', 'swd', 'swd_of_test', 'git')
+    told = {json.dumps({k: v for k, v in row.items() if k not in same}) for row in rows}
+    assert len(told) == len(changes) == len(rows)
+    assert of_flow['round_trip_mean'] < 0.3 and of_flow['nfe'] > 10
+    assert of_samples['swd'] > 0 and of_samples['samples_min'] > 0
 
 
 def test_bits_per_dim_of_a_known_flow():
-    # the method of images: log p is that of prior_logp with height h + z_min, up to z_max -> inf
+    # The method of images. Its flow is linear, so every probe gives the divergence itself.
     class Net(torch.nn.Module):
         def forward(self, x, z):
             return images_net(16, 2.0)(x, z)
-    flow = baselines.Flow(net=Net(), gamma=5.0, z_exp=0.0, small_z='exact', z_min=1e-3, z_max=1e4,
+    flow = baselines.Flow(net=Net(), gamma=5.0, z_exp=0.0, small_z='exact', z_min=1e-3, z_max=50.0,
                           D=1.0, classes=[])
     pixels = torch.randint(0, 256, (6, 1, 4, 4), generator=seeded()).to(torch.uint8)
     args = evaluate.parse_args(['--bpd', '--tol', '1e-6', '--repeats', '2'])
     got = evaluate.bits_per_dim(flow, pixels, 6, args, (torch.device('cpu'), 0, 1))
-    want = pfgm.prior_logp((pixels + 0.5) / 128 - 1, 2.0 + 1e-3)
-    want = (-want / math.log(2) / 16 + 7).mean()
-    assert abs(got['bpd'] - float(want)) < 0.3 and got['bpd_se'] > 0  # the probe's noise
-
-
-BAD_EVALUATE = [
-    ('', 'no metric asked'), ('--fid --n 100', 'needs 2049 images'), ('--kid --ref a.npz', 'a.npz'),
-    ('--fid --samples nothing --ref x', '--samples nothing: no such'), ('--sweep nfe=0 --swd', '0'),
-    ('--swd --sweep nfe=5 --solvers rk4', 'rk4'), ('--swd --results no/r.jsonl', 'mkdir'),
-    ('--is --n 20 --inception none.pth', 'no such file; get')]
-
-
-@pytest.mark.parametrize('flags, message', BAD_EVALUATE)
-def test_bad_evaluation_flags(trained, tmp_path, monkeypatch, flags, message):
-    monkeypatch.chdir(tmp_path)
-    refuses(['evaluate.py', '--ckpt', trained / 'ckpt.pt', '--device', 'cpu', *flags.split()], message)
-    assert os.listdir(tmp_path) == []
-
-
-def test_absent_inception_says_what_to_fetch(trained, tmp_path, monkeypatch):
-    def offline(*args, **kw):
-        raise urllib.error.URLError('no network')
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    refuses(['evaluate.py', '--is', '--n', 20, '--ckpt', trained / 'ckpt.pt', '--device', 'cpu'],
-            r'get https://\S+ by hand and put it at \S+, or give --inception FILE')
+    want = []
+    for i in range(12):  # image i % 6 with the uniform noise of its seed
+        g = seeded(launch.step_seed(0, i % 6 + i // 6 * 2 ** 32))
+        x = (pixels[i % 6] + torch.rand(1, 4, 4, generator=g, dtype=F64))[None] / 128 - 1
+        up = x * (50 + 2) / (1e-3 + 2)
+        logp = pfgm.prior_logp(x, 2 + 1e-3) + pfgm.prior_logp(up, 50.0) - pfgm.prior_logp(up, 52.0)
+        want.append(7 - logp / math.log(2) / 16)
+    each = torch.cat(want).view(2, 6).mean(0)
+    close(got['bpd'], each.mean(), atol=1e-4)
+    close(got['bpd_se'], each.std() / 6 ** 0.5, atol=1e-4)
 
 
 # ---------------------------------------------------------------- data sets
@@ -1775,21 +1566,20 @@ def one(tmp_path, name, image, **options):
 
 
 @pytest.mark.parametrize('mode, name, channels', [
-    ('P', 'a.png', 3), ('L', 'a.png', 1), ('1', 'a.png', 1), ('LA', 'a.png', 1), ('RGB', 'a.bmp', 3),
-    ('RGBA', 'a.png', 3), ('CMYK', 'a.jpg', 3), ('RGB', 'a.JPEG', 3), ('RGB', 'a.webp', 3),
-    ('YCbCr', 'a.jpg', 3), ('P', 'a.gif', 3)])
+    ('P', 'a.png', 3), ('L', 'a.png', 1), ('1', 'a.png', 1), ('LA', 'a.png', 1),
+    ('RGBA', 'a.png', 3), ('RGB', 'a.bmp', 3), ('CMYK', 'a.jpg', 3), ('RGB', 'a.JPEG', 3),
+    ('RGB', 'a.webp', 3), ('YCbCr', 'a.jpg', 3), ('P', 'a.gif', 3)])
 def test_modes(tmp_path, mode, name, channels):
-    set_ = one(tmp_path, name, picture().convert(mode))
+    image = picture().convert(mode)
+    set_ = one(tmp_path, name, image)
     assert set_.pixels.shape == (1, channels, 8, 8) and set_.pixels.dtype == torch.uint8
     assert set_.flip == (channels == 3) and set_.labels is None and set_.classes is None
-    if name == 'a.png' and mode in ('RGBA', 'P', 'L'):
-        expected = np.asarray(picture().convert(mode).convert('L' if channels == 1 else 'RGB'))
+    if name == 'a.png':
+        expected = np.asarray(image.convert('L' if channels == 1 else 'RGB'))
         assert (set_[0].permute(1, 2, 0).numpy().squeeze() == expected).all()
-
-
-@pytest.mark.parametrize('mode', ['RGBA', 'LA'])
-def test_transparent_is_white(tmp_path, mode):
-    assert one(tmp_path, 'a.png', Image.new(mode, (4, 4), 0)).pixels.unique().tolist() == [255]
+    if mode in ('RGBA', 'LA'):  # transparent is white
+        Image.new(mode, (4, 4), 0).save(tmp_path / 'one' / name)
+        assert data.load(tmp_path / 'one').pixels.unique().tolist() == [255]
 
 
 @pytest.mark.parametrize('name', ['a.png', 'a.tif', 'a.pgm'])
@@ -1797,78 +1587,50 @@ def test_16_bits_are_scaled_not_clipped(tmp_path, name):
     ramp = (np.arange(16, dtype=np.uint16) * 257 * 17).reshape(4, 4)
     if name == 'a.pgm':  # which Pillow 10 can read only
         (tmp_path / name).write_bytes(b'P5 4 4 65535\n' + ramp.astype('>u2').tobytes())
-        set_ = data.load(tmp_path, channels=None)
     else:
-        set_ = one(tmp_path, name, Image.fromarray(ramp))
+        Image.fromarray(ramp).save(tmp_path / name)
+    set_ = data.load(tmp_path)
     assert set_.channels == 1 and set_.pixels.flatten().tolist() == list(range(0, 256, 17))
 
 
-def test_exif_rotation_is_applied(tmp_path):
-    pixels = np.zeros((8, 8), np.uint8)
-    pixels[:, :4] = 255  # the left half is white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned clockwise: the top half is white
-    set_ = one(tmp_path, 'a.png', Image.fromarray(pixels), exif=exif)
-    assert (set_[0][0, :4] == 255).all() and (set_[0][0, 4:] == 0).all()
-
-
-def test_centre_square_and_channels(tmp_path):
-    wide = np.zeros((4, 10, 3), np.uint8)
+def test_exif_rotation_centre_square_and_channels(tmp_path):
+    wide, exif = np.zeros((4, 10, 3), np.uint8), Image.Exif()
     wide[:, 3:7] = (255, 0, 0)
-    root = tmp_path / 'wide'
-    root.mkdir()
-    Image.fromarray(wide).save(root / 'a.png')
-    assert data.load(root)[0][0].eq(255).all()
-    grey = data.load(root, channels=1)
+    assert one(tmp_path, 'a.png', Image.fromarray(wide))[0][0].eq(255).all()
+    grey = data.load(tmp_path / 'one', channels=1)
     assert grey.pixels.shape == (1, 1, 4, 4) and grey.pixels.unique().tolist() == [76]
-    assert data.load(root, image_size=2).pixels.shape == (1, 3, 2, 2)
-    Image.new('L', (4, 4), 9).save(root / 'a.png')
-    assert data.load(root, channels=3)[0].unique().tolist() == [9]
+    assert data.load(tmp_path / 'one', image_size=2).pixels.shape == (1, 3, 2, 2)
+    exif[0x0112] = 6  # shown turned clockwise; the right half is white
+    Image.fromarray(wide[:, 1:5, 0]).save(tmp_path / 'one' / 'a.png', exif=exif)
+    turned = data.load(tmp_path / 'one', channels=3)[0]
+    assert turned[:, :2].eq(0).all() and turned[:, 2:].eq(255).all()
 
 
-def test_broken_files_are_skipped_and_counted(folder, capsys):
-    whole = (folder / '3.png').read_bytes()
-    (folder / '3.png').write_bytes(whole[:len(whole) // 2])
-    (folder / '7.png').write_text('not an image')
-    (folder / 'notes.txt').write_text('ignored')
-    (folder / '.hidden.png').write_text('ignored')
-    set_ = data.load(folder)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and 'skipped 2 of 10 images' in lines[0] and '3.png' in lines[0]
-    kept = [k for k in range(10) if k not in (3, 7)]
-    assert all((set_[i].permute(1, 2, 0).numpy() == np.asarray(picture(k))).all()
-               for i, k in enumerate(kept))
-
-
-def test_labels_follow_skipped_images(tmp_path):
-    for k, name in enumerate('abba'):
-        os.makedirs(tmp_path / 'set' / name, exist_ok=True)
-        picture(k).save(tmp_path / 'set' / name / f'{k}.png')
-    (tmp_path / 'set' / 'a' / '0.png').write_text('')
-    set_ = data.load(tmp_path / 'set')
+def test_broken_files_are_skipped_and_counted_and_labels_follow(tmp_path, capsys):
+    for k, name in enumerate('abbab'):
+        os.makedirs(tmp_path / name, exist_ok=True)
+        picture(k).save(tmp_path / name / f'{k}.png')
+    (tmp_path / 'b/1.png').write_bytes((tmp_path / 'b/1.png').read_bytes()[:80])
+    for name in ('a/0.png', 'a/notes.txt', '.hidden.png'):
+        (tmp_path / name).write_text('not an image')
+    (tmp_path / 'b/loop').symlink_to(tmp_path, target_is_directory=True)
+    set_, err = data.load(tmp_path), capsys.readouterr().err
+    assert err.count('\n') == 1 and 'skipped 2 of 5 images' in err and '0.png' in err
     assert set_.classes == ['a', 'b'] and set_.labels.tolist() == [0, 1, 1]
+    for pixels, k in zip(set_, (3, 2, 4), strict=True):
+        assert (pixels.permute(1, 2, 0).numpy() == np.asarray(picture(k))).all()
 
 
 def test_nothing_to_read_is_refused(tmp_path):
-    (tmp_path / 'empty').mkdir()
-    refused('no images', tmp_path / 'empty')
-    (tmp_path / 'bad').mkdir()
-    for k in range(3):
-        (tmp_path / 'bad' / f'{k}.png').write_text('no image')
-    refused('none of 3 images', tmp_path / 'bad')
-    refused('no such data set.*accepted: glyphs', tmp_path / 'absent')
-    refused('no such data set', 'glyph')
-    (tmp_path / 'a.txt').write_text('')
-    refused('a.txt: is of another kind; accepted', tmp_path / 'a.txt')
-    (tmp_path / 'a.zip').write_text('')
-    refused('zip', tmp_path / 'a.zip')
-    (tmp_path / 'a.npy').write_text('')
-    refused('--dataset .*a.npy', tmp_path / 'a.npy')
-
-
-@pytest.mark.parametrize('given', [{'split': 'valid'}, {'channels': 2}, {'image_size': 0}])
-def test_bad_arguments_are_refused(given):
-    refused(f'--{list(given)[0]} .*accepted', **given)
+    for name in ('bad/0.png', 'bad/1.png', 'a.txt', 'a.zip', 'a.npy', 'empty/a.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('')
+    for name, message in (('empty', 'no images'), ('bad', 'none of 2 images'), ('a.zip', 'zip'),
+                          ('absent', 'no such data set.*accepted: glyphs'), ('a.npy', 'a.npy'),
+                          ('a.txt', 'is of another kind')):
+        refused(message, tmp_path / name)
+    for given in ({'split': 'valid'}, {'channels': 2}, {'image_size': 0}):
+        refused(f'--{list(given)[0]} .*accepted', **given)
 
 
 def test_small_files_are_refused_but_arrays_are_enlarged(folder, tmp_path):
@@ -1879,66 +1641,36 @@ def test_small_files_are_refused_but_arrays_are_enlarged(folder, tmp_path):
     assert data.load(tmp_path / 'a.npy', image_size=16).pixels.shape == (2, 1, 16, 16)
 
 
-def test_symlink_loop_ends(folder):
-    (folder / 'loop').symlink_to(folder, target_is_directory=True)
-    assert len(data.load(folder)) == 10
-
-
-def test_own_splits_of_a_folder(tmp_path, folder):
-    assert len(data.load(folder, split='test')) == 10
-    for name, count in (('train', 3), ('test', 2)):
-        for k in range(count):
-            os.makedirs(tmp_path / 'both' / name / f'c{k % 2}', exist_ok=True)
-            picture(k).save(tmp_path / 'both' / name / f'c{k % 2}' / f'{k}.png')
-    train, test = (data.load(tmp_path / 'both', split=split) for split in ('train', 'test'))
-    assert (len(train), len(test)) == (3, 2)
-    assert train.classes == ['c0', 'c1'] and train.labels.tolist() == [0, 0, 1]
-
-
-def test_zip(tmp_path, capsys):
-    path = tmp_path / 'in' / 'set.zip'
+def test_zip(tmp_path, capsys, monkeypatch):
+    path, image = tmp_path / 'in' / 'set.zip', encoded(picture())
     path.parent.mkdir()
-    with zipfile.ZipFile(path, 'w') as archive:
-        for k in range(6):
-            archive.writestr(f'{"cat" if k % 2 else "ant"}/{k}.png', encoded(picture(k)))
-        for name in ('../evil.png', '/../evil.png', '__MACOSX/cat/0.png', 'cat/.0.png'):
-            archive.writestr(name, encoded(picture()))
-        archive.writestr('readme.txt', 'ignored')
-        archive.writestr('cat/empty.png', b'')
-    set_ = data.load(path)
-    assert set_.classes == ['ant', 'cat'] and set_.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert (set_[3].permute(1, 2, 0).numpy() == np.asarray(picture(1))).all()
-    assert 'skipped 1 of 7' in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ['in'] and os.listdir(tmp_path / 'in') == ['set.zip']
-
-
-def test_hostile_zip_entries_are_skipped(tmp_path, capsys, monkeypatch):
-    path = tmp_path / 'set.zip'
-    with zipfile.ZipFile(path, 'w') as archive:
-        archive.writestr('a.png', encoded(picture()))
-        archive.writestr('b.png', encoded(Image.new('L', (64, 64))))  # a bomb under the limit below
-        archive.writestr('c.png', encoded(picture()) + bytes(100_000))
-        archive.writestr('locked.png', encoded(picture()))
-    raw = bytearray(path.read_bytes())
-    raw[raw.rindex(b'PK\x01\x02') + 8] |= 1  # the encrypted flag of the last entry
-    raw[raw.rindex(b'PK\x03\x04') + 6] |= 1
-    path.write_bytes(raw)
+    entries = [(f'{"cat" if k % 2 else "ant"}/{k}.png', encoded(picture(k))) for k in range(6)]
+    ignored = '../evil.png', '/../evil.png', '__MACOSX/cat/0.png', 'cat/.0.png', 'a.txt'
+    bad = dict(bomb=encoded(Image.new('L', (64, 64))), long=image + bytes(100_000), empty=b'',
+               locked=image)
+    raw = zipped([*entries, *((name, image) for name in ignored),
+                  *((f'cat/{name}.png', content) for name, content in bad.items())])
+    raw = patched(raw, b'PK\x01\x02', 8, '<H', 1)  # the last entry is encrypted
+    path.write_bytes(patched(raw, b'PK\x03\x04', 6, '<H', 1))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 64 * 64 - 1)  # over it, but not twice: a warning
     monkeypatch.setattr(data, 'ENTRY_LIMIT', 100_000)
-    assert len(data.load(path, image_size=8)) == 1
-    assert 'skipped 3 of 4' in capsys.readouterr().err
+    set_ = data.load(path, image_size=8)
+    assert set_.classes == ['ant', 'cat'] and set_.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (set_[3].permute(1, 2, 0).numpy() == np.asarray(picture(1))).all()
+    assert 'skipped 4 of 10' in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ['in'] and os.listdir(tmp_path / 'in') == ['set.zip']
 
 
-@pytest.mark.parametrize('shape', [(5, 6, 6), (5, 6, 6, 1), (5, 6, 6, 3), (5, 1, 6, 6), (5, 3, 6, 6),
-                                   (5, 6, 6, 4), (5, 4, 6, 6)])
+@pytest.mark.parametrize('shape', [
+    (5, 6, 6), (5, 6, 6, 1), (5, 6, 6, 3), (5, 1, 6, 6), (5, 3, 6, 6), (5, 6, 6, 4), (5, 4, 6, 6)])
 @pytest.mark.parametrize('kind', ['uint8', 'float32', 'float64', 'signed'])
 def test_array_layouts_and_types(tmp_path, shape, kind):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pixels.flat[:2] = 0, 255
     if 4 in shape:
         np.moveaxis(pixels, 3 if shape[3] == 4 else 1, 0)[3] = 255  # opaque
-    stored = {'uint8': pixels, 'float32': (pixels / 255).astype(np.float32), 'float64': pixels / 255,
-              'signed': (pixels / 127.5 - 1).astype(np.float32)}[kind]
+    stored = {'uint8': pixels, 'float32': (pixels / 255).astype(np.float32),
+              'float64': pixels / 255, 'signed': (pixels / 127.5 - 1).astype(np.float32)}[kind]
     np.save(tmp_path / 'a.npy', stored)
     expected = pixels[:, None] if len(shape) == 3 else pixels
     expected = expected if expected.shape[1] in (1, 3, 4) else np.moveaxis(expected, 3, 1)
@@ -1960,110 +1692,68 @@ def test_unusable_arrays_are_refused(tmp_path, array, match):
 
 
 def test_npz_keys_splits_and_labels(tmp_path):
-    path, images = tmp_path / 'a.npz', np.zeros((3, 4, 4), np.uint8)
-    np.savez(path, x=images, y=np.arange(3, dtype=np.uint8))
-    assert data.load(path).labels.tolist() == data.load(path, split='test').labels.tolist() == [0, 1, 2]
-    np.savez(path, train_images=images, train_labels=np.ones((3, 1), np.uint8),
-             test_images=images[:2], test_labels=np.zeros((2, 1), np.uint8))
-    assert data.load(path).labels.tolist() == [1, 1, 1]
-    assert data.load(path, split='test').labels.tolist() == [0, 0]
-    np.savez(path, images)
-    assert len(data.load(path)) == 3
-    np.savez(path, other=images)
+    path, x = tmp_path / 'a.npz', np.zeros((3, 4, 4), np.uint8)
+    for arrays, *wanted in (
+            (dict(x=x, y=np.arange(3)), [0, 1, 2], [0, 1, 2]), (dict(arr_0=x), None, None),
+            (dict(train_images=x, train_labels=np.ones((3, 1), np.uint8), test_images=x[:2],
+                  test_labels=np.zeros((2, 1), np.uint8)), [1, 1, 1], [0, 0])):
+        np.savez(path, **arrays)
+        for split, want in zip(('train', 'test'), wanted):
+            labels = data.load(path, split=split).labels
+            assert labels is want or labels.tolist() == want
+    np.savez(path, other=x)
     refused('other', path)
-    np.savez(path, x=images, y=np.arange(2))  # refused where they are wanted
+    np.savez(path, x=x, y=np.arange(2))  # refused where they are wanted
     assert data.load(path).labels is None and '(2,) for 3 images' in data.load(path).unlabelled
 
 
-@pytest.mark.parametrize('shape', [(5, 4, 4), (5, 4, 4, 1), (5, 4, 4, 3), (5, 4, 4, 4), (5, 6, 4, 3)])
-def test_arrays_of_the_right_size_are_taken_as_they_are(tmp_path, shape):
-    images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    np.save(tmp_path / 'a.npy', images)
-    got = data.load(tmp_path / 'a.npy')
-    source = data.find(str(tmp_path / 'a.npy'), '', None, 'train')[1]
-    plain = data.Images('a', None, source, None, None, 4, got.channels)
-    assert got.pixels.shape == (5, 1 if shape[3:] in ((), (1,)) else 3, 4, 4) and got.pixels.is_contiguous()
-    assert all(np.array_equal(plain.decode(k)[0], got.pixels[k]) for k in range(5))
-
-
-def test_bloodmnist_and_lsun(tmp_path):
-    refused('bloodmnist.npz', 'bloodmnist', tmp_path)
-    refused('lsun_bedroom', 'lsun_bedroom', tmp_path)
+def test_known_sets(tmp_path, monkeypatch):
+    def known(root, download, train=True, split=None):  # MNIST, and CelebA of one image
+        pixels = torch.zeros(4 if train else 2, 28, 28, dtype=torch.uint8)
+        return argparse.Namespace(data=pixels, targets=torch.ones(len(pixels), dtype=torch.int64),
+                                  classes=['a', 'b'], filename=['1.png'])
+    monkeypatch.setattr('torchvision.datasets.MNIST', known)
+    monkeypatch.setattr('torchvision.datasets.CelebA', known)
+    train_, test = data.load('mnist', tmp_path), data.load('mnist', tmp_path, 32, 3, 'test')
+    assert train_.pixels.shape == (4, 1, 28, 28) and test.pixels.shape == (2, 3, 32, 32)
+    assert train_.labels.tolist() == [1] * 4 and not test.flip and test.classes == ['a', 'b']
+    for name in ('bloodmnist', 'lsun_bedroom'):
+        refused(f'there is no .*/{name}', name, tmp_path)
+    for name in ('celeba/img_align_celeba', 'lsun_bedroom/0', 'lsun_bedroom/1'):
+        os.makedirs(tmp_path / name)
+        picture(0, 64).save(tmp_path / name / 'a.webp')
+    set_ = data.load('lsun_bedroom', tmp_path)
+    assert set_.pixels.shape == (2, 3, 256, 256) and set_.labels is None and set_.flip
+    image = np.zeros((218, 178, 3), np.uint8)
+    image[39:179, 19:159] = 255  # the crop that papers use
+    Image.fromarray(image).save(tmp_path / 'celeba/img_align_celeba/1.png')
+    set_ = data.load('celeba64', tmp_path)
+    assert set_.pixels.shape == (1, 3, 64, 64) and set_.pixels.eq(255).all()
     np.savez(tmp_path / 'bloodmnist.npz', train_images=np.zeros((3, 28, 28, 3), np.uint8),
              train_labels=np.ones((3, 1), np.uint8))
     set_ = data.load('bloodmnist', tmp_path)
     assert set_.pixels.shape == (3, 3, 28, 28) and set_.labels.tolist() == [1, 1, 1]
-    for k in range(2):
-        os.makedirs(tmp_path / 'lsun_bedroom' / str(k))
-        picture(k, 64).save(tmp_path / 'lsun_bedroom' / str(k) / 'a.webp')
-    set_ = data.load('lsun_bedroom', tmp_path)
-    assert set_.pixels.shape == (2, 3, 256, 256) and set_.labels is None and set_.flip
 
 
-def test_celeba_crop(tmp_path, monkeypatch):
-    from torchvision import datasets
-    image = np.zeros((218, 178, 3), np.uint8)
-    image[39:179, 19:159] = 255
-    os.makedirs(tmp_path / 'celeba' / 'img_align_celeba')
-    Image.fromarray(image).save(tmp_path / 'celeba' / 'img_align_celeba' / '1.png')
-
-    class Fake:
-        filename = ['1.png']
-
-        def __init__(self, root, split, download):
-            pass
-    monkeypatch.setattr(datasets, 'CelebA', Fake)
-    set_ = data.load('celeba64', tmp_path)
-    assert set_.pixels.shape == (1, 3, 64, 64) and set_.pixels.eq(255).all()
+def test_no_network_is_one_line(tmp_path):
+    for name, kind, where in (
+            ('mnist', 'MNIST', 'MNIST/raw'), ('fashion_mnist', 'FashionMNIST', 'FashionMNIST/raw'),
+            ('cifar10', 'CIFAR10', 'cifar-10-python.tar.gz'), ('celeba64', 'CelebA', 'celeba')):
+        for error in (urllib.error.URLError('no\nroute'), RuntimeError('a\nb'), OSError('gone')):
+            with patch(f'torchvision.datasets.{kind}', side_effect=error):
+                assert f'{tmp_path}/{where}' in refused(f'--dataset {name}', name, tmp_path)
 
 
-@pytest.mark.parametrize('name, kind, where', [
-    ('mnist', 'MNIST', 'MNIST/raw'), ('fashion_mnist', 'FashionMNIST', 'FashionMNIST/raw'),
-    ('cifar10', 'CIFAR10', 'cifar-10-python.tar.gz'), ('celeba64', 'CelebA', 'celeba')])
-def test_no_network_is_one_line(tmp_path, monkeypatch, name, kind, where):
-    from torchvision import datasets
-    for error in (urllib.error.URLError('no\nroute'), RuntimeError('first\nsecond'), OSError('gone')):
-        def fail(*args, error=error, **kwargs):
-            raise error
-        monkeypatch.setattr(datasets, kind, fail)
-        assert f'{tmp_path}/{where}' in refused(f'--dataset {name}', name, tmp_path)
-
-
-def test_torchvision_arrays(tmp_path, monkeypatch):
-    from torchvision import datasets
-
-    class Fake:
-        classes = ['a', 'b']
-
-        def __init__(self, root, train, download):
-            self.data = torch.zeros(4 if train else 2, 28, 28, dtype=torch.uint8)
-            self.targets = torch.ones(4 if train else 2, dtype=torch.int64)
-    monkeypatch.setattr(datasets, 'MNIST', Fake)
-    train, test = data.load('mnist', tmp_path), data.load('mnist', tmp_path, 32, 3, 'test')
-    assert train.pixels.shape == (4, 1, 28, 28) and test.pixels.shape == (2, 3, 32, 32)
-    assert train.labels.tolist() == [1] * 4 and not test.flip and test.classes == ['a', 'b']
-
-
-def test_glyphs_are_the_same_bytes_and_balanced():
+def test_glyphs_are_the_same_bytes_balanced_and_told_apart():
     images, labels = data.glyphs(500)
-    again, _ = data.glyphs(500)
+    again, _ = data.glyphs.__wrapped__(500)
     assert images.shape == (500, 16, 16) and images.dtype == np.uint8 and (images == again).all()
     assert np.bincount(labels).tolist() == [50] * 10
-    assert not (images == data.glyphs(500, split='test')[0]).all()
-    assert images.max(axis=(1, 2)).min() > 120 and images[:, 0].max() < 128 and np.median(images) == 0
-    assert data.glyphs(20, 28)[0].shape == (20, 28, 28)
-    assert len({image.tobytes() for image in images}) == 500
-
-
-def test_glyphs_classes_are_told_apart():
-    train, labels = data.glyphs(2000)
-    test, truth = data.glyphs(300, split='test')
-    far = torch.cdist(torch.tensor(test).flatten(1).float(), torch.tensor(train).flatten(1).float())
-    assert (labels[far.argmin(1)] == truth).mean() > 0.95
-
-
-def test_load_glyphs():
-    set_ = data.load()
+    assert images.max(axis=(1, 2)).min() > 120 and images[:, 0].max() < 128
+    assert len({image.tobytes() for image in images}) == 500 and np.median(images) == 0
+    set_, (test, truth) = data.load(), data.glyphs(300, split='test')
+    far = torch.cdist(*(torch.as_tensor(x).flatten(1).float() for x in (test, set_.pixels[:2000])))
+    assert far.min() > 0 and (set_.labels[far.argmin(1)].numpy() == truth).mean() > 0.95
     assert set_.pixels.shape == (10_000, 1, 16, 16) and set_.classes == list('0123456789')
     assert not set_.flip and set_.name == 'glyphs' and 5 < data.mean_norm(set_) < 16
 
@@ -2071,27 +1761,21 @@ def test_load_glyphs():
 @pytest.mark.parametrize('source', ['folder', 'zip', 'npy'])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_serve_the_same_in_order(folder, tmp_path, monkeypatch, source, workers):
-    path = folder
+    path = folder if source == 'folder' else tmp_path / f'a.{source}'
     if source == 'zip':
-        path = tmp_path / 'a.zip'
-        with zipfile.ZipFile(path, 'w') as archive:
-            for k in range(10):
-                archive.write(folder / f'{k}.png', f'{k}.png')
+        path.write_bytes(zipped([(f'{k}.png', encoded(picture(k))) for k in range(10)]))
     if source == 'npy':
-        path = tmp_path / 'a.npy'
-        np.save(path, np.stack([np.asarray(picture(k)) for k in range(10)]))
+        np.save(path, [np.asarray(picture(k)) for k in range(10)])
     small = data.load(path)
     monkeypatch.setattr(data, 'MEMORY_LIMIT', 0)
     large = data.load(path)
-    assert small.pixels is not None and large.pixels is None and len(large) == 10
-    indices = [torch.randint(10, (4,), generator=torch.Generator().manual_seed(k)) for k in range(6)]
+    assert small.pixels.shape == (10, 3, 8, 8) and large.pixels is None and len(large) == 10
+    indices = [torch.randint(10, (4,), generator=seeded(k)) for k in range(6)]
     state = torch.get_rng_state()
-    pairs = list(zip(data.batches(small, indices), data.batches(large, indices, workers=workers),
-                     strict=True))
-    assert len(pairs) == 6 and (torch.get_rng_state() == state).all()
-    for (a, b), index in zip(pairs, indices):
-        assert a.shape == (4, 3, 8, 8) and a.dtype == torch.uint8 and torch.equal(a, b)
-        assert torch.equal(a, small.pixels[index])
+    served = (data.batches(set_, indices, workers=workers) for set_ in (small, large))
+    for index, a, b in zip(indices, *served, strict=True):
+        assert a.dtype == torch.uint8 and torch.equal(a, b) and torch.equal(a, small.pixels[index])
+    assert (torch.get_rng_state() == state).all()
     assert data.mean_norm(small) == data.mean_norm(large)
     assert torch.equal(torch.stack(list(large)), small.pixels)  # plain iteration ends
 
@@ -2110,23 +1794,15 @@ def test_large_sets_pass_over_what_cannot_be_read(folder, monkeypatch, capfd, wo
     assert '\n' not in str(caught.value)
 
 
-def test_a_dataloader_takes_it(folder):
-    loader = torch.utils.data.DataLoader(data.load(folder), batch_size=4)
-    assert [len(batch) for batch in loader] == [4, 4, 2]
-
-
-def test_all_pixel_values_survive():
+def test_all_pixel_values_survive(tmp_path):
     values = torch.arange(256, dtype=torch.uint8)
     x = data.to_float(values)
     assert x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
     assert torch.equal(data.to_uint8(x), values)
     assert data.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
-
-
-def test_mean_norm(tmp_path):
     np.save(tmp_path / 'a.npy', np.full((300, 4, 4, 3), 255, np.uint8))
-    assert data.mean_norm(data.load(tmp_path / 'a.npy')) == pytest.approx(4)
-    assert data.mean_norm(data.load(tmp_path / 'a.npy'), n=7) == pytest.approx(4)
+    set_ = data.load(tmp_path / 'a.npy')
+    close([data.mean_norm(set_), data.mean_norm(set_, n=7)], [4.0] * 2, rtol=1e-9)
 
 
 # What people have: {path: its colour}, and the labels of the training images and of the others.
@@ -2423,34 +2099,25 @@ def test_references_of_others(tmp_path, capsys):
 
 # ---------------------------------------------------------------- hostile input
 # Each case is one file, folder or flag that a stranger made: it is used rightly or refused in one
-# line. The default suite takes the first cases of each generator; `pytest -m slow` takes them all.
+# line. The default suite takes the first cases of each generator; `pytest -m slow` takes more.
 
 def mutated(raw, rng):
     """The bytes with one kind of damage."""
-    raw, n = bytearray(raw), len(raw)
-    at, size = int(rng.integers(n)), int(rng.integers(1, 64))
-    kind = rng.integers(7)
-    if kind == 0:
-        del raw[at:]
-    elif kind == 1:
-        del raw[at:at + size]
+    raw, at, size = bytearray(raw), int(rng.integers(len(raw))), int(rng.integers(1, 64))
+    kind = rng.integers(4)
+    if kind < 2:
+        del raw[at:at + size if kind else None]
     elif kind == 2:
-        raw[at:at] = rng.bytes(size)
-    elif kind == 3:
         raw[at:at + 4] = b'\xff\xff\xff\x7f'
-    elif kind == 4:
-        start = int(rng.integers(n))
-        raw[at:at + size] = raw[start:start + size]
     else:  # most readers look hardest at the beginning and the end
-        for k in rng.integers(n if kind == 5 else min(n, 100), size=size % 8 + 1):
+        for k in rng.integers(min(len(raw), 100), size=size % 8 + 1):
             raw[k * (-1) ** (size % 2)] ^= 1 << int(rng.integers(8))
     return bytes(raw)
 
 
 def zipped(entries, packing=zipfile.ZIP_DEFLATED):
     file = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(file, 'w', packing) as archive:
-        warnings.simplefilter('ignore')  # of a name that is there twice
+    with zipfile.ZipFile(file, 'w', packing) as archive:
         for name, content in entries:
             archive.writestr(name, content)
     return file.getvalue()
@@ -2469,171 +2136,53 @@ def npy(array):
     return file.getvalue()
 
 
-def header(text):
-    """A .npy of that header and 64 bytes of pixels."""
-    text = text.encode() + b'\n'
-    return b'\x93NUMPY' + b'\1\0' + struct.pack('<H', len(text)) + text + bytes(64)
-
-
 def claims(shape, descr='|u1'):
-    return header(repr({'descr': descr, 'fortran_order': False, 'shape': shape}))
+    """A .npy that says so, and 64 bytes of pixels."""
+    text = f'{ {"descr": descr, "fortran_order": False, "shape": shape} }\n'.encode()
+    return b'\x93NUMPY\1\0' + struct.pack('<H', len(text)) + text + bytes(64)
 
 
-def chunk(kind, content):
-    return (struct.pack('>I', len(content)) + kind + content
-            + struct.pack('>I', zlib.crc32(kind + content)))
+def png_of(width, height):
+    """A PNG that says that it is of that size."""
+    raw = bytearray(encoded(picture()))
+    struct.pack_into('>II', raw, 16, width, height)
+    struct.pack_into('>I', raw, 29, zlib.crc32(raw[12:29]))
+    return bytes(raw)
 
 
-def png_of(width, height, content=b'', bits=8, colour=0):
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colour,
-                                                                 0, 0, 0))
-            + chunk(b'IDAT', zlib.compress(content)) + chunk(b'IEND', b''))
-
-
-def pictures():
-    """{name: bytes} of every kind of image file that is accepted."""
-    image, found = picture(1), {}
-    for name, kind, mode, options in (
-            ('rgb.png', 'PNG', 'RGB', {}), ('grey.jpg', 'JPEG', 'L', {}), ('a.webp', 'WEBP', 'RGB', {}),
-            ('cmyk.jpeg', 'JPEG', 'CMYK', {}), ('a.bmp', 'BMP', 'RGB', {}), ('a.pgm', 'PPM', 'L', {}),
-            ('a.tif', 'TIFF', 'RGB', dict(compression='tiff_lzw')), ('g4.tiff', 'TIFF', '1', dict(
-                compression='group4')), ('jpg.tif', 'TIFF', 'RGB', dict(compression='jpeg')),
-            ('alpha.png', 'PNG', 'P', dict(transparency=bytes(range(0, 256)))),
-            ('la.png', 'PNG', 'LA', {}), ('f.tif', 'TIFF', 'F', {}), ('i.tif', 'TIFF', 'I', {}),
-            ('16.png', 'PNG', 'I;16', {}),
-            ('film.gif', 'GIF', 'P', dict(save_all=True, append_images=[picture(2), picture(3)])),
-            ('film.webp', 'WEBP', 'RGB', dict(save_all=True, append_images=[picture(2)])),
-            ('film.png', 'PNG', 'RGB', dict(save_all=True, append_images=[picture(2)])),
-            ('pages.tif', 'TIFF', 'RGB', dict(save_all=True, append_images=[picture(2)])),
-            ('cmyk.tif', 'TIFF', 'CMYK', {}), ('lab.tif', 'TIFF', 'LAB', {})):
-        given = image.convert('L').convert(mode) if mode in ('I;16', 'F', 'I') else (
-            image if mode == 'LAB' else image.convert(mode))
-        if mode == 'LAB':
-            given = Image.frombytes('LAB', image.size, image.tobytes())
-        found[name] = encoded(given, kind, **options)
-    return found
-
-
-def odd_pictures():
-    exif = Image.Exif()
-    exif[0x0112] = 77
-    whole = encoded(picture())
-    return {
+def hostile_files():
+    """({name: bytes} that are used, those that are refused): images, zips and arrays that lie, or
+    are odd."""
+    whole, grey = encoded(picture()), npy(np.zeros((3, 8, 8), np.uint8))
+    one, npz = zipped([('a.png', whole)]), zipped([('x.npy', grey)])
+    nan = Image.fromarray(np.full((8, 8), np.nan, np.float32))
+    central, local, payload = b'PK\x01\x02', b'PK\x03\x04', np.array([[[Payload()]]], object)
+    used = {
         'one.png': encoded(picture(0, 1)), 'long.png': encoded(Image.new('L', (30000, 1), 7)),
-        'exif.jpg': encoded(picture(), 'JPEG', exif=exif), 'empty.png': b'', 'half.png': whole[:80],
-        'half.jpg': encoded(picture(0, 64), 'JPEG')[:900], 'jpeg.png': encoded(picture(), 'JPEG'),
-        'text.jpg': b'hello\n' * 99, 'zip.png': zipped([('a.png', whole)]), 'zero.png': png_of(0, 0),
-        'bomb.png': png_of(60000, 60000), 'wide.png': png_of(2 ** 31 - 1, 1), 'short.png': png_of(9, 9),
-        'flat.bmp': b'BM' + struct.pack('<IHHIIiiHHIIiiII', 54, 0, 0, 54, 40, 8, 0, 1, 24, 0, 0, 0, 0,
-                                        0, 0), 'none.pgm': b'P5 0 0 255\n', 'huge.pgm': b'P5 99999 99999 255\n',
-        'a\nb.png': b'two\nlines', 'flat.gif': b'GIF89a' + bytes(7) + b',' + bytes(9) + b'\2\0;',
-        'eps.png': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\n',
-        'text.png': whole[:33] + chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(2 ** 21))) + whole[33:],
-        'nan.tif': encoded(Image.fromarray(np.full((8, 8), np.nan, np.float32)), 'TIFF'),
-    }
-
-
-def archives():
-    """{name: bytes} of zips, .npy and .npz that lie, or are odd."""
-    whole, grey = encoded(picture()), np.zeros((3, 8, 8), np.uint8)
-    one, npz = zipped([('a.png', whole)]), zipped([('x.npy', npy(grey))])
-    central, local, end = b'PK\x01\x02', b'PK\x03\x04', b'PK\x05\x06'
-    secret = patched(patched(one, central, 8, '<H', 1), local, 6, '<H', 1)
-    lying = patched(zipped([('a.png', bytes(2 ** 24))]), central, 24, '<I', 100)
-    found = {
-        'good.zip': one, 'nested.zip': zipped([('b.zip', one)]), 'secret.zip': secret, 'lying.zip': lying,
-        'inner.zip': zipped([('b.png', one)]), 'twice.zip': zipped([('a.png', whole), ('a.png', b'')]),
-        'up.zip': zipped([('../a.png', whole), ('/etc/a.png', whole), ('b/../../c.png', whole)]),
-        'drive.zip': zipped([('C:\\a.png', whole), ('a\0.png', whole), ('\n.png', whole)]),
-        'crc.zip': patched(one, central, 16, '<I', 1), 'half.zip': one[:len(one) // 2],
-        'big.zip': patched(one, central, 20, '<II', 2 ** 32 - 2, 2 ** 32 - 2), 'none.zip': zipped([]),
-        'huge.zip': patched(one, central, 24, '<I', 2 ** 31), 'tail.zip': one + bytes(70_000),
-        'many.zip': patched(one, end, 8, '<HH', 65534, 65534), 'new.zip': patched(one, central, 6, '<H', 99),
-        'far.zip': patched(one, central, 42, '<I', 2 ** 31), 'method.zip': patched(one, central, 10, '<H', 97),
-        'disk.zip': patched(one, end, 4, '<HH', 7, 7), 'front.zip': b'MZ' * 50 + one,
-        'bz.zip': zipped([('a.png', whole)], zipfile.ZIP_BZIP2), 'png.zip': whole,
-        'lzma.zip': zipped([('a.png', whole)], zipfile.ZIP_LZMA), 'folders.zip': zipped([('a.png/', b'')]),
-        'good.npz': npz, 'crc.npz': patched(npz, central, 16, '<I', 1), 'empty.npz': zipped([]),
-        'raw.npz': zipped([('x.npy', bytes(999))]), 'plain.npz': zipped([('x', npy(grey))]),
-        'bz.npz': zipped([('x.npy', npy(grey))], zipfile.ZIP_BZIP2), 'is.npz': npy(grey), 'is.npy': npz,
+        'alpha.png': encoded(picture().convert('P'), transparency=bytes(range(256))),
+        'jpeg.png': encoded(picture(), 'JPEG'), 'good.zip': one, 'good.npz': npz,
+        'film.gif': encoded(picture(), 'GIF', save_all=True, append_images=[picture(2)]),
+        'g4.tiff': encoded(picture().convert('1'), 'TIFF', compression='group4'),
+        'up.zip': zipped([('../a.png', b''), ('/etc/a.png', whole), ('b/../../c.png', b'')])}
+    refused = {
+        'half.png': whole[:80], 'zero.png': png_of(0, 0), 'bomb.png': png_of(60000, 60000),
+        'a\nb.png': b'two\nlines', 'wide.png': png_of(2 ** 31 - 1, 1), 'zip.png': one,
+        'nan.tif': encoded(nan, 'TIFF'), 'eps.png': b'%!PS-Adobe-3.0 EPSF-3.0\n(x) (w) file\n',
+        'nested.zip': zipped([('b.zip', one)]), 'none.zip': zipped([]), 'tail.zip': one[:-40],
+        'secret.zip': patched(patched(one, central, 8, '<H', 1), local, 6, '<H', 1),
+        'lying.zip': patched(zipped([('a.png', bytes(2 ** 24))]), central, 24, '<I', 100),
+        'huge.zip': patched(one, central, 24, '<I', 2 ** 31), 'half.npy': grey[:150],
+        'crc.zip': patched(one, central, 16, '<I', 1),
+        'crc.npz': patched(npz, central, 16, '<I', 1),
+        'bz.zip': zipped([('a.png', whole)], zipfile.ZIP_BZIP2),
         'liar.npz': zipped([('x.npy', claims((10 ** 12, 32, 32)))]),
-        'labels.npz': zipped([('x.npy', npy(grey)), ('y.npy', npy(np.array([{}, 1, 2], object)))]),
-        'text.npz': zipped([('x.npy', npy(grey)), ('y.npy', npy(np.array(['a', 'b', 'c'])))]),
-        'few.npz': zipped([('x.npy', npy(grey)), ('y.npy', b'')]),
-        'pickle.npy': pickle.dumps(Payload()), 'pickle.npz': zipped([('x.npy', pickle.dumps(Payload()))]),
-        'payload.npy': npy(np.array([[[Payload()]]], object)), 'empty.npy': b'', 'half.npy': npy(grey)[:150],
-        'deep.npy': header('(' * 9000), 'eval.npy': header('__import__("os").system("touch hacked")'),
-        'long.npy': header('{"descr": "|u1"' + ' ' * 60000 + '}'), 'nul.npy': header('\0'),
-        'keys.npy': header("{'descr': '|u1', 'fortran_order': False, 'shape': (1, 8, 8), 'x': 1}"),
-        'mixed.npy': claims((4,), [('a', '<u1'), ('b', '<f4')]), 'sub.npy': claims((1, 8, 1), ('|u1', (8,))),
-    }
-    for k, shape in enumerate([(10 ** 12, 32, 32), (2 ** 62, 4, 4), (2 ** 32, 2 ** 32), (-1, 8, 8), (1, -8, -8),
-                               (1.5, 8, 8), (True, 8, 8), '8', None, (), (64,), (0, 8, 8), (1,) * 40, (1, 8, 8)]):
-        found[f'claim{k}.npy'] = claims(shape)
-        found[f'claim{k}.npz'] = zipped([('x.npy', claims(shape))])
-    for k, descr in enumerate(['|O', '|V1', '<f2', '>f8', '<c8', '<M8[s]', '<U1', '|b1', '|i1', '<u2', '<f16',
-                               '|V1000000000', '?', '', 'x', None, 7, [], '|S0']):
-        found[f'type{k}.npy'] = claims((1, 2, 2), descr)
-    floats = np.zeros((2, 4, 4), np.float32)
-    for k, value in enumerate([np.nan, np.inf, -np.inf, 1.001, -1.001, 3e38]):
-        floats[1, 2, 3] = value
-        found[f'float{k}.npy'] = npy(floats)
-    return found
-
-
-def special(folder, kind):
-    """A folder with something in it that is not an image file, alone or beside one that is."""
-    if 'beside' in kind:
-        picture().save(folder / 'good.png')
-    path = folder / 'a.png'
-    if 'folder' in kind:
-        path.mkdir()
-    elif 'dangling' in kind:
-        path.symlink_to(folder / 'absent')
-    elif 'loop' in kind:
-        path.symlink_to(path)
-    elif 'pipe' in kind:
-        os.mkfifo(path)
-    elif 'device' in kind:
-        path.symlink_to('/dev/zero')
-    elif 'socket' in kind:
-        with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as s:
-            s.bind('a.png')
-    elif 'cycle' in kind:
-        path.symlink_to('..', target_is_directory=True)
-    elif 'elsewhere' in kind:  # images elsewhere, linked to, are a common way to make a set
-        (folder.parent / 'away').mkdir(exist_ok=True)
-        picture().save(folder.parent / 'away' / 'b.png')
-        path.symlink_to('../away/b.png')
-    elif 'bytes' in kind:
-        with open(os.fsencode(folder) + b'/\xff\xfe.png', 'wb') as file:
-            file.write(b'no')
-
-
-SPECIAL = [f'{kind} {where}' for where in ('alone', 'beside') for kind in (
-    'folder', 'dangling', 'loop', 'pipe', 'device', 'socket', 'cycle', 'elsewhere', 'bytes')]
-
-
-def data_cases(root, seed, count):
-    """Yield (path, label) of count inputs: each kind there is, then damaged ones of all kinds."""
-    rng, images = np.random.default_rng(seed), pictures()
-    files = {**images, **odd_pictures(), **archives()}
-    whole = {**images, 'a.zip': zipped([(f'{k % 2}/{k}.png', encoded(picture(k))) for k in range(3)]),
-             'a.npy': npy(np.zeros((3, 8, 8, 3), np.uint8)),
-             'a.npz': zipped([('x.npy', npy(np.zeros((3, 8, 8)))), ('y.npy', npy(np.arange(3)))])}
-    weights = [4 if name in ('a.zip', 'a.npy', 'a.npz') else 1 for name in whole]
-    named = [*files, *SPECIAL]
-    for k in range(count):
-        folder = root / str(k)
-        folder.mkdir()
-        label = named[k] if k < len(named) else str(rng.choice(list(whole), p=np.divide(
-            weights, sum(weights))))
-        if label in SPECIAL:
-            special(folder, label)
-        else:
-            (folder / label).write_bytes(files[label] if k < len(named) else mutated(whole[label], rng))
-        path = folder / label if label.endswith(('.zip', '.npy', '.npz')) else folder
-        yield path, label if k < len(named) else f'damaged {label}'
+        'objects.npz': zipped([('x.npy', grey), ('y.npy', npy(np.array([{}, 1, 2])))]),
+        'words.npz': zipped([('x.npy', grey), ('y.npy', npy(np.array(['a', 'b', 'c'])))]),
+        'pickle.npy': pickle.dumps(Payload()), 'payload.npy': npy(payload),
+        **{f'claim{k}.npy': claims(*claim) for k, claim in enumerate([
+            ((10 ** 12, 32, 32),), ((-1, 8, 8),), (None,), ((1,) * 40,), ((1, 2, 2), '|O'),
+            ((1, 2, 2), '<c8'), ((1, 2, 2), '|V1000000000'), ((1, 2, 2), '__import__("os")')])}}
+    return used, refused
 
 
 class TooSlow(BaseException):
@@ -2645,10 +2194,9 @@ def limited(seconds, gib):
     """An end to what takes for ever, or memory without bound."""
     def stop(*_):
         raise TooSlow
-    with open('/proc/self/statm') as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
+    now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (now + (gib << 30), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(gib * 2 ** 30), before[1]))
     signal.alarm(seconds)
     try:
         yield
@@ -2658,52 +2206,18 @@ def limited(seconds, gib):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-class Watch:
-    """Notes every file that is opened and every program that is started while it is on."""
-    on, seen = False, []
-
-    def __call__(self, event, args):
-        if not self.on:
-            return
-        if event in ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork'):
-            self.seen.append((event, args))
-        if event == 'open' and isinstance(args[0], str):
-            self.seen.append((args[0], args[1] or '', args[2]))
-
-
-@pytest.fixture(scope='module')
-def watch():
-    found = Watch()
-    sys.addaudithook(found)  # there is no way to take it off again
-    for name, raw in pictures().items():  # Pillow imports its plugins when it first needs them
-        Image.open(io.BytesIO(raw)).load()
-    yield found
-    found.on = False
-
-
-def used(path, watch):
-    """Whether the set is used, rather than refused in one line; nothing else is touched."""
-    watch.seen = []
+def used(path):
+    """Whether the set is used, rather than refused in one line."""
     try:
-        with limited(20, 3), warnings.catch_warnings(record=True) as warned:
-            watch.on = True
+        with limited(20, 3), warnings.catch_warnings(action='error'):
             set_ = data.load(path)
-            watch.on = False
     except data.BadInput as error:
-        message = str(error)
-        assert '\n' not in message and message.startswith('--'), message
-        assert f'--dataset {" ".join(str(path).split())}' in message, message
+        assert re.fullmatch(f'--dataset {re.escape(" ".join(str(path).split()))}: .*', str(error))
         return False
     finally:
-        watch.on = False
-        for _, archive in files.ZIPS.items():
+        for archive in files.ZIPS.values():
             archive.close()
         files.ZIPS.clear()
-        here = str(path.parent if path.is_file() else path)
-        for seen in watch.seen:
-            assert seen[0].startswith((here, sys.prefix, sys.base_prefix)), seen
-            assert not set(seen[1]) & set('wax+') and not seen[2] & (os.O_WRONLY | os.O_RDWR), seen
-    assert not warned, [str(w.message) for w in warned]
     side = set_.image_size
     assert len(set_) > 0 and set_.pixels.shape == (len(set_), set_.channels, side, side)
     assert set_.pixels.dtype == torch.uint8 and set_.channels in (1, 3)
@@ -2711,204 +2225,107 @@ def used(path, watch):
     return True
 
 
-KNOWN = {'good.zip': True, 'good.npz': True, 'secret.zip': False, 'nested.zip': False, 'up.zip': True,
-         'bomb.png': False, 'eps.png': False, 'lying.zip': False, 'crc.zip': False, 'crc.npz': False,
-         'long.png': True, 'one.png': True, 'jpeg.png': True, 'film.gif': True, 'cmyk.jpeg': True,
-         'claim13.npy': True, 'claim13.npz': True, 'bz.zip': False, 'pickle.npy': False,
-         'labels.npz': True, 'text.npz': True, 'elsewhere alone': True, 'pipe alone': False,
-         'tail.zip': False, 'front.zip': True, '16.png': True, 'alpha.png': True}
-
-
-def fuzz_data(tmp_path, watch, capsys, seed, count):
-    outcomes = []
-    for path, label in data_cases(tmp_path, seed, count):
-        outcomes.append(used(path, watch))
-        assert outcomes[-1] == KNOWN.get(label, outcomes[-1]), label
-        assert outcomes[-1] or not label.endswith('beside'), label
-        assert len(capsys.readouterr().err.splitlines()) <= 1, label
-    assert set(os.listdir(tmp_path)) <= {'away', *map(str, range(count))}
-    with capsys.disabled():
-        print(f'\n{count} data sets: {sum(outcomes)} used, {count - sum(outcomes)} refused')
-
-
-def test_hostile_data(tmp_path, watch, capsys, monkeypatch):
+@pytest.mark.parametrize('count', [100, pytest.param(1500, marks=pytest.mark.slow)])
+def test_hostile_data(tmp_path, capsys, monkeypatch, count):
+    """Each kind there is, what is no file alone and beside an image, then `count` damaged ones."""
     monkeypatch.chdir(tmp_path)
-    fuzz_data(tmp_path, watch, capsys, 0, 240)
-
-
-@pytest.mark.slow
-def test_hostile_data_at_length(tmp_path, watch, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fuzz_data(tmp_path, watch, capsys, 1, 1500)
-
-
-BOMBS = '''
-import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-import data
-data.load()
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
-for path in sys.argv[1:]:
-    try:
-        data.load(path)
-        print('used', path)
-    except data.BadInput as error:
-        assert len(str(error).splitlines()) == 1
-print((peak() - before) >> 10)
-'''
-
-
-def packed_zeros(path, name, packing, start=b''):
-    """A zip of one entry: `start`, then 640 MB of zeros; and the same zip, which says 100 bytes."""
-    with zipfile.ZipFile(path, 'w', packing) as archive, archive.open(name, 'w') as file:
-        file.write(start)
-        for _ in range(40):
-            file.write(bytes(2 ** 24))
-    liar = path.with_stem(f'{path.stem}_lying')
-    liar.write_bytes(patched(path.read_bytes(), b'PK\x01\x02', 24, '<I', 100))
-    return path, liar
+    rng, (good, bad) = np.random.default_rng(0), hostile_files()
+    cases = [(name, raw, raw is good.get(name)) for name, raw in {**good, **bad}.items()]
+    cases += [(kind, None, beside) for beside in (False, True)  # links to nothing, themselves, ...
+              for kind in ('folder', 'pipe', 'absent', 'a.png', '/dev/zero', '..')]
+    damaged = map(str, rng.choice([*good], count))
+    cases += [(name, mutated(good[name], rng), None) for name in damaged]
+    for k, (name, raw, want) in enumerate(cases):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        if raw is not None:
+            (folder / name).write_bytes(raw)
+        elif want:
+            picture().save(folder / 'good.png')
+        if name == 'folder':
+            (folder / 'a.png').mkdir()
+        elif name == 'pipe':
+            os.mkfifo(folder / 'a.png')
+        elif raw is None:
+            (folder / 'a.png').symlink_to(name)
+        found = used(folder / name if name[-4:] in ('.zip', '.npy', '.npz') else folder)
+        assert want in (found, None), name
+        assert len(capsys.readouterr().err.splitlines()) <= 1, name
+    assert len(os.listdir(tmp_path)) == len(cases)  # nothing ran, nothing was written
 
 
 @pytest.mark.slow
 def test_bombs_take_no_memory(tmp_path):
-    start = claims((40 << 18, 8, 8))[:-64]
-    paths = [path for packing in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2) for path in (
-        *packed_zeros(tmp_path / f'{packing}.zip', 'a.png', packing),
-        *packed_zeros(tmp_path / f'{packing}.npz', 'x.npy', packing, start))]
-    for name, raw in odd_pictures().items():
-        if name in ('bomb.png', 'wide.png', 'text.png', 'huge.pgm'):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / name).write_bytes(raw)
-            paths.append(tmp_path / name)
-    done = subprocess.run([sys.executable, '-c', BOMBS, HERE, *paths], capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr
-    *others, grown = done.stdout.split()
-    assert not others and int(grown) < 300, done.stdout
-    print(f'\n{len(paths)} bombs: all refused, {grown} MB')
+    """Zips of one entry of 640 MB of zeros, and the same zips, which say that it has 100 bytes."""
+    for packing in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        for name, start in (('a.png', b''), ('x.npy', claims((40 << 18, 8, 8))[:-64])):
+            path = tmp_path / f'a.{"npz" if start else "zip"}'
+            with zipfile.ZipFile(path, 'w', packing) as archive, archive.open(name, 'w') as file:
+                file.write(start)
+                for _ in range(40):
+                    file.write(bytes(2 ** 24))
+            raw = path.read_bytes()
+            for bomb in (raw, patched(raw, b'PK\x01\x02', 24, '<I', 100)):
+                path.write_bytes(bomb)
+                with limited(60, 0.5), pytest.raises(data.BadInput) as refusal:
+                    data.load(path)
+                assert not re.search('MemoryError|allocate', str(refusal.value))
 
 
 # ---------------------------------------------------------------- checkpoints of strangers
 
-RUBBISH = [None, 'x', '8', -1, 0, 1.5, math.nan, math.inf, 10 ** 6, 2 ** 31, 10 ** 30, [], {}, [1] * 1000,
-           [10 ** 9], [[1]], ['a'], True, {'a': {'b': [1, {}]}}, torch.zeros(3), b'\0', (8, 8), {1: 2}]
-
-
-def bad_tensor(t, kind):
-    return [5, None, t.tolist(), t.half(), t.int(), t.to_sparse(), t.to('meta'), t.new_zeros(()),
-            t.to(torch.complex64), t[:0], t.flatten()[:1].clone().expand(10 ** 12), t[None], t.bool(),
-            t.new_zeros(1).as_strided(t.shape, [0] * t.dim())][kind]
-
-
-def bad_contents(saved, rng):
-    """Something in the dict is not what it should be."""
-    def rubbish():
-        return RUBBISH[rng.integers(len(RUBBISH))]
-    part = str(rng.choice(list(saved)))
-    kind, inside = rng.integers(6), saved[part]
-    if kind == 0:
-        saved[part] = rubbish()
-    elif kind == 1:
-        del saved[part]
-    elif kind == 2 and 'args' in saved:
-        key = str(rng.choice([*checkpoint.ARCHITECTURE, 'z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma']))
-        saved['args'] = {**saved['args'], key: rubbish()}
-        if rng.random() < 0.2:
-            del saved['args'][key]
-    elif kind == 3 or 'args' in saved and kind == 2:
-        while isinstance(inside, dict) and inside:  # somewhere down
-            key = list(inside)[rng.integers(len(inside))]
-            if not isinstance(inside[key], dict) or rng.random() < 0.2:
-                inside[key] = rubbish()
-                break
-            inside = inside[key]
-    else:
-        tensors = saved['ema'] if 'args' in saved else saved[['model', 'ema'][rng.integers(2)]]
-        tensors = tensors.get('shadow_params', tensors)
-        keys = list(tensors) if isinstance(tensors, dict) else range(len(tensors))
-        key = keys[rng.integers(len(keys))]
-        if kind == 5 and isinstance(tensors, dict):
-            tensors[['a\nb', 7, (1, 2), None, 'module.all_modules.x.W'][rng.integers(5)]] = tensors.pop(key)
-        else:
-            tensors[key] = bad_tensor(tensors[key], rng.integers(14))
-
-
-def rewritten(raw, rng):
-    """The zip again with a part of it gone, emptied, exchanged, packed or huge."""
-    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        entries = [[name, archive.read(name)] for name in archive.namelist()]
-    kind, k = rng.integers(6), rng.integers(len(entries))
-    if kind == 0:
-        del entries[k]
-    elif kind == 1:
-        entries[k][1] = b''
-    elif kind == 2:
-        j = rng.integers(len(entries))
-        entries[k][1], entries[j][1] = entries[j][1], entries[k][1]
-    elif kind == 3:
-        entries[k][1] = mutated(entries[k][1] or b'0', rng)
-    elif kind == 4:
-        entries[k][1] += bytes(2 ** 20)
-    return zipped(entries, zipfile.ZIP_DEFLATED if kind >= 4 else zipfile.ZIP_STORED)
-
-
-def checkpoint_cases(raws, seed, count):
-    """Yield (which file's weights it may hold: None for any, bytes)."""
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize('count', [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_damaged_bytes_of_checkpoints(trained, tmp_path, monkeypatch, count):
+    """They give the weights that they had, or end in one line; also under new checksums, and
+    packed ones always."""
+    monkeypatch.chdir(tmp_path)
+    tiny_official('official.pth')
+    rng, files = np.random.default_rng(0), [trained / 'ckpt.pt', Path('official.pth')]
+    known = [checkpoint.load_checkpoint(path)[0].state_dict() for path in files]
     for k in range(count):
-        raw, kind = raws[k % len(raws)], rng.integers(8)
-        if kind < 3:
-            yield k % len(raws), mutated(raw, rng)
-        elif kind == 3:  # the head of one, the tail of another
-            cut = int(rng.integers(len(raw)))
-            yield k % len(raws), raw[:cut] + raws[(k + 1) % len(raws)][-cut:]
-        elif kind == 4:
-            yield None, rewritten(raw, rng)  # with new checksums
-        else:
-            saved, file = torch.load(io.BytesIO(raw), weights_only=False), io.BytesIO()
-            bad_contents(saved, rng)
-            torch.save(saved, file)
-            yield k % len(raws), file.getvalue()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def fuzz_checkpoints(trained, tmp_path, capsys, seed, count):
-    tiny_official(tmp_path / 'official.pth')
-    files, used = [trained / 'ckpt.pt', tmp_path / 'official.pth'], 0
-    nets = [[checkpoint.load_checkpoint(path, weights)[0].state_dict() for weights in ('ema', 'raw')]
-            for path in files]
-    for which, raw in checkpoint_cases([path.read_bytes() for path in files], seed, count):
-        (tmp_path / 'a.pt').write_bytes(raw)
+        raw, sealed, packed = files[k % 2].read_bytes(), k % 4 > 1, k % 8 > 5
+        if sealed:
+            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+                entries = [[name, archive.read(name)] for name in archive.namelist()]
+            part = entries[rng.integers(len(entries))]
+            part[1] = part[1] if packed else mutated(part[1] or b'0', rng)
+            raw = zipped(entries, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED)
+        Path('a.pt').write_bytes(raw if sealed else mutated(raw, rng))
         try:
-            with limited(20, 2), warnings.catch_warnings():
-                warnings.simplefilter('error')
-                net, args = checkpoint.load_checkpoint(tmp_path / 'a.pt')
-            assert which is None or any(same(net.state_dict(), known) for known in nets[which])
+            with limited(20, 2), warnings.catch_warnings(action='error'):
+                net, args = checkpoint.load_checkpoint('a.pt')
+            assert not packed and (sealed or same(net.state_dict(), known[k % 2]))
             assert {*checkpoint.ARCHITECTURE} <= args.keys()
-            used += 1
         except data.BadInput as error:
-            message = str(error)
-            assert '\n' not in message and message.startswith('--ckpt') and 'a.pt' in message
-            assert len(message) < 1000
-    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'official.pth']
-    with capsys.disabled():
-        print(f'\n{count} checkpoints: {used} used, {count - used} refused')
+            assert re.match('--ckpt a.pt', str(error)) and len(str(error)) < 1000
+    assert sorted(os.listdir('.')) == ['a.pt', 'official.pth']
 
 
-def test_hostile_checkpoints(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fuzz_checkpoints(trained, tmp_path, capsys, 0, 30)
+RUBBISH = [  # where, and what is there, of a checkpoint of ours
+    ('opt', {}), ('opt', [1]), ('opt', {'state': {0: 5}, 'param_groups': []}), ('rng', 5),
+    ('rng', [[torch.zeros(3)]]), ('opt state 0 exp_avg', torch.zeros(3)), ('net', [1]),
+    ('opt state 0 step', torch.tensor(-1.)), ('step', 1.5), ('step', -1), ('args', None),
+    ('args nf', 10 ** 30), ('args nf', '8'), ('args ch_mult', [10 ** 9]), ('args classes', 2 ** 31),
+    ('args z_min', math.nan), ('args z_max', 0), ('args gamma', 'x'), ('args D', 0),
+    ('args method', []), ('args image_size', 10 ** 6), ('ema', {'a\nb': torch.zeros(3)}),
+    *(('ema conv_in.bias', value) for value in (
+        None, 5, torch.zeros(8).half(), torch.zeros(8).to_sparse(), torch.zeros(8, device='meta'),
+        torch.zeros(1).expand(8), torch.zeros(1).expand(10 ** 12), torch.zeros(1, 8)))]
 
 
-@pytest.mark.slow
-def test_hostile_checkpoints_at_length(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fuzz_checkpoints(trained, tmp_path, capsys, 1, 300)
+@pytest.mark.parametrize('where, value', RUBBISH)
+def test_rubbish_in_a_checkpoint_ends_in_one_line(copied, where, value):
+    saved = inside = loaded(copied)
+    *path, key = (int(word) if word.isdigit() else word for word in where.split())
+    for word in path:
+        inside = inside[word]
+    inside[key] = value
+    torch.save(saved, copied / 'ckpt.pt')
+    command = ['sample.py', '--ckpt', copied / 'ckpt.pt', '--device', 'cpu']
+    if where[:3] in ('opt', 'rng'):  # of which training alone has use
+        command = ['train.py', *TINY, '--dropout', 0.1, '--steps', 12, '--out_dir', copied]
+    with limited(60, 2):
+        refuses(command, 'damaged|no usable architecture|not the architecture|not a checkpoint')
 
 
 # ---------------------------------------------------------------- the files of EDM and PFGM++
@@ -3444,283 +2861,23 @@ def test_a_full_size_training_state_takes_less_than_a_gigabyte(zip_form, tmp_pat
 
 # ---------------------------------------------------------------- flags
 
-WORDS = ['', 'x', 'nan', 'inf', '-inf', '-1', '0', '1e400', '-1e400', str(2 ** 70), '1e3', ' 5', '5 ', '1_0',
-         '\u0663', '\u2460', '1.5', '0x10', '9' * 5000, 'None', 'True', '[]', 'a\nb', '\udcff', '--', '-x', '%s',
-         '{}', '1,2', 'nfe=', 'nfe=0', 'nfe=1,,2', ',', 'a' * 10000, '\t', '1e-400', '+3', '..', '\x1b[31m']
-MODULES = [train, sample, evaluate]
+WORDS = ['', 'x', 'nan', 'inf', '-1', '0', '1e400', '1_0', '\u0663', '\u2460', '0x10', '9' * 5000,
+         '[]', 'a\nb', '\udcff', '-x', '%s', '1,2', 'nfe=', 'nfe=1,,2', '1e-400', '..', '\x1b[31m']
 
 
-def options(module, monkeypatch):
-    """The flags of a script, as its parser knows them."""
-    parsers = []
-    whole = train.Parser.parse_args
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Parser, 'parse_args',
-                      lambda self, argv=None: parsers.append(self) or whole(self, argv))
-        module.parse_args([])
-    return [action for action in parsers[-1]._actions if action.dest != 'help']
-
-
-def parsed(module, argv):
-    """The arguments, or None where they are refused with code 2 and one line."""
-    with contextlib.redirect_stderr(io.StringIO()) as stderr, \
-            contextlib.redirect_stdout(io.StringIO()) as stdout:
-        try:
-            return module.parse_args(argv)
-        except SystemExit as stop:
-            assert stop.code == 2, argv
-    text = stderr.getvalue()
-    assert text.count('\n') == 1 and not stdout.getvalue(), (argv, text)
-    return None
-
-
-def fuzz_words(module, monkeypatch, capsys, every):
-    count, taken = 0, 0
-    for k, action in enumerate(options(module, monkeypatch)):
-        flag, words = action.option_strings[0], WORDS[k % every::every]
-        joined = [[f'{flag}={word}'] for word in words if word != '--']  # to Python 3.12: []
-        for argv in ([flag], *joined, *([flag, word] for word in words)):
-            args = parsed(module, argv)
-            count, taken = count + 1, taken + (args is not None)
-            value = getattr(args, action.dest, None)
-            assert not isinstance(value, float) or math.isfinite(value) or action.dest == 'D', argv
-            if action.choices and args and action.nargs not in ('*', '+'):
-                assert value in (None, *action.choices), argv
-    for argv in (['--unknown'], ['x'], ['--', 'x'], ['-n', '3'], ['--hel'], ['--seed', '1', '2']):
-        assert parsed(module, argv) is None
-    with capsys.disabled():
-        print(f'\n{module.__name__}: {count} command lines, {taken} parsed')
-
-
-@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__)
-def test_words_as_flags(module, monkeypatch, capsys):
-    fuzz_words(module, monkeypatch, capsys, 8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__)
-def test_all_words_as_flags(module, monkeypatch, capsys):
-    fuzz_words(module, monkeypatch, capsys, 1)
-
-
-ABSURD = ['1', '1000000', str(2 ** 40), str(2 ** 70), '1e-300', '1e300', '/proc/self/mem', '/', 'no/such/x']
-BASE = {'train': [*TINY, '--steps', 1], 'sample': ['--n', 2, '--nfe', 3, '--device', 'cpu'],
-        'evaluate': ['--swd', '--n', 2, '--nfe', 3, '--device', 'cpu']}
-FOR_EVER = {'steps', 'n', 'nfe', 'repeats', 'sweep', 'timeout'}  # more of them only takes longer
-
-
-def absurd_cases(module, monkeypatch):
-    """Yield (flag, value) that the parser takes, but that no one can mean."""
-    for action in options(module, monkeypatch):
-        if action.nargs == 0:
-            continue
-        for word in ABSURD:
-            if action.choices or action.dest == 'device':
-                continue
-            if parsed(module, [f'--{action.dest}={word}']) is not None:
-                yield action.dest, word
-
-
-def ends_well(module, argv, dest):
-    """Whether a script runs to its end, rather than ending in one line with code 2."""
-    stderr = io.StringIO()
-    try:
-        with limited(20, 3), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr), \
-                warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            script([f'{module.__name__}.py', *argv])
-        return True
-    except TooSlow:
-        assert dest in FOR_EVER, argv
-        return True
-    except SystemExit as stop:
-        assert stop.code == 2 and stderr.getvalue().count('\n') == 1, (argv, stderr.getvalue())
-        return False
-
-
-def fuzz_absurd(module, trained, tmp_path, monkeypatch, capsys, every):
-    monkeypatch.chdir(tmp_path)
-    outcomes = []
-    for k, (dest, word) in enumerate(absurd_cases(module, monkeypatch)):
-        if k % every:
-            continue
-        out = ['--out_dir', f'o{k}'] if module is train else ['--ckpt', trained / 'ckpt.pt']
-        outcomes.append(ends_well(module, [*BASE[module.__name__], *out, f'--{dest}={word}'], dest))
-    with capsys.disabled():
-        print(f'\n{module.__name__}: {len(outcomes)} absurd runs, {sum(outcomes)} ended, the rest refused')
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__)
-def test_absurd_flags(module, trained, tmp_path, monkeypatch, capsys):
-    fuzz_absurd(module, trained, tmp_path, monkeypatch, capsys, 1)
-
-
-@pytest.mark.parametrize('module', [train, sample], ids=lambda module: module.__name__)
-def test_a_few_absurd_flags(module, trained, tmp_path, monkeypatch, capsys):
-    fuzz_absurd(module, trained, tmp_path, monkeypatch, capsys, 37)
-
-
-@pytest.mark.parametrize('part, value', [
-    ('opt', {}), ('opt', [1]), ('opt', {'state': {0: 5}, 'param_groups': []}), ('rng', 5),
-    ('rng', [[torch.zeros(3)]]), ('opt', 'moments'), ('opt', 'steps')])
-def test_rubbish_beside_the_weights_ends_training_in_one_line(trained, tmp_path, part, value):
-    saved = torch.load(trained / 'ckpt.pt', weights_only=True)
-    if value in ('moments', 'steps'):
-        key, wrong = ('exp_avg', torch.zeros(3)) if value == 'moments' else ('step', torch.tensor(-1.))
-        value = saved['opt']
-        value['state'][0][key] = wrong
-    (tmp_path / 'o').mkdir()
-    torch.save({**saved, part: value}, tmp_path / 'o' / 'ckpt.pt')
-    refuses(['train.py', *TINY, '--dropout', 0.1, '--steps', 12, '--out_dir', tmp_path / 'o'], 'damaged')
-
-
-# ---------------------------------------------------------------- combinations of flags
-
-SMALL = '--nf 8 --ch_mult 1 1 --attn 8 --warmup 2 --log_every 1 --pairs 9 --steps 2 --out_dir a'
-OF_TRAINING = '''--flip|--no-flip  --bf16|--no-bf16  --loss sum|--loss mean  --dropout 0.2
---ema_decay 0|--ema_decay 0.9  --accum 2|--accum 2|--accum 3  --z_max 20|--z_max 1  --z_min 0.01
---lr 1e-2|--lr 0.5|--lr 1e9 --save_every 1  --grad_clip 0.1  --seed 5  --keep 1 --save_every 1
---sample_every 2  --image_size 8  --channels 1|--channels 3  --attn|--attn 4 8  --workers 0
---ch_mult 1|--ch_mult 1 2 1  --preset cifar10|--preset lsun_bedroom|--preset cifar10_pp'''
-OF_FIELD = '''--field_batch 8|--field_batch 16|--field_batch all|--field_batch 64|--field_batch 2
---gamma 0|--gamma 1  --z_exp 0|--z_exp 1|--z_exp 9  --sigma 0.1  --tau 0.1  --M 3  --upper_norm 9'''
-OF_FLOW = '--solver ' + '|--solver '.join(evaluate.SOLVERS) + '''  --nfe 1|--nfe 2|--nfe 3|--nfe 4
---nfe 3  --schedule log|--schedule rho7|--schedule radius  --to_data|--no-to_data  --weights raw
---z_min 0.1|--z_min 1e-6|--z_min 1|--z_min 1e9  --small_z official|--small_z exact  --seed 3
---batch_size 1|--batch_size 3  --bf16|--no-bf16'''
-OUTPUTS = '''--out s.png|--out s.npz|--out folder|--out s.gif  --gif|--interpolate|--encode {0}
-|--rescale|--encode {1} --out s.png|--rescale --out s.npz|--interpolate --out folder'''
-MEASURES = '''--swd|--neighbours|--bpd|--straightness|--swd --neighbours --bpd|--bpd --dataset {1}
-|--swd --dataset {1}|--swd --ref {0}|--prc --ref {1}|--fid --n 40|--prc --is --n 12|--kid --ref {1}
-|--save_stats f.npz|--fid --kid --n 40 --ref {0}|--bpd --repeats 2|--fid --ref f.npz --n 40'''
-SWEEPS = '''--swd --sweep 1,3|--swd --sweep nfe=2 --solvers euler,rk45|--swd --sweep 4 --bpd
-|--straightness --kid --swd --sweep nfe=2,4 --solvers heun,ipndm'''
-check_counts = evaluate.check_counts  # newcomer takes it away
-
-
-def chain(rng):
-    """Yield the commands of a random chain; the later ones use what those before have made."""
-    def some(p, flags):  # of each 'a|b c|d' in flags one, with probability p
-        groups = flags.replace('\n|', '|').replace('\n', '  ').split('  ')
-        return [word for group in groups if rng.random() < p
-                for word in rng.choice(group.split('|')).split()]
-
-    def flow(p):  # of a checkpoint, with flags most of which it takes
-        ckpt = rng.choice([*ckpts * 3, official])
-        about = checkpoint.read_checkpoint(ckpt)['args']
-        return ['--ckpt', ckpt, *some(p, OF_FLOW), *some(
-            .5 if about['classes'] else .03, '--guidance 0|--guidance 2  --classes 0|--classes 0,1'
-            '|--classes none|--classes 9'), *some(
-            .3 if about['D'] == math.inf else .02, '--solver ddim --nfe 3|--solver ddim --eta 0.5'
-            '|--solver ddim --nfe 2 --eta 1'), *some(
-            .3 if about['method'] in RIVALS else .02, '--schedule time'), *some(
-            .8 if about.get('official') else 0, '--dataset cifar10')]
-    sets = ['../colour.npz', '../folder', 'glyphs', '../grey.npy', '../images.zip']
-    source, other, official = rng.choice(sets), rng.choice(sets), '../checkpoint_500000.pth'
-    method = rng.choice(['pfgm', 'pfgm', 'pfgmpp', 'pfgmpp', 'rf', 'rf', *RIVALS])
-    base = ['train.py', '--dataset', source, *SMALL.split(), '--batch_size', rng.choice('48'),
-            *some(.5 if source in sets[:3] else .03, '--classes')]
-    first = [*base, '--method', method, *some(.09, OF_TRAINING)]
-    first += some(method == 'pfgmpp', '--D 1|--D 2|--D 128|--D inf')
-    first += some(.3 * (method == 'pfgm'), OF_FIELD)
-    yield first
-    if not os.path.exists('a/ckpt.pt'):
-        return
-    more = some(.04, OF_TRAINING)
-    kinds = ['--reflow a/ckpt.pt', '--distill a/ckpt.pt'] * (method == 'rf' or rng.random() < .1)
-    taught = [[*base, *kind.split(), '--out_dir', 'b', *more] for kind in kinds]
-    yield from rng.sample([
-        [*first, '--steps', 3, *more], *taught,
-        [*first, '--steps', 4, '--out_dir', 'b', '--init_from', 'a/ckpt.pt', *more],
-        [*base, *'--attn 16 --image_size 32 --channels 3 --no-classes --steps 9'.split(),
-         '--init_from', official, '--out_dir', 'b', *more]], rng.random() < .6)
-    ckpts = [path for path in ('a/ckpt.pt', 'b/ckpt.pt') if os.path.exists(path)]
-    exact = ['--exact', '--dataset', source, *some(.25, OF_FLOW)]
-    for _ in range(2):
-        yield ['sample.py', *rng.choice([flow(.3)] * 6 + [exact]), '--n', 3,
-               *some(.5, OUTPUTS.format(source, other))]
-    made = [path for path in ('s.npz', 'folder') if os.path.exists(path)] or ckpts
-    for _ in range(2):
-        yield ['evaluate.py', *rng.choices([
-            [*flow(.15), '--n', 4, *some(1, MEASURES.format(source, other))],
-            [*exact, '--n', 4, *some(1, MEASURES.format(source, other))],
-            [*flow(0), '--n', 4, *some(1, SWEEPS), *some(.1, '--weights raw  --small_z official')],
-            ['--compare', *ckpts, 'a/ckpt.pt', '--sweep', '1,2', '--n', 3, '--swd',
-             *some(.3, '--bpd  --straightness  --solvers rk45,heun  --batch_size 2')],
-            ['--samples', rng.choice(made), *some(.9, f'--dataset {source}|--ref {source}'),
-             *some(1, '--swd|--neighbours|--swd --n 2|--kid|--is|--neighbours --swd')],
-            ['--solver_bench', '--dataset', source, '--n', 3, '--sweep', '2,3',
-             *some(.7, '--solvers rk45,heun|--solvers unipc,euler,dpm3m')],
-            ['--curves', *(path.replace('ckpt.pt', 'log.jsonl') for path in ckpts)]],
-            (7, 1, 2, 2, 2, 1, .5))[0]]
-
-
-def ends(command):
-    """Whether a command ends well, and what it leaves is sound; else in one line, with code 2."""
-    line, stderr = ' '.join(map(str, command)), io.StringIO()
-    try:
-        with limited(60, 8), warnings.catch_warnings(action='error'), \
-                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
-            warnings.simplefilter('ignore', ResourceWarning)
-            script([*command, '--device', 'cpu', *['--tol', '0.1'] * (command[0] != 'train.py')])
-        for path in map(str, Path('.').rglob('*.*')):
-            assert path[-3:] not in ('png', 'gif') or Image.open(path).format.lower() == path[-3:]
-            assert not path.endswith('npz') or len(np.load(path).files)
-            for row in open(path) if path.endswith('jsonl') else ():
-                json.loads(row, parse_constant=pytest.fail)  # NaN, Infinity
-        return True
-    except SystemExit as stop:
-        globals().update(last_line=stderr.getvalue().strip())
-        assert stop.code == 2 and stderr.getvalue().count('\n') == 1, (line, stderr.getvalue())
-        return False
-    except (Exception, TooSlow, pytest.fail.Exception) as error:
-        raise AssertionError(line) from error
-
-
-def run_chain(k, world, monkeypatch):
-    """Whether each command of chain k ended well."""
-    rng = random.Random(k)
-    (world / str(k)).mkdir()
-    with monkeypatch.context() as patch:
-        patch.chdir(world / str(k))
-        patch.setattr(data, 'MEMORY_LIMIT', 1 if rng.random() < .2 else data.MEMORY_LIMIT)
-        return [ends(command) for command in chain(rng)]
-
-
-@pytest.fixture
-def world(newcomer, tmp_path, monkeypatch):
-    """Beside the newcomer's files, small data sets of every kind; no image drawn is NaN."""
-    x = torch.randint(0, 256, (40, 16, 16, 3), generator=seeded()).to(torch.uint8).numpy()
-    y, follow = np.arange(40) % 3, baselines.Flow.follow
-    np.savez('colour.npz', train_images=x, train_labels=y, test_images=x[:9])
-    np.save('grey.npy', x[:, :8, :8, 0])
-    for k, pixels in enumerate(x):
-        os.makedirs(f'folder/class {k % 3}', exist_ok=True)
-        Image.fromarray(pixels).save(f'folder/class {k % 3}/{k}.png')
-
-    def finite(*args, **kw):
-        x, nfe = follow(*args, **kw)
-        assert x.isfinite().all()
-        return x, nfe
-    monkeypatch.setattr(baselines.Flow, 'follow', finite)
-    monkeypatch.setattr(evaluate, 'check_counts', check_counts)
-    monkeypatch.setattr(data, 'glyphs', functools.partial(data.glyphs, 50))
-    return tmp_path
-
-
-def test_combinations(world, monkeypatch):
-    for k in range(8):
-        run_chain(k, world, monkeypatch)
-
-
-@pytest.mark.slow
-def test_500_combinations(world, monkeypatch, capsys):
-    ended, k = [], 12
-    while len(ended) < 500:
-        ended, k = ended + run_chain(k, world, monkeypatch), k + 1
-    with capsys.disabled():
-        print(f'\n{len(ended)} commands: {sum(ended)} ended well, the others were refused')
+@pytest.mark.parametrize('every', [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['train', 'sample', 'evaluate'])
+def test_words_as_flags(name, every):
+    """Of each flag: a value that it may have, or one line and code 2."""
+    parse = SCRIPTS[name].parse_args
+    for k, flag in enumerate(vars(parse([]))):
+        for word in WORDS[k % every::every]:
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                try:
+                    value = getattr(parse([f'--{flag}={word}']), flag)
+                    assert not isinstance(value, float) or math.isfinite(value) or flag == 'D', word
+                except SystemExit as stop:
+                    assert stop.code == 2 and stderr.getvalue().count('\n') == 1, word
 
 
 # ---------------------------------------------------------------- where people run it
@@ -3732,29 +2889,19 @@ sample.py --ckpt o/ckpt.pt --nfe 4 --n 3
 sample.py --ckpt o/ckpt.pt --solver rk45 --tol 0.1 --n 3 --out digits
 evaluate.py --ckpt o/ckpt.pt --bpd --swd --neighbours --n 2 --nfe 2 --tol 0.1
 train.py TINY --steps 4 --sample_every 2 --dropout 0.1 --out_dir o
-sample.py --exact --n 2
-train.py TINY --field_batch all --steps 2 --classes --dropout 0.1 --out_dir all
-sample.py --ckpt all/ckpt.pt --nfe 3 --n 2 --weights raw --classes 3 --guidance 2
-train.py TINY_PP --D 128 --classes --steps 2 --accum 2 --out_dir pp
-sample.py --ckpt pp/ckpt.pt --nfe 3 --n 2 --guidance 2 --out a.npz
-train.py TINY_PP --dataset large.npz --D inf --steps 2 --workers 1 --out_dir large
-train.py TINY_PP --method vp --steps 2 --out_dir vp
-train.py TINY_PP --method ddpm --steps 2 --out_dir ddpm
-sample.py --ckpt ddpm/ckpt.pt --solver ddim --eta 1 --nfe 3 --n 2 --schedule time
-train.py TINY_PP --method rf --steps 2 --out_dir rf
+sample.py --exact --dataset large.npz --n 2
+train.py TINY_PP --D 128 --dataset large.npz --steps 2 --workers 1 --accum 2 --out_dir pp
+train.py TINY_PP --method rf --classes --steps 2 --out_dir rf
 train.py TINY_PP --reflow rf/ckpt.pt --pairs 16 --steps 2 --out_dir reflow
-train.py TINY_PP --distill rf/ckpt.pt --pairs 16 --steps 2 --out_dir distill
-train.py --dataset 32.npz --batch_size 4 --field_batch 8 --steps 8 --sample_every 0 --init_from a.pth --out_dir official
+sample.py --ckpt rf/ckpt.pt --solver ddim --eta 1 --nfe 3 --n 2 --schedule time --guidance 2
+train.py TINY_PP --dataset 32.npz --steps 8 --init_from a.pth --attn 16 --out_dir official
 sample.py --ckpt a.pth --nfe 2 --n 2
 sample.py --ckpt a.pth --tol 0.5 --n 2
 sample.py --ckpt o/ckpt.pt --nfe 2 --n 2 --gif
 sample.py --ckpt o/ckpt.pt --n 2 --tol 0.1 --encode glyphs
-sample.py --ckpt o/ckpt.pt --nfe 2 --n 8 --interpolate
-sample.py --ckpt o/ckpt.pt --nfe 2 --n 8 --rescale
-evaluate.py --ckpt rf/ckpt.pt --straightness --n 2
-evaluate.py --compare o/ckpt.pt rf/ckpt.pt reflow/ckpt.pt --swd --sweep nfe=2,3 --n 2
-evaluate.py --exact --bpd --n 2 --tol 0.1
-evaluate.py --solver_bench --n 2 --sweep nfe=2 --solvers unipc,rk45
+evaluate.py --compare o/ckpt.pt rf/ckpt.pt --straightness --swd --sweep nfe=2,3 --n 2
+evaluate.py --exact --dataset large.npz --bpd --n 2 --tol 0.1
+evaluate.py --solver_bench --dataset large.npz --n 2 --sweep nfe=2 --solvers unipc,rk45
 """
 DRIVER = """
 import sys
@@ -3768,13 +2915,16 @@ for line in open('modes'):
     launch.run(module.main, module.parse_args(words))
 print('all modes ran')
 """
+pretended = pytest.mark.skipif(
+    not PRETEND.exists() or not hasattr(torch._C, '_ensureCUDADeviceGuardSet'),
+    reason='nothing here pretends a GPU, or this PyTorch is too old for it')
 
 
-@pytest.mark.skipif(not PRETEND.exists() or not hasattr(torch._C, '_ensureCUDADeviceGuardSet'),
-                    reason='nothing here pretends a GPU, or this PyTorch is too old for it')
-@pytest.mark.parametrize('count', [6, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('kind', ['cuda', 'mps'])
-def test_modes_on_a_pretended_device(kind, count, tmp_path):
+@pytest.mark.parametrize('kind, count', [
+    pytest.param('cuda', 6, marks=pretended), pytest.param('mps', 6, marks=pretended),
+    *(pytest.param(kind, 99, marks=[pretended, pytest.mark.slow]) for kind in ('cuda', 'mps')),
+    pytest.param('real cuda', 99, marks=pytest.mark.cuda)])
+def test_modes_on_a_pretended_device_and_on_a_real_one(kind, count, tmp_path):
     tiny_official(tmp_path / 'a.pth')
     for size in (16, 32):
         pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
@@ -3783,10 +2933,11 @@ def test_modes_on_a_pretended_device(kind, count, tmp_path):
     modes = re.sub('TINY_PP|TINY', lambda word: words[word[0]], MODES).replace('--device cpu', '')
     (tmp_path / 'modes').write_text('\n'.join(modes.strip().splitlines()[:count]))
     (tmp_path / 'driver.py').write_text(DRIVER.format(here=str(HERE)))
-    done = subprocess.run([sys.executable, PRETEND, 'driver.py'], cwd=tmp_path, text=True,
+    pretend = [PRETEND] if kind in ('cuda', 'mps') else []
+    done = subprocess.run([sys.executable, *pretend, 'driver.py'], cwd=tmp_path, text=True,
                           capture_output=True, env={**os.environ, 'PRETEND': kind})
     assert done.stdout.endswith('all modes ran\n'), done.stdout[-999:] + done.stderr
-    assert f'1 x {kind}' in done.stdout
+    assert f'1 x {kind.split()[-1]}' in done.stdout
 
 
 def test_cuda_alone_is_its_first_device(monkeypatch):
@@ -3798,35 +2949,32 @@ def test_cuda_alone_is_its_first_device(monkeypatch):
     assert chosen == [device] and (device.index, rank, world) == (0, 0, 1)
 
 
-def test_no_tf32_in_the_field_rk45_and_likelihood(monkeypatch):
-    seen = []
-    def settings():
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+def test_no_tf32_in_the_field_rk45_and_likelihood():
+    seen, x, z = [], torch.ones(2, 3), torch.ones(2)
+    def watch():
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
     class Watched(data.Charges):  # the field's products are made as its chunks come
         def split(self, size):
             for part in super().split(size):
-                seen.append(settings())
+                watch()
                 yield part
     def net(x, z):
-        seen.append(settings())
+        watch()
         return -x, -z
     torch.set_float32_matmul_precision('high')
     try:
-        x, z = torch.ones(2, 3, requires_grad=True), torch.ones(2)
-        pfgm.sample_ode(net, x.detach(), 2.0, 1.0, 'euler', 1, z_exp=0)
+        pfgm.sample_ode(net, x, 2.0, 1.0, 'euler', 1, z_exp=0)
         assert seen == [('high', True)]
-        seen.clear()
         for each in (False, True):
-            pfgm.sample_ode(net, x.detach(), 2.0, 1.0, each=each, z_exp=0)
-        pfgm.log_likelihood(net, x.detach(), 1.0, 2.0, z_exp=0)
-        assert set(seen) == {('highest', False)} and settings() == ('high', True)
-        seen.clear()
-        pixels = torch.zeros(4, 3, 1, 1, dtype=torch.uint8)
-        pfgm.posterior_mean(torch.zeros(2, 3), z, Watched(pixels))
-        assert seen[-1] == ('highest', False)
+            pfgm.sample_ode(net, x, 2.0, 1.0, each=each, z_exp=0)
+        pfgm.log_likelihood(net, x, 1.0, 2.0, z_exp=0)
+        pfgm.posterior_mean(x, z, Watched(torch.zeros(4, 3, 1, 1, dtype=torch.uint8)))
+        assert set(seen[1:-2]) == {('highest', False)} == {seen[-1]}, seen
+        watch()
+        assert seen[-1] == ('high', True)
         with torch.autocast('cpu', torch.bfloat16):  # a caller's autocast ends there too
-            exact = pfgm.poisson_field(x.detach(), z, torch.eye(3))
-        close(exact[0], pfgm.poisson_field(x.detach(), z, torch.eye(3))[0])
+            within = pfgm.poisson_field(x, z, torch.eye(3))
+        close(within[0], pfgm.poisson_field(x, z, torch.eye(3))[0])
     finally:
         torch.set_float32_matmul_precision('highest')
 
@@ -3838,24 +2986,21 @@ def test_charges_are_made_of_their_pixels_a_chunk_at_a_time(monkeypatch):
     x, z = pfgm.perturb(want[:6], 100, generator=seeded())
     among = torch.rand(6, 22, generator=seeded()) < 0.5
     whole = pfgm.poisson_field(x, z, want, among=among)
+    y, at = torch.randn(20, 6, generator=seeded(), dtype=F64), torch.zeros(2, 6, dtype=F64)
+    likelihood = pfgm.log_likelihood(ExactField(y), at, 0.5, 40.0, 'exact').logp
     for size in (1, 4, 22):  # the last of the images and the first mirrored one share a chunk
         monkeypatch.setattr(pfgm, 'chunk', lambda x: size)
         assert torch.equal(torch.cat(list(charges.split(size))), want) and len(charges) == 22
         for a, b in zip(pfgm.poisson_field(x, z, charges, among=among), whole):
             close(a, b, rtol=1e-6, atol=1e-7)
+        # each backward needs all chunks
+        again = pfgm.log_likelihood(ExactField(y), at, 0.5, 40.0, 'exact').logp
+        close(again, likelihood, rtol=1e-9)
 
 
-def test_likelihood_in_the_exact_field_of_many_charges(monkeypatch):
-    y, x = torch.randn(20, 6, generator=seeded(), dtype=F64), torch.zeros(2, 6, dtype=F64)
-    want = pfgm.log_likelihood(ExactField(y), x, 0.5, 40.0, 'exact').logp
-    monkeypatch.setattr(pfgm, 'chunk', lambda x: 3)  # each backward needs all chunks
-    close(pfgm.log_likelihood(ExactField(y), x, 0.5, 40.0, 'exact').logp, want, rtol=1e-9)
-
-
-def soak(tmp_path, monkeypatch, steps, before):
-    """Resident MB after step `before` and at the end; no graph may hang on what is kept."""
-    kept, resident, update = {}, [], train.update
-    observe = train.observe
+@pytest.mark.parametrize('steps', [60, pytest.param(3000, marks=pytest.mark.slow)])
+def test_memory_stays_flat_and_nothing_that_is_kept_hangs_on_a_graph(tmp_path, monkeypatch, steps):
+    kept, resident, update, observe = {}, [], train.update, train.observe
 
     def watched(net, ema, opt, clip, decay):
         norm = update(net, ema, opt, clip, decay)
@@ -3866,50 +3011,29 @@ def soak(tmp_path, monkeypatch, steps, before):
     def counted(meter, step, *more):
         observe(meter, step, *more)
         kept.update(meter=[v for v in meter.values() if torch.is_tensor(v)])
-        if step in (before, steps):
-            pages = int(Path('/proc/self/statm').read_text().split()[1])
-            resident.append(pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20)
+        pages = int(Path('/proc/self/statm').read_text().split()[1])
+        resident.append(pages * os.sysconf('SC_PAGE_SIZE') >> 20)
     monkeypatch.setattr(train, 'update', watched)
     monkeypatch.setattr(train, 'observe', counted)
-    script(['train.py', *TINY, '--steps', steps, '--log_every', 50, '--dropout', 0.1, '--out_dir', tmp_path])
+    script(['train.py', *TINY, '--steps', steps, '--log_every', 50, '--dropout', 0.1,
+            '--out_dir', tmp_path])
     for name, tensors in kept.items():
         assert tensors and not any(t.requires_grad or t.grad_fn for t in tensors), name
-    return resident
+    assert steps < 300 or resident[-1] < resident[300] + 30, resident[::300]
 
 
-def test_nothing_that_is_kept_hangs_on_a_graph(tmp_path, monkeypatch):
-    soak(tmp_path, monkeypatch, 60, 30)
-
-
-@pytest.mark.slow
-def test_memory_stays_flat(tmp_path, monkeypatch):
-    before, after = soak(tmp_path, monkeypatch, 3000, 300)
-    print(f'resident: {before:.0f} MB at step 300, {after:.0f} MB at step 3000')
-    assert after < before + 30
-
-
-def test_a_resumed_run_may_be_tuned(tmp_path, capsys):
-    out = ['--out_dir', tmp_path / 'o']
-    script(['train.py', *TINY, *out, '--steps', 4])
-    saved = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
-    torch.save({**saved, 'net': {k: v * math.nan for k, v in saved['net'].items()}}, tmp_path / 'o' / 'ckpt.pt')
-    refuses(['train.py', *TINY, *out, '--steps', 9], r'step 5: .* a lower --lr \(it was 0.002\)')
-    torch.save(saved, tmp_path / 'o' / 'ckpt.pt')
-    capsys.readouterr()
-    script(['train.py', *TINY, *out, '--steps', 6, '--lr', 1e-4, '--batch_size', 4, '--grad_clip', 0.5,
-            '--warmup', 2, '--accum', 2])
-    said = capsys.readouterr().out
-    assert 'going on with --lr 0.0001 (it was 0.002), --warmup 2 (it was 3), --grad_clip 0.5' in said
-    assert [json.loads(line)['images'] for line in open(tmp_path / 'o' / 'log.jsonl')] == [8, 16, 24, 32, 36, 40]
-    script(['train.py', *TINY_PP, '--D', 2, '--steps', 2, '--out_dir', tmp_path / 'pp'])
-    script(['train.py', *TINY_PP, '--D', 2, '--steps', 3, '--batch_size', 4, '--out_dir', tmp_path / 'pp'])
+def test_a_resumed_run_may_be_tuned(copied):
+    out = said(['train.py', *TINY, '--out_dir', copied, *'--dropout 0.1 --steps 12 --lr 1e-4 '
+                '--batch_size 4 --grad_clip 0.5 --warmup 2 --accum 2'.split()])
+    changed = '--lr 0.0001 (it was 0.002), --warmup 2 (it was 3), --grad_clip 0.5 (it was 1.0), '
+    assert f'going on with {changed}--batch_size 4 (it was 8), --accum 2 (it was 1)' in out
+    assert [row['images'] for row in rows_of(copied / 'log.jsonl')][-3:] == [80, 84, 88]
 
 
 def test_samples_are_files_as_they_are_made_and_only_missing_ones_are_made_again(
-        trained, tmp_path, monkeypatch, capsys):
-    command = ['sample.py', '--ckpt', trained / 'ckpt.pt', '--nfe', 3, '--device', 'cpu', '--batch_size', 2]
-    script([*command, '--n', 7, '--out', tmp_path / 'whole.npz'])
-    whole = np.load(tmp_path / 'whole.npz')['arr_0']
+        trained, tmp_path, monkeypatch):
+    flags = ['--device', 'cpu', '--ckpt', trained / 'ckpt.pt', '--nfe', 3, '--batch_size', 2, '--n']
+    whole = sampled(tmp_path / 'whole.npz', *flags, 7)
     follow, calls = baselines.Flow.follow, []
 
     def stopped(flow, x, *more):
@@ -3917,32 +3041,31 @@ def test_samples_are_files_as_they_are_made_and_only_missing_ones_are_made_again
         if len(calls) == 3:
             raise KeyboardInterrupt
         return follow(flow, x, *more)
-    for out in (tmp_path / 'a.npz', tmp_path / 'b.png', tmp_path / 'folder'):
+    monkeypatch.setattr(baselines.Flow, 'follow', stopped)
+    for name in ('a.npz', 'b.png', 'folder'):
         calls.clear()
-        monkeypatch.setattr(baselines.Flow, 'follow', stopped)
+        command = ['sample.py', '--out', tmp_path / name, *flags]
         with pytest.raises(SystemExit) as stop:
-            script([*command, '--n', 7, '--out', out])
-        assert stop.value.code == 130 and (not out.exists() or out.is_dir())
-        script([*command, '--n', 7, '--out', out])
+            script([*command, 7])
+        assert stop.value.code == 130 and not (tmp_path / name).is_file()
+        script([*command, 7])
         assert sum(calls) == 2 + 2 + 2 + 3  # the one that was stopped drew two in vain
     assert np.array_equal(np.load(tmp_path / 'a.npz')['arr_0'], whole)
-    made = [sample.read_png(tmp_path / 'folder', i) for i in range(7)]
-    assert np.array_equal(np.stack(made), whole)
+    assert np.array_equal([sample.read_png(tmp_path / 'folder', i) for i in range(7)], whole)
     assert sorted(os.listdir(tmp_path)) == ['a.npz', 'b.png', 'folder', 'whole.npz']
-    calls.clear()
-    script([*command, '--n', 9, '--out', tmp_path / 'folder'])
-    assert sum(calls) == 2
+    script([*command, 9])
+    assert calls[-1] == 2 and sum(calls) == 9 + 2
     for other in (['--seed', 1], ['--weights', 'raw'], ['--solver', 'euler']):
-        refuses([*command, '--n', 9, '--out', tmp_path / 'folder', *other], f'made with {other[0][2:]} ')
-    Image.new('L', (16, 16)).save(tmp_path / 'x.png')
-    refuses([*command, '--out', tmp_path], 'does not say what made it')
+        refuses([*command, 9, *other], f'made with {other[0][2:]} ')
+    refuses([*command, 9, '--out', tmp_path], 'does not say what made it')
 
 
 def torchrun(*words, nodes=1, node=0, port=0, **how):
     where = [f'--nnodes={nodes}', f'--node_rank={node}', '--master_addr=127.0.0.1',
              f'--master_port={port}'] if nodes > 1 else ['--nproc_per_node=2']
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *where, *map(str, words)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+    launch = [sys.executable, '-m', 'torch.distributed.run', *where, *map(str, words)]
+    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            **how)
 
 
 def free_port():
@@ -3956,19 +3079,18 @@ def two_machines(*folders, steps):
     running = [torchrun(HERE / 'train.py', *TINY, '--dropout', 0, '--steps', steps, '--timeout', 60,
                         '--out_dir', folder, nodes=2, node=k, port=port)
                for k, folder in enumerate(folders)]
-    said = [p.communicate(timeout=120)[0] for p in running]
-    return [p.returncode for p in running], said
+    texts = [p.communicate(timeout=300)[0] for p in running]
+    return [p.returncode for p in running], texts
 
 
 def test_two_machines_with_one_folder_and_with_two(tmp_path):
-    one, shared, a, b = (tmp_path / k for k in ('one', 'shared', 'a', 'b'))
+    one, a, b = (tmp_path / k for k in ('one', 'a', 'b'))
     script(['train.py', *TINY, '--dropout', 0, '--steps', 4, '--out_dir', one])
-    for folders, steps in (((shared, shared), 4), ((a, b), 2)):
-        codes, said = two_machines(*folders, steps=steps)
-        assert codes == [0, 0], said
-    close(losses(shared), losses(one), rtol=1e-4)
-    codes, said = two_machines(a, b, steps=4)  # only the first has the checkpoint
-    assert codes == [1, 1] and 'step 0 in process 1, 2 in process 0; give all processes' in said[0], said
+    codes, texts = two_machines(a, a, steps=2)
+    assert codes == [0, 0], texts
+    codes, texts = two_machines(a, b, steps=4)  # only the first has the checkpoint
+    assert codes == [1, 1], texts
+    assert 'step 0 in process 1, 2 in process 0; give all processes' in texts[0], texts
     shutil.copytree(a, b)  # as the line says
     assert two_machines(a, b, steps=4)[0] == [0, 0]
     close(losses(a), losses(one), rtol=1e-4)
@@ -3983,16 +3105,14 @@ import data, launch
 
 class MNIST:
     def __init__(self, root, train, download):
-        rank = os.environ['RANK']
-        if os.path.exists('whole'):
-            print('rank', rank, 'finds it', flush=True)
-        else:
+        if not os.path.exists('whole'):
             open('part', 'x').close()
             time.sleep(1)
             os.rename('part', 'whole')
-            print('rank', rank, 'downloads', flush=True)
-        self.data, self.targets = np.zeros((4, 28, 28), np.uint8), np.arange(4)
-        self.classes = None
+            print('rank', os.environ['RANK'], 'downloads', flush=True)
+        else:
+            print('rank', os.environ['RANK'], 'finds it', flush=True)
+        self.data, self.targets, self.classes = np.zeros((4, 28, 28), np.uint8), np.arange(4), None
 
 torchvision.datasets.MNIST = MNIST
 launch.setup('cpu')
@@ -4003,8 +3123,8 @@ data.load('mnist', image_size=28)
 def test_one_process_of_a_machine_downloads_and_the_others_wait(tmp_path):
     (tmp_path / 'download.py').write_text(DOWNLOAD.format(here=str(HERE)))
     p = torchrun('download.py', cwd=tmp_path)
-    said = p.communicate(timeout=60)[0]
-    assert p.returncode == 0 and 'rank 0 downloads' in said and 'rank 1 finds it' in said, said
+    text = p.communicate(timeout=300)[0]
+    assert p.returncode == 0 and 'rank 0 downloads' in text and 'rank 1 finds it' in text, text
 
 
 def test_without_the_modules_that_windows_lacks(tmp_path):
@@ -4012,8 +3132,9 @@ def test_without_the_modules_that_windows_lacks(tmp_path):
         f'import sys; sys.path.insert(0, {str(HERE)!r})\n'
         'sys.modules.update(resource=None, fcntl=None)\n'
         'import evaluate, sample, train\n'
-        f'train.main(train.parse_args({[str(w) for w in TINY]} + ["--steps", "2"]))\n')
-    done = subprocess.run([sys.executable, 'windows.py'], cwd=tmp_path, capture_output=True, text=True)
+        f'train.main(train.parse_args({TINY} + ["--steps", "2"]))\n')
+    done = subprocess.run([sys.executable, 'windows.py'], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and 'saved' in done.stdout, done.stderr
 
 
@@ -4024,51 +3145,25 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path):
     hung, stopped = workers(p)
     os.kill(stopped, signal.SIGSTOP)
     time.sleep(0.5)
+    stat = Path(f'/proc/{hung}/stat')
     for _ in range(2):
-        assert Path(f'/proc/{hung}/wchan').exists()
+        assert stat.exists() and ' Z ' not in stat.read_text()
         os.kill(hung, signal.SIGINT)
         time.sleep(1)
-    assert ' Z ' in Path(f'/proc/{hung}/stat').read_text() if Path(f'/proc/{hung}').exists() else True
+    assert not stat.exists() or ' Z ' in stat.read_text()
     os.kill(stopped, signal.SIGKILL)
-    p.communicate(timeout=60)  # torchrun sees that they have ended
+    p.communicate(timeout=300)  # torchrun sees that they have ended
     assert p.returncode != 0
 
 
-@pytest.mark.parametrize('flags', [['--gif'], ['--encode', 'glyphs'], ['--field_lines']])
-def test_pictures_of_one_process_are_refused_under_torchrun(trained, tmp_path, monkeypatch, flags):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    refuses(['sample.py', '--ckpt', trained / 'ckpt.pt', '--n', 2, '--nfe', 2, *flags], 'one process')
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize('D', [1, 128, math.inf])
-def test_a_field_batch_trains_any_d_on_the_mean_of_its_charges(D, tmp_path):
+def test_a_field_batch_trains_any_d_on_the_mean_of_its_charges(D):
     flow, y = baselines.Denoiser(Linear(), D), torch.randn(20, 3, 4, 4, generator=seeded())
     moved, z = flow.perturb(y[:6], seeded(1))
     v_x, v_z = flow.target(moved, z, y[:6], y)
     close(moved + v_x, pfgm.posterior_mean(moved, z, y, D).view(6, 3, 4, 4), atol=1e-4)
     close(v_z, -z)
     close((moved + flow.target(moved, z, y[:6])[0]), y[:6], atol=1e-4)  # of one charge: the image
-    for count in (64, 'all'):
-        script(['train.py', *TINY_PP, '--D', D, '--field_batch', count, '--classes', '--steps', 3,
-                '--out_dir', tmp_path / str(count)])
-        assert np.isfinite(losses(tmp_path / str(count))).all()
-    refuses(['train.py', *TINY_PP, '--D', D, '--field_batch', 4, '--out_dir', tmp_path / 'o'],
-            '--field_batch 4: .* at least --batch_size')
-
-
-def test_lines_of_results_say_what_made_them(trained, tmp_path):
-    command = ['evaluate.py', '--ckpt', trained / 'ckpt.pt', '--swd', '--n', 4, '--device', 'cpu', '--results',
-               tmp_path / 'r.jsonl', '--nfe', 3]
-    changes = [[], ['--bf16'], ['--schedule', 'log'], ['--no-to_data'], ['--z_min', '0.01'], ['--small_z',
-               'official'], ['--weights', 'raw'], ['--solver', 'heun'], ['--seed', 3], ['--solver', 'rk45']]
-    for flags in changes:
-        script([*command, *flags])
-    rows = [json.loads(line) for line in open(tmp_path / 'r.jsonl')]
-    same = ('command', 'time', 'seconds', 'swd', 'swd_of_test', 'git')
-    told = {json.dumps({k: v for k, v in row.items() if k not in same}) for row in rows}
-    assert len(told) == len(changes) and all(row['step'] == 10 for row in rows)
 
 
 # Run these where there is a GPU: pytest -m cuda
@@ -4087,18 +3182,17 @@ def test_cuda_resume_is_bit_for_bit(cuda_run, tmp_path, bf16):
     for folder, stops in (('whole', [8]), ('parts', [3, 8])):
         for steps in stops:
             cuda_run(bf16, '--dropout', 0.1, '--steps', steps, '--out_dir', tmp_path / folder)
-    a, b = (torch.load(tmp_path / k / 'ckpt.pt', weights_only=True) for k in ('whole', 'parts'))
-    for part in ('net', 'ema'):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
 @pytest.mark.cuda
-def test_cuda_solvers_follow_those_of_the_cpu(tmp_path):
+def test_cuda_solvers_follow_those_of_the_cpu():
     charges = data.to_float(data.load('glyphs').pixels[:50]).double()
     x = pfgm.sample_prior((4, 1, 16, 16), 40.0, 800.0, generator=seeded(), dtype=F64)
     for solver in ('rk45', *pfgm.SOLVERS):
-        ends = [pfgm.sample_ode(ExactField(charges.to(device)), x.to(device), 40.0, 0.05, solver, 12,
-                                z_exp=0, each=True, rtol=1e-8, atol=1e-8)[0].cpu() for device in ('cpu', 'cuda')]
+        ends = [pfgm.sample_ode(ExactField(charges.to(device)), x.to(device), 40.0, 0.05, solver,
+                                12, z_exp=0, each=True, rtol=1e-8, atol=1e-8)[0].cpu()
+                for device in ('cpu', 'cuda')]
         close(*ends, atol=1e-6)
 
 
@@ -4116,35 +3210,18 @@ def test_cuda_field_is_exact_to_1e_6():
 
 
 @pytest.mark.cuda
-def test_cuda_modes(cuda_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, flags in (('pfgm', []), ('accum', ['--accum', 2]), ('compiled', ['--compile']),
-                        ('pp', ['--D', '128', '--field_batch', 8, '--classes'])):
-        flags = [f for f in flags if f not in ('--field_batch', 8)]
-        words = [w for w in TINY_PP if w not in ('--device', 'cpu', '--no-bf16')] if name == 'pp' else []
-        if words:
-            script(['train.py', *words, '--device', 'cuda', *flags, '--steps', 3, '--out_dir', name])
-        else:
-            cuda_run(*flags, '--steps', 3, '--out_dir', name)
-        for more in (['--nfe', 3], ['--solver', 'rk45', '--tol', 0.01]):
-            script(['sample.py', '--ckpt', f'{name}/ckpt.pt', '--n', 5, '--device', 'cuda', *more, '--out', 'a.npz'])
-        script(['evaluate.py', '--ckpt', f'{name}/ckpt.pt', '--bpd', '--swd', '--n', 2, '--nfe', 2, '--tol', 0.1,
-                '--device', 'cuda', '--results', 'r.jsonl'])
-    assert all(np.isfinite(row.get('bpd', 0)) for row in map(json.loads, open('r.jsonl')))
-
-
-@pytest.mark.cuda
 def test_cuda_one_rank_of_nccl_follows_the_loss_of_none(cuda_run, tmp_path):
-    cuda_run('--no-bf16', '--dropout', 0, '--steps', 4, '--out_dir', tmp_path / 'none')
-    words = [w for w in TINY if w not in ('--device', 'cpu')]
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1', HERE / 'train.py', *words,
-                    '--device', 'cuda', '--dropout', '0', '--steps', '4', '--out_dir', tmp_path / 'nccl'], check=True)
+    flags = ['--no-bf16', '--dropout', '0', '--steps', '4', '--out_dir']
+    cuda_run(*flags, tmp_path / 'none')
+    p = start([*TINY, '--device', 'cuda', *flags, tmp_path / 'nccl'], 1)
+    assert 'saved' in p.communicate()[0]
     close(losses(tmp_path / 'nccl'), losses(tmp_path / 'none'), rtol=1e-4)
 
 
 @pytest.mark.cuda
 def test_cuda_memory_stays_flat(cuda_run, tmp_path, monkeypatch):
     observe, held = train.observe, []
-    monkeypatch.setattr(train, 'observe', lambda *args: (observe(*args), held.append(torch.cuda.memory_allocated())))
+    monkeypatch.setattr(train, 'observe', lambda *args: (
+        observe(*args), held.append(torch.cuda.memory_allocated())))
     cuda_run('--steps', 300, '--log_every', 50, '--out_dir', tmp_path)
     assert held[-1] < held[50] + 2 ** 20
