@@ -29,8 +29,9 @@ from unet import UNet
 
 
 ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
-                'classes')
-BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5)  # of files that do not say
+                'classes', 'patch')
+BEFORE_D = dict(classes=0, patch=1, method='pfgm', D=1.0, sigma_data=0.5, m_draws=1, muon=False,
+                decay=0.0)  # of files that do not say
 
 
 def load_checkpoint(path, weights='ema'):

@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 import data as datasets
 import pfgm
-from baselines import (METHODS, PFGM, as_flow, field_loss, pairs_of_teacher, training_point, update)
+from baselines import (METHODS, PFGM, Muon, as_flow, field_loss, pairs_of_teacher, training_point,
+                       update)
 from checkpoint import (ARCHITECTURE, build, claim, keep_older, load_checkpoint, open_log, open_run,
                         save)
 from cpu import speed_up
@@ -33,13 +34,14 @@ from unet import UNet
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
 # of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
+OURS, AS_PUBLISHED = (2, 1.0, 3, True), (1, 0.0, 1, False)  # patch, decay, m_draws, muon
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
-    'ema_decay', 'steps', 'sample_every', 'loss'), row))
-    for name, row in {
+    'ema_decay', 'steps', 'sample_every', 'loss', 'patch', 'decay', 'm_draws', 'muon'),
+    (*row, *AS_PUBLISHED))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (32, S[:2], 1, (8,), 0, 64, 'all', 2e-3, 100, .995, 600, 200, 'sum'),
-    'mnist':        (32, S[:3], 1, (7,), 0, 64, 4096, 2e-3, 100, .999, 20000, 1000, 'sum'),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1300, 400, 'sum', *OURS),
+    'mnist':        (64, (1, 1), 1, (7,), 0, 64, 4096, 1e-2, 50, .98, 4000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
@@ -48,7 +50,8 @@ PRESETS = {name: dict(zip((
                      'sum'),
 }.items()}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
-TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
+# What may change on resume:
+TUNED = ('lr', 'warmup', 'decay', 'grad_clip', 'batch_size', 'accum', 'workers')
 FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile', 'log_every',
                   'sample_every', 'save_every', 'keep', 'timeout', 'init_from', *TUNED}
 Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
@@ -101,6 +104,7 @@ def parse_args(argv=None):
     flag('ch_mult', above(0, int, 17), None, 'their multiple at each level', nargs='+')
     flag('num_blocks', above(0, int, 33), None, 'residual blocks a level')
     flag('attn', above(0, int), None, 'image sizes with attention', nargs='*')
+    flag('patch', above(0, int, 65), None, 'pixels a side that the network takes as one')
     flag('dropout', above(-1e-9, below=1), None, 'in residual blocks')
     flag('steps', above(0, int), None, 'updates in all')
     flag('batch_size', above(0, int), None, 'points a step, over all processes')
@@ -109,10 +113,14 @@ def parse_args(argv=None):
          'methods than pfgm by default 1, each image its own)')
     flag('lr', above(0), None, "Adam's learning rate")
     flag('warmup', above(-1, int), None, 'steps in which lr rises from 0')
+    flag('decay', above(-1e-9, below=1 + 1e-9), None, 'last part of the steps, 0 to 1, in which lr '
+         'falls to 0')
+    flag('muon', None, None, "move the network's matrices as Muon does, not Adam")
     flag('grad_clip', above(0), 1.0, 'largest gradient norm')
     flag('ema_decay', above(-1e-9, below=1), None, 'of the averaged weights')
     flag('loss', str, None, 'half the sum over components, or mean', choices=('sum', 'mean'))
     flag('M', above(0, int, 10 ** 6), None, 'largest exponent of the perturbation')
+    flag('m_draws', above(0, int, 17), None, 'm is the mean of so many uniform draws')
     flag('z_max', above(0), None, 'where sampling starts')
     flag('upper_norm', above(0), None, 'largest |x| there')
     flag('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted')
@@ -195,6 +203,9 @@ def check_resume(args, old):
                if key in old and getattr(args, key) != old[key]]
     if changed and os.environ.get('RANK', '0') == '0':
         print(f'going on with {", ".join(changed)}', flush=True)
+    if args.decay and args.steps > old['steps'] and os.environ.get('RANK', '0') == '0':
+        print(f'--steps {args.steps} (it was {old["steps"]}): the learning rate falls to 0 there '
+              'only; it rises again', flush=True)
 
 
 def check_origin(args, old, path):
@@ -237,6 +248,12 @@ def training_steps(images, flow, args, step, place):
             charges, kinds = x, kind
         labels = kind is not None and (kind[:B], kind if kinds is None else kinds)
         yield training_point(flow, x[:B], generator, mine, charges, labels, eps=eps)
+
+
+def learning_rate(args, step):
+    """Of step 1 ... --steps: up in --warmup steps, and down in the last part --decay of all."""
+    down = (args.steps + 1 - step) / max(args.decay * args.steps, 1)
+    return args.lr * min(step / max(args.warmup, 1), down, 1)
 
 
 # ---------------------------------------------------------------- what a run keeps and says
@@ -333,7 +350,7 @@ def progress(args, step, meter, images, rate, device):
     peak, peak_step, memory = float(meter['peak']), int(meter['peak_step']), peak_memory(device)
     left = int((args.steps - step) * args.batch_size / rate)
     by_z = [round(a / n, 5) if n else None for a, n in meter['sums'].tolist()]
-    lr = args.lr * min(step / max(args.warmup, 1), 1)
+    lr = learning_rate(args, step)
     spike = f'  spike {peak:.4g} at step {peak_step}' if peak > 5 * total / count else ''
     print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
           f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  '
@@ -441,7 +458,8 @@ def main(args):
             net, device_ids=[device.index] if device.type == 'cuda' else None)
 
     # optimizer, and the state of dropout
-    opt = torch.optim.Adam(raw.parameters(), lr=args.lr, fused=device.type != 'mps')
+    how = dict(lr=args.lr, fused=device.type != 'mps')
+    opt = Muon(raw, **how) if args.muon else torch.optim.Adam(raw.parameters(), **how)
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if saved and 'opt' in saved:
         restore(opt, saved, device, rank)
@@ -462,7 +480,7 @@ def main(args):
     for step in range(start + 1, args.steps + 1):
         # lr
         for group in opt.param_groups:
-            group['lr'] = args.lr * min(step / max(args.warmup, 1), 1)
+            group['lr'] = learning_rate(args, step)
 
         # step
         batch, losses = next(batches), []

@@ -81,20 +81,21 @@ class UNet(nn.Module):
     """net(x, z): x (B, channels, S, S) in units of the data, z (B,) > 0 -> v_x like x, v_z (B,).
 
     nf x ch_mult channels and num_blocks residual blocks at each level, attention where the image
-    has one of the sizes `attn`. With classes > 0 it takes labels (B,) too, -1 meaning none.
-    Raises ValueError where S cannot be halved at every level."""
+    has one of the sizes `attn`. With classes > 0 it takes labels (B,) too, -1 meaning none. With
+    patch > 1 squares of patch x patch pixels are one, of more channels, and S / patch is its size.
+    Raises ValueError where S / patch cannot be halved at every level."""
 
     def __init__(self, image_size=32, channels=3, nf=128, ch_mult=(1, 2, 2, 2), num_blocks=4,
-                 attn=(16,), dropout=0.1, classes=0):
+                 attn=(16,), dropout=0.1, classes=0, patch=1):
         super().__init__()
         last = len(ch_mult) - 1
-        if image_size % 2 ** last or image_size < 2 ** last:
-            raise ValueError(f'image_size {image_size}: the network halves it {last} times; take a '
-                             f'multiple of {2 ** last}')
-        self.nf = nf
+        if image_size % (patch * 2 ** last):
+            raise ValueError(f'image_size {image_size}: patches of {patch}, halved {last} times; '
+                             f'take a multiple of {patch * 2 ** last}')
+        self.nf, self.patch, image_size = nf, patch, image_size // patch
         self.embed = nn.ModuleList([linear(nf, 4 * nf), linear(4 * nf, 4 * nf)])
         self.label = linear(classes, 4 * nf) if classes else None
-        self.conv_in = conv(channels, nf)
+        self.conv_in = conv(channels * patch ** 2, nf)
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, 4 * nf, dropout, resample)
@@ -119,7 +120,7 @@ class UNet(nn.Module):
                 if block == num_blocks and level > 0:
                     stage.append(res(c, c, 'up'))
                 self.up.append(nn.ModuleList(stage))
-        self.norm_out, self.conv_out = norm(c), conv(c, channels + 1, scale=0)
+        self.norm_out, self.conv_out = norm(c), conv(c, (channels + 1) * patch ** 2, scale=0)
 
     def forward(self, x, z, labels=None):
         half = self.nf // 2
@@ -132,7 +133,7 @@ class UNet(nn.Module):
             labels = torch.full(z.shape, -1, device=x.device) if labels is None else labels
             emb = emb + self.label(F.one_hot(labels + 1, k + 1)[:, 1:].to(x.dtype) * k ** 0.5)
         emb = self.embed[1](F.silu(emb))                                     # (B, 4 nf)
-        skips = [self.conv_in(x)]                                            # (B, nf, S, S)
+        skips = [self.conv_in(F.pixel_unshuffle(x, self.patch))]             # (B, nf, S, S)
         for stage in self.down:
             h = skips[-1]
             for layer in stage:
@@ -146,5 +147,6 @@ class UNet(nn.Module):
             for layer in stage:
                 h = layer(h, emb)
         with torch.autocast(x.device.type, enabled=False):  # the field itself in full precision
-            h = self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))          # (B, C + 1, S, S)
+            h = self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))
+            h = F.pixel_shuffle(h, self.patch)                               # (B, C + 1, S, S)
         return h[:, :-1], h[:, -1].mean((1, 2))
