@@ -51,8 +51,8 @@ def blank(args, tensors, path):
     """The UNet of `args` without memory for its weights, of which a file has that many tensors."""
     try:
         if not (args['num_blocks'] * len(args['ch_mult']) <= tensors and args['channels'] in (1, 3)
-                and args['image_size'] <= SIZE_LIMIT and 0 <= args['dropout'] < 1
-                and 0 <= args['classes'] <= CLASS_LIMIT):
+                and 1 <= args['patch'] <= args['image_size'] <= SIZE_LIMIT
+                and 0 <= args['dropout'] < 1 and 0 <= args['classes'] <= CLASS_LIMIT):
             raise ValueError('a value out of range')  # building it could take forever
         with torch.device('meta'):
             return UNet(**{k: args[k] for k in ARCHITECTURE})

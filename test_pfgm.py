@@ -798,8 +798,12 @@ def test_patch_is_kept_and_runs_of_before_it_go_on(trained, tmp_path, capsys):
         del saved['args'][key]
     torch.save(saved, tmp_path / 'ckpt.pt')
     refuses([*command, '--steps', 2, '--patch', 2], '--patch 2: .* has 1; keep it')
-    refuses([*command, '--steps', 2], '--muon True: .* has False; keep it')
-    script([*command, '--steps', 2, '--m_draws', 1, '--no-muon'])
+    refuses([*command, '--steps', 2, '--muon'], '--muon True: .* has False; keep it')
+    refuses([*command, '--steps', 2], '--m_draws 3: .* has 1; keep it')
+    script([*command, '--steps', 2, '--m_draws', 1])
+    other = ['train.py', *TINY, '--init_from', tmp_path / 'ckpt.pt', '--out_dir', tmp_path / 'b']
+    refuses([*other, '--muon'], '--muon True: .* has False; take that')
+    refuses([*other, '--patch', 2], '--patch 2: .* has 1; take that')
     assert checkpoint.load_checkpoint(tmp_path / 'ckpt.pt')[0].patch == 1
 
 

@@ -41,7 +41,7 @@ PRESETS = {name: dict(zip((
     (*row, *AS_PUBLISHED))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
     'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1300, 400, 'sum', *OURS),
-    'mnist':        (64, (1, 1), 1, (7,), 0, 64, 4096, 1e-2, 50, .98, 4000, 1000, 'sum', *OURS),
+    'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 4000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
@@ -164,7 +164,8 @@ def resolve(args, images, saved, world):
             raise BadInput(f'--field_batch {args.field_batch}: the pairs of --reflow and --distill '
                            'have no charges; leave it out')
     if saved:
-        row.update({k: saved['args'][k] for k in ARCHITECTURE if k in saved['args']})
+        kept = *ARCHITECTURE, 'muon'
+        row.update({k: saved['args'][k] for k in kept if k in saved['args']})
         args.classes = saved['args']['classes'] > 0 if teacher else args.classes
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
@@ -210,7 +211,7 @@ def check_resume(args, old):
 
 def check_origin(args, old, path):
     """A flag that contradicts the checkpoint whose network is taken."""
-    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes'):
+    for key in ('method', 'nf', 'ch_mult', 'num_blocks', 'classes', 'patch', 'muon'):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
         if a != b:
             raise BadInput(f'--{key} {a}: {path} has {b}; take that')
