@@ -19,7 +19,7 @@ import torch
 
 import data as datasets
 import pfgm
-from baselines import EDM, METHODS, Flow, as_flow
+from baselines import EDM, METHODS, Flow, as_flow, flow_of
 from files import (check_archive, check_tensors, edm_names, holds_objects, official_names,
                    open_pickle, tensors_of)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
@@ -27,9 +27,9 @@ from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
 from unet import UNet
 
 ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
-                'classes', 'ncsnpp', 'label_first')
-BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5, ncsnpp=False, label_first=False,
-                edm=False)  # of files that do not say
+                'classes', 'patch', 'ncsnpp', 'label_first')
+BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5, patch=1, m_draws=1, muon=False,
+                decay=0.0, ncsnpp=False, label_first=False, edm=False)  # of files that do not say
 
 
 def load_checkpoint(path, weights='ema'):
@@ -49,8 +49,8 @@ def blank(args, tensors, path):
     """The UNet of `args` without memory for its weights, of which a file has that many tensors."""
     try:
         if not (args['num_blocks'] * len(args['ch_mult']) <= tensors and args['channels'] in (1, 3)
-                and args['image_size'] <= SIZE_LIMIT and 0 <= args['dropout'] < 1
-                and 0 <= args['classes'] <= CLASS_LIMIT):
+                and 1 <= args['patch'] <= args['image_size'] <= SIZE_LIMIT
+                and 0 <= args['dropout'] < 1 and 0 <= args['classes'] <= CLASS_LIMIT):
             raise ValueError('a value out of range')  # building it could take forever
         with torch.device('meta'):
             return UNet(**{k: args[k] for k in ARCHITECTURE})
@@ -235,7 +235,7 @@ def edm_args(saved, path):
                        'EDMPrecond of SongUNet, DDPM++ or NCSN++ (not ADM, nor the baselines)')
     D = float(given['D']) if any(given.get(k) for k in ('pfgmpp', 'pfgmv2', 'pfgm')) else math.inf
     return dict(
-        image_size=int(given['img_resolution']), channels=int(given['img_channels']),
+        BEFORE_D, image_size=int(given['img_resolution']), channels=int(given['img_channels']),
         nf=int(given['model_channels']), ch_mult=[int(mult) for mult in given['channel_mult']],
         num_blocks=int(given['num_blocks']), attn=[int(size) for size in given['attn_resolutions']],
         dropout=float(given['dropout']), classes=int(given['label_dim']), ncsnpp=look == NCSNPP,
@@ -476,11 +476,8 @@ def load_flow(args, device):
                 raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
                                + ', '.join(datasets.OFFICIAL))
             saved = {**saved, **datasets.flow_constants(None, name)}
-        flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
-        flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
-        flow.update(known=saved['classes'], class_names=saved.get('class_names'),
-                    method=saved['method'], step=saved['step'], weights=args.weights,
-                    student=bool(saved.get('distill')))
+        flow = vars(flow_of(net, saved, class_names=saved.get('class_names'), step=saved['step'],
+                            weights=args.weights, student=bool(saved.get('distill'))))
     official, edm = saved.get('official', False), saved.get('edm', False)
     nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
     nfe = nfe or (EDM_NFE if edm and not args.solver else None)

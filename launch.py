@@ -54,6 +54,12 @@ def reader_lost(error):
                     'or where a container has little shared memory docker run --shm-size=8g')
 
 
+def say(line):
+    """To people, once: by the first process."""
+    if os.environ.get('RANK', '0') == '0':
+        print(line, flush=True)
+
+
 def step_seed(seed, step):
     """A seed of its own for each (seed, step), or (seed, index of an image)."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
@@ -386,14 +392,13 @@ def stop_if_bad(meter, args, order, rank, world, path):
                    f'{args.lr:g})' + ', or --no-bf16' * args.bf16)
 
 
-def progress(args, step, meter, images, rate, device):
+def progress(args, step, meter, images, rate, lr, device):
     """One line for people, and the dict that log.jsonl keeps. images: seen in all; rate: a second;
     sums (bins, 2): loss and count."""
     total, count = meter['sums'].sum(0).tolist()
     peak, peak_step, memory = float(meter['peak']), int(meter['peak_step']), peak_memory(device)
     left = int((args.steps - step) * args.batch_size / rate)
     by_z = [round(a / n, 5) if n else None for a, n in meter['sums'].tolist()]
-    lr = args.lr * min(step / max(args.warmup, 1), 1)
     spike = f'  spike {peak:.4g} at step {peak_step}' if peak > 5 * total / count else ''
     print(f'step {step}/{args.steps}  loss {total / count:.4f}  lr {lr:.1e}  {rate:.0f} img/s  '
           f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  '

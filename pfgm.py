@@ -84,16 +84,16 @@ def unit(D):
 
 # ---------------------------------------------------------------- where the field is learned
 
-def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None):
+def perturb(x, M, sigma=0.01, tau=0.03, limit_norm=True, generator=None, m_draws=1):
     """Move each data point off the plane by a random amount. PFGM Algorithm 2, Appendix B.1.1.
 
     x (B, ...) -> (moved like x, z (B,) > 0): z ~ sigma (1+tau)^m and |moved - x| ~ sqrt(N) times
     that, with m ~ U[0, M]; with `limit_norm`, m ~ U[0, int(0.7 M)] where |eps_z| < sigma / 2.
-    `generator` must live on the device of x."""
+    m_draws > 1: m is the mean of as many. `generator` must live on the device of x."""
     B, draw = len(x), dict(generator=generator, device=x.device)
-    m = M * torch.rand(B, **draw)
+    m = M * torch.rand(B, m_draws, **draw).mean(1)
     eps_z = sigma * torch.randn(B, **draw).abs().clamp_min(1e-7)  # float32 randn can be exactly 0
-    m_low = int(0.7 * M) * torch.rand(B, **draw)
+    m_low = int(0.7 * M) * torch.rand(B, m_draws, **draw).mean(1)
     if limit_norm:  # a tiny z far from the data would start a line that is all but horizontal
         m = torch.where(eps_z < sigma / 2, m_low, m)
     growth = (1 + tau) ** m

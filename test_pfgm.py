@@ -4,6 +4,7 @@ Reference numbers of the authors' code are read from ../shared/golden where that
 """
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -19,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import warnings
 import zipfile
@@ -708,12 +710,100 @@ def test_damaged_checkpoints_are_named_in_one_line(kind, tmp_path, monkeypatch):
     assert sorted(os.listdir('.')) == ['a.pth']  # nothing ran, nothing was written
 
 
+def test_patches_are_channels_inside_and_pixels_outside(tmp_path):
+    torch.manual_seed(0)
+    net = unet.UNet(16, 3, 8, (1, 1), 1, (4,), 0, patch=4)
+    torch.nn.init.normal_(net.conv_out.weight)
+    inside = []
+    net.conv_in.register_forward_hook(lambda layer, x, out: inside.append((x[0], out)))
+    x = torch.randn(2, 3, 16, 16, requires_grad=True)
+    v_x, v_z = net(x, torch.ones(2))
+    assert v_x.shape == x.shape and v_z.shape == (2,) and inside[0][1].shape == (2, 8, 4, 4)
+    for i in range(4):
+        for j in range(4):  # channel (c, i, j) of a patch is its pixel (i, j) of colour c
+            assert torch.equal(inside[0][0][:, 4 * i + j::16], x[:, :, i::4, j::4])
+    grad, = torch.autograd.grad(v_x[0].square().sum(), x)
+    assert grad[0].ne(0).all() and not grad[1].any()
+    with pytest.raises(ValueError, match='multiple of 8'):
+        unet.UNet(20, 3, 8, (1, 1), 1, (4,), 0, patch=4)
+
+
+def test_a_run_of_before_a_flag_goes_on_without_it(trained, tmp_path, capsys):
+    assert checkpoint.load_checkpoint(trained / 'ckpt.pt')[0].patch == 2
+    command = ['train.py', *TINY, '--out_dir', tmp_path]
+    script([*command, '--patch', 1, '--m_draws', 1, '--no-muon', '--steps', 1])
+    saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    for key in ('patch', 'decay', 'm_draws', 'muon'):
+        del saved['args'][key]
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    refuses([*command, '--steps', 2, '--patch', 2], '--patch 2: .* has 1; keep it')
+    refuses([*command, '--steps', 2, '--muon'], '--muon True: .* has False; keep it')
+    refuses([*command, '--steps', 2, '--m_draws', 3], '--m_draws 3: .* has 1; keep it')
+    script([*command, '--steps', 2])  # though the preset has other values now
+    other = ['train.py', *TINY, '--init_from', tmp_path / 'ckpt.pt', '--out_dir', tmp_path / 'b']
+    refuses([*other, '--muon'], '--muon True: .* has False; give --no-muon')
+    refuses([*other, '--patch', 2], '--patch 2: .* has 1; give --patch 1')
+    assert checkpoint.load_checkpoint(tmp_path / 'ckpt.pt')[0].patch == 1
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_0_at_the_last_step(tmp_path, capsys):
+    args = types.SimpleNamespace(lr=8.0, warmup=2, decay=0.5, steps=8)
+    rates = [train.learning_rate(args, step) for step in range(1, 9)]
+    assert rates == [4, 8, 8, 8, 8, 6, 4, 2]
+    args.decay = 0
+    assert [train.learning_rate(args, step) for step in (2, 8)] == [8, 8]
+    command = ['train.py', *TINY, '--warmup', 0, '--decay', 1, '--out_dir', tmp_path / 'o']
+    script([*command, '--steps', 4])
+    script([*command, '--steps', 8])  # up again: as the longer run would have it
+    assert 'it rises again' in capsys.readouterr().out
+    rates = [json.loads(line)['lr'] / 2e-3 for line in open(tmp_path / 'o' / 'log.jsonl')]
+    close(torch.tensor(rates), torch.tensor([1, .75, .5, .25, .5, .375, .25, .125]))
+
+
+@pytest.mark.parametrize('shape', [(3, 8, 20), (2, 20, 8)])
+def test_orthogonal_keeps_the_singular_vectors(shape):
+    G = torch.randn(shape, generator=seeded(), dtype=F64)
+    U, S, V = torch.linalg.svd(G, full_matrices=False)
+    s = U.mT @ baselines.orthogonal(G) @ V.mT
+    close(s, torch.diag_embed(s.diagonal(dim1=1, dim2=2)), atol=1e-9)
+    s = s.diagonal(dim1=1, dim2=2)[S > 0.1 * S.amax(1, keepdim=True)]
+    assert s.min() > 0.6 and s.max() < 1.25
+
+
+def test_muon_moves_matrices_by_their_orthogonal_average_and_the_rest_as_adam():
+    torch.manual_seed(0)
+    net = unet.UNet(8, 1, 8, (1,), 1, (8,), 0)
+    adam = copy.deepcopy(net)
+    one, other = baselines.Muon(net, 0.01), torch.optim.Adam(adam.parameters(), 0.01, (0.9, 0.99))
+    before = net.mid[0].conv1.weight.detach().clone()
+    for model, opt in ((net, one), (adam, other)):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=seeded(p.numel()))
+        opt.step()
+    assert torch.equal(net.conv_in.weight, adam.conv_in.weight)
+    assert torch.equal(net.mid[0].norm1.bias, adam.mid[0].norm1.bias)
+    grad = net.mid[0].conv1.weight.grad.view(1, 8, 72)
+    move = (before - net.mid[0].conv1.weight).detach().view(8, 72)
+    close(move, 0.002 * 72 ** 0.5 * baselines.orthogonal(grad)[0], atol=1e-6)
+    assert not torch.equal(net.mid[1].q.weight, adam.mid[1].q.weight)
+
+
+def test_m_draws_gather_m_about_the_middle_and_1_is_the_published_law():
+    x = torch.zeros(4000, 64)
+    same = pfgm.perturb(x, 200, m_draws=1, generator=seeded())
+    assert all(torch.equal(a, b) for a, b in zip(same, pfgm.perturb(x, 200, generator=seeded())))
+    for k in (1, 3):  # the mean of k uniforms: mean 1/2, variance 1 / (12 k)
+        moved, _ = pfgm.perturb(x, 200, m_draws=k, limit_norm=False, generator=seeded())
+        m = (moved.norm(dim=1) / 0.08).log() / math.log(1.03) / 200
+        assert abs(m.mean() - 0.5) < 0.02 and abs(m.var() * 12 * k - 1) < 0.1
+
+
 # ---------------------------------------------------------------- the scripts
 
 SCRIPTS = dict(train=train, sample=sample, evaluate=evaluate, checkpoint=checkpoint)
 data.glyphs = functools.lru_cache(data.glyphs)  # drawn once for all tests
 TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
-       '--sample_every 0 --device cpu --no-bf16'.split()
+       '--sample_every 0 --device cpu --no-bf16 --lr 2e-3 --decay 0'.split()
 TINY_PP = TINY[:TINY.index('--field_batch')] + TINY[TINY.index('--field_batch') + 2:]
 
 
@@ -882,7 +972,8 @@ def test_a_file_system_without_links_and_locks(tmp_path, monkeypatch, capsys):
 
 REFUSALS = [  # a command on a folder of its own or on the network `trained`, and words of its line
     ('train.py --dataset nothing_here', 'no such data set'), ('train.py --steps 0', 'above 0'),
-    ('train.py --image_size 15', 'multiple of 2'), ('train.py --lr nan', 'a number above 0'),
+    ('train.py --image_size 15', 'multiple of 4'),
+    ('train.py --patch 3', 'image_size 16: patches of 3, .* of 6'), ('train.py --decay 1.1', 'below 1'), ('train.py --lr nan', 'a number above 0'),
     ('train.py --accum 3', 'multiple of'), ('train.py --field_batch 4', 'at least --batch_size'),
     ('train.py --D 3 --field_batch 4', '--field_batch 4: .* at least --batch_size'),
     ('train.py --nf 30', 'take a multiple'), ('train.py --z_min 1e9', 'must be below --z_max'),
@@ -927,7 +1018,7 @@ def test_bad_input_ends_in_one_line_before_any_work(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path.parent))
-    monkeypatch.setattr(sample, 'generate', None)
+    monkeypatch.setattr(sample, 'make_images', None)
     if '/proc' in command and not Path('/proc/self').exists():
         pytest.skip('no /proc: no folder refuses root')
     if command != (command := command.removeprefix('WORLD_SIZE=2 ')):
@@ -1240,7 +1331,8 @@ def newcomer(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'PRESETS', {k: {**v, **tiny} for k, v in train.PRESETS.items()})
     way, weight = torch.randn(48, 32, generator=seeded()), torch.randn(1008, 32, dtype=F64)
     small = functools.partial(torch.nn.functional.interpolate, size=(4, 4))
-    monkeypatch.setattr(unet.UNet.__init__, '__defaults__', (32, 3, 8, (1, 1), 1, (16,), 0.1, 0))
+    monkeypatch.setattr(unet.UNet.__init__, '__defaults__', (32, 3, 8, (1, 1), 1, (16,), 0.1, 0,
+                                                        False, False, 1))
     for target, value in {
             'torchvision.datasets.MNIST': toy(28, 1), 'torchvision.datasets.CIFAR10': toy(32, 3),
             'bench.POOL': 32, 'bench.load_inception': lambda *args: (len, weight),

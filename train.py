@@ -4,9 +4,8 @@
     python train.py --dataset photos/              # a folder, .zip, .npy or .npz of images
     torchrun --nproc_per_node=8 train.py --dataset cifar10         # the published CIFAR-10 run
 
-Writes ckpt.pt, log.jsonl and sample grids to --out_dir. The same command again goes on where the
-last one stopped. PFGM: arXiv 2209.11178; its equations are in pfgm.py, its network in unet.py, and
-what a step is trained on, its loss and its update in baselines.py, for PFGM and the others.
+Writes ckpt.pt, log.jsonl and sample grids to --out_dir; the same command again goes on. PFGM: arXiv
+2209.11178; its equations are in pfgm.py, the network in unet.py, loss and update in baselines.py.
 """
 import argparse
 import contextlib
@@ -21,26 +20,27 @@ import torch
 import torch.distributed as dist
 
 import data as datasets
-import pfgm
-from baselines import (METHODS, PFGM, Pairs, as_flow, field_loss, pairs_of_teacher, training_point,
-                       update)
+from baselines import (METHODS, PFGM, Muon, Pairs, as_flow, field_loss, flow_of, learning_rate,
+                       pairs_of_teacher, training_point, update)
 from checkpoint import ARCHITECTURE, build, for_classes, in_folder, load_checkpoint, open_run, save
-from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16, fingerprint, heard,
-                    keep_older, listen, new_meter, observe, open_log, progress, restore, rng_state,
-                    run, setup, speed_up, step_seed, stop_if_bad, write)
+from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16, fingerprint,
+                    heard, keep_older, listen, new_meter, observe, open_log, progress, restore,
+                    rng_state, run, say, setup, speed_up, step_seed, stop_if_bad, write)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
 # of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++ with DDPM++, cifar10_ncsnpp
-# with NCSN++. The last two columns are False where a row does not have them.
+# with NCSN++. What a row leaves out is as in REST.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
+OURS = 2, 1.0, 3, True  # patch, decay, m_draws, muon
+REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, ncsnpp=False, label_first=False)
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
-    'ema_decay', 'steps', 'sample_every', 'loss', 'ncsnpp', 'label_first'), (*row, False, False)))
-    for name, row in {
+    'ema_decay', 'steps', 'sample_every', 'loss', *REST),
+    (*row, *[*REST.values()][len(row) - 13:]))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (32, S[:2], 1, (8,), 0, 64, 'all', 2e-3, 100, .995, 600, 200, 'sum'),
-    'mnist':        (32, S[:3], 1, (7,), 0, 64, 4096, 2e-3, 100, .999, 20000, 1000, 'sum'),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1300, 400, 'sum', *OURS),
+    'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 4000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
@@ -48,22 +48,18 @@ PRESETS = {name: dict(zip((
     'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
                      'sum'),
     'cifar10_ncsnpp': (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
-                       'sum', True, True),
+                       'sum', 1, 0.0, 1, False, True, True),
 }.items()}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # with --init_from by the file
-TUNED = ('lr', 'warmup', 'grad_clip', 'batch_size', 'accum', 'workers')  # may change on resume
-FREE_ON_RESUME = {'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile', 'log_every',
-                  'sample_every', 'save_every', 'keep', 'timeout', 'init_from', 'dataset', 'data',
-                  'class_names', *TUNED}  # the last three by checkpoint.check_data
+TUNED = 'lr warmup decay grad_clip batch_size accum workers'.split()  # may change on resume
+FREE_ON_RESUME = {*TUNED, *'out_dir data_dir steps device bf16 compile log_every sample_every '
+                  'save_every keep timeout init_from dataset data class_names'.split()}
 
 
-def count_or_all(text):
-    return text if text == 'all' else above(0, int)(text)
-
-
-def dimensions(text):
-    return math.inf if text == 'inf' else above(1 - 1e-9)(text)
+def unless(word, value, kind):
+    """An argparse type: the value for that word, else of that kind."""
+    return lambda text: value if text == word else kind(text)
 
 
 FLAGS = (  # name, type (None: yes or no), default, help, what else argparse takes
@@ -71,9 +67,9 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('out_dir', str, 'out', 'where the checkpoint, log and sample grids go'),
     ('image_size', above(0, int), None, 'pixels a side (default: as the data is)'),
     ('channels', int, None, 'grey or colour (default: as the data is)', dict(choices=(1, 3))),
-    ('method', str, None, 'what is trained (default: pfgm; with --D or --ncsnpp pfgmpp)',
-     dict(choices=METHODS)),
-    ('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)'),
+    ('method', str, None, 'default: pfgm, with --D or --ncsnpp pfgmpp', dict(choices=METHODS)),
+    ('D', unless('inf', math.inf, above(1 - 1e-9)), None, 'augmented dimensions of pfgmpp, 1 or '
+     'more, or inf (default: 128)'),
     ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
     ('flip', None, None, 'mirror half of the images (default: as the data is)'),
     ('reflow', in_folder, None, 'straighten this checkpoint of rf: train on pairs it makes'),
@@ -90,20 +86,25 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('ch_mult', above(0, int, 17), None, 'their multiple at each level', dict(nargs='+')),
     ('num_blocks', above(0, int, 33), None, 'residual blocks a level'),
     ('attn', above(0, int), None, 'image sizes with attention', dict(nargs='*')),
+    ('patch', above(0, int, 65), None, 'pixels a side that the network takes as one'),
     ('dropout', above(-1e-9, below=1), None, 'in residual blocks'),
     ('ncsnpp', None, None, 'NCSN++: Fourier features of the noise, FIR filters, a pyramid'),
     ('label_first', None, None, 'labels join the noise before the first linear layer'),
     ('steps', above(0, int), None, 'updates in all'),
     ('batch_size', above(0, int), None, 'points a step, over all processes'),
     ('accum', above(0, int), 1, 'micro-batches a process splits its share into'),
-    ('field_batch', count_or_all, None, 'charges that define the target, or all (of other '
-     'methods than pfgm by default 1, each image its own)'),
+    ('field_batch', unless('all', 'all', above(0, int)), None, 'charges that define the target, or '
+     'all (of other methods than pfgm by default 1, each image its own)'),
     ('lr', above(0), None, "Adam's learning rate"),
     ('warmup', above(-1, int), None, 'steps in which lr rises from 0'),
+    ('decay', above(-1e-9, below=1 + 1e-9), None, 'last part of the steps, 0 to 1, in which lr '
+     'falls to 0'),
+    ('muon', None, None, "move the network's matrices as Muon does, not Adam"),
     ('grad_clip', above(0), 1.0, 'largest gradient norm'),
     ('ema_decay', above(-1e-9, below=1), None, 'of the averaged weights'),
     ('loss', str, None, 'half the sum over components, or mean', dict(choices=('sum', 'mean'))),
     ('M', above(0, int, 10 ** 6), None, 'largest exponent of the perturbation'),
+    ('m_draws', above(0, int, 17), None, 'm is the mean of so many uniform draws'),
     ('z_max', above(0), None, 'where sampling starts'),
     ('upper_norm', above(0), None, 'largest |x| there'),
     ('z_exp', above(-1e-9), None, 'below it v_z is computed, not predicted'),
@@ -141,7 +142,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def resolve(args, images, saved, world):
+def resolve(args, images, saved, resumed, world):
     """Fill the flags left open, from the checkpoint, the preset row or the data, and check them."""
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
     by_size = next(name for size, name in sizes if images.image_size <= size)
@@ -151,7 +152,8 @@ def resolve(args, images, saved, world):
     args.edm = old.get('edm', False)
     given = old if args.init_from or args.edm else {}  # what the file says where no flag does
     row = dict(PRESETS[name if name in PRESETS else by_size])
-    row.update({k: old[k] for k in ARCHITECTURE if k in old})
+    kept = row if resumed else (*ARCHITECTURE, 'muon')  # rows may have changed since
+    row.update({k: old[k] for k in kept if k in old})
     ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
     args.method = args.method or given.get('method') or (
         'rf' if teacher else 'pfgmpp' if args.D or ncsnpp else 'pfgm')
@@ -201,37 +203,43 @@ def resolve(args, images, saved, world):
                        'are among its charges; at least --batch_size')
 
 
-def check_resume(args, old):
-    """A flag that changes what is trained must be what it was."""
-    for key in (key for key in vars(args) if key in old and key not in FREE_ON_RESUME):
+def differing(args, old, keys):
+    """(key, the flag's value, the file's) of those that the file has otherwise."""
+    for key in (key for key in keys if key in old):
         a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
         if a != b:
-            raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, '
-                           'or give another --out_dir')
-    changed = [f'--{key} {getattr(args, key)} (it was {old[key]})' for key in (*TUNED, 'dataset')
-               if key in old and getattr(args, key) != old[key]]
-    if changed and os.environ.get('RANK', '0') == '0':
-        print(f'going on with {", ".join(changed)}', flush=True)
+            yield key, a, b
+
+
+def check_resume(args, old):
+    """A flag that changes what is trained must be what it was."""
+    for key, a, b in differing(args, old, [k for k in vars(args) if k not in FREE_ON_RESUME]):
+        raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, or '
+                       'give another --out_dir')
+    changed = [f'--{key} {a} (it was {b})' for key, a, b in
+               differing(args, old, (*TUNED, 'dataset'))]
+    if changed:
+        say(f'going on with {", ".join(changed)}')
+    if args.decay and args.steps > old['steps']:
+        say(f'--steps {args.steps} (it was {old["steps"]}): the learning rate falls to 0 there '
+            'only; it rises again')
 
 
 def check_origin(args, old, flag, path):
     """A flag that contradicts the checkpoint whose network is taken; is it of other classes?"""
-    for key in ('method', 'image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'ncsnpp',
-                'label_first'):
-        a, b = (list(v) if isinstance(v, tuple) else v for v in (getattr(args, key), old[key]))
-        if a != b:
-            raise BadInput(f'--{key} {a}: {flag} {path} has {b}; give --{key} '
-                           + (' '.join(map(str, b)) if isinstance(b, list) else str(b)))
-    changed = [f'--{key} {getattr(args, key)} (it has {old[key]})'
-               for key in ('D', *OF_FLOW, *(BY_DATA + ('z_min',) if args.D == old['D'] else ()))
-               if key in old and getattr(args, key) != old[key]]
+    for key, a, b in differing(args, old, ('method', 'muon', *sorted(
+            {*ARCHITECTURE} - {'attn', 'dropout', 'classes'}))):
+        mend = ('no-' * (not b) + key if isinstance(b, bool) else
+                ' '.join(map(str, [key, *(b if isinstance(b, list) else [b])])))
+        raise BadInput(f'--{key} {a}: {flag} {path} has {b}; give --{mend}')
+    keys = ('D', *OF_FLOW, *(BY_DATA + ('z_min',) if args.D == old['D'] else ()))
+    changed = [f'--{key} {a} (it has {b})' for key, a, b in differing(args, old, keys)]
     names = [names for names in (old.get('class_names'), args.class_names) if names]
     fresh = args.classes != old['classes'] or bool(args.classes) and names[:1] != names[-1:]
-    if os.environ.get('RANK', '0') == '0':
-        print(f'{flag} {path}: its network, {args.method}, D {args.D:g} and constants'
-              + f', but {", ".join(changed)}' * bool(changed)
-              + f'; for {args.classes} classes, not its {old["classes"]}, with a new label layer'
-              ' and from step 0' * fresh, flush=True)
+    say(f'{flag} {path}: its network, {args.method}, D {args.D:g} and constants'
+        + f', but {", ".join(changed)}' * bool(changed)
+        + f'; for {args.classes} classes, not its {old["classes"]}, with a new label layer and '
+        'from step 0' * fresh)
     return fresh
 
 
@@ -269,16 +277,9 @@ def training_steps(images, flow, args, step, place):
 # ---------------------------------------------------------------- what a run keeps and says
 
 def sample_grid(net, args, device, path):
-    """A PNG of what the network makes now: 36 images from fixed noise, 20 calls."""
-    shape = (36, args.channels, args.image_size, args.image_size)
-    x = pfgm.sample_prior(shape, args.z_max, args.upper_norm, args.D, device=device,
-                          generator=torch.Generator().manual_seed(args.seed))
-    labels = torch.arange(36, device=device) % args.classes if args.classes else None
-    z_last = pfgm.last_plane(args.z_min, 20, args.D)
-    with torch.no_grad():
-        x, _ = pfgm.sample_ode(as_flow(net, vars(args)), x, args.z_max, z_last, 'unipc', 20,
-                               D=args.D, gamma=args.gamma, z_exp=args.z_exp, labels=labels,
-                               schedule_name='radius', to_data=True)
+    """A PNG of the first 36 images that sample.py --nfe 20 makes of the network as it is now."""
+    flow = flow_of(as_flow(net, vars(args)), vars(args), seed=args.seed)
+    x, _ = flow.follow(flow.prior(range(36)), device, range(36))
     picture = datasets.grid_of(datasets.to_uint8(x))
     write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
 
@@ -289,7 +290,7 @@ def prepare(args, images, place):
     """The flags, filled in and checked, and where to start: (checkpoint or None, its path)."""
     args.data, args.class_names = images.identity, images.classes
     saved, resumed = open_run(args)
-    resolve(args, images, saved, place[2])
+    resolve(args, images, saved, resumed, place[2])
     origin = (os.path.join(args.out_dir, 'ckpt.pt') if resumed else
               args.reflow or args.distill or args.init_from)
     if resumed:
@@ -338,16 +339,13 @@ def open_folder(args, start, raw, images, place):
         log, seen = open_log(args, start)
     except OSError as error:
         raise BadInput(f'--out_dir {args.out_dir}: cannot write there ({error})') from error
-    count = sum(p.numel() for p in raw.parameters())
     how = (f'M {args.M}, upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}, field of '
            f'{args.field_batch} charges' if args.method == 'pfgm' else f'D {args.D:g}')
     print(f'{images.name}: {len(images)} images of {args.image_size} x {args.image_size} x '
-          f'{args.channels}'
-          + f' in {args.classes} classes' * bool(args.classes)
-          + f' ({", ".join(args.class_names or ())[:500]})' * bool(
-              args.classes and args.class_names)
-          + f'; {count:,} parameters; {args.method}: {how}, z_max {args.z_max:.3g}'
-          f'; {world} x {device}{", bf16" * args.bf16}'
+          f'{args.channels}' + f' in {args.classes} classes' * bool(args.classes)
+          + f' ({", ".join(args.class_names or "?")[:500]})' * bool(args.classes)
+          + f'; {sum(p.numel() for p in raw.parameters()):,} parameters; {args.method}: {how}, '
+          f'z_max {args.z_max:.3g}; {world} x {device}{", bf16" * args.bf16}'
           + (f'; going on from step {start}' if start else ''), flush=True)
     return log, seen
 
@@ -376,7 +374,8 @@ def main(args):
             net, device_ids=[device.index] if device.type == 'cuda' else None)
 
     # optimizer, and the state of dropout
-    opt = torch.optim.Adam(raw.parameters(), lr=args.lr, fused=device.type != 'mps')
+    how = dict(lr=args.lr, fused=device.type != 'mps')
+    opt = Muon(raw, **how) if args.muon else torch.optim.Adam(raw.parameters(), **how)
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if saved and 'opt' in saved:
         restore(opt, saved, device, rank)
@@ -398,8 +397,9 @@ def main(args):
     batches = training_steps(images, flow, args, start, place)
     for step in range(start + 1, args.steps + 1):
         # lr
+        lr = learning_rate(args, step)
         for group in opt.param_groups:
-            group['lr'] = args.lr * min(step / max(args.warmup, 1), 1)
+            group['lr'] = lr
 
         # step
         batch, losses = next(batches), []
@@ -428,7 +428,7 @@ def main(args):
             if rank == 0:
                 rate = (step - logged) * args.batch_size / (time.time() - clock)
                 images_seen += (step - logged) * args.batch_size
-                row = progress(args, step, meter, images_seen, rate, device)
+                row = progress(args, step, meter, images_seen, rate, lr, device)
                 log.write(json.dumps(row) + '\n')
             meter, clock, logged = new_meter(device, flow.unit), time.time(), step
         if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:

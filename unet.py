@@ -102,31 +102,32 @@ class UNet(nn.Module):
 
     nf x ch_mult channels and num_blocks residual blocks at each level, attention where the image
     has one of the sizes `attn`. With classes > 0 it takes labels (B,) too, -1 meaning none, which
-    `label_first` puts before the first linear layer. ncsnpp: Fourier features of z, which should
-    then be a logarithm (a Denoiser's is), FIR resampling, and a Pyramid.
-    Raises ValueError where S cannot be halved at every level."""
+    `label_first` puts before the first linear layer. With patch > 1 squares of patch x patch pixels
+    are one, of more channels, and S / patch is its size. ncsnpp: Fourier features of z, which
+    should then be a logarithm (a Denoiser's is), FIR resampling, and a Pyramid.
+    Raises ValueError where S / patch cannot be halved at every level."""
 
     def __init__(self, image_size=32, channels=3, nf=128, ch_mult=(1, 2, 2, 2), num_blocks=4,
-                 attn=(16,), dropout=0.1, classes=0, ncsnpp=False, label_first=False):
+                 attn=(16,), dropout=0.1, classes=0, ncsnpp=False, label_first=False, patch=1):
         super().__init__()
         last = len(ch_mult) - 1
-        if image_size % 2 ** last or image_size < 2 ** last:
-            raise ValueError(f'image_size {image_size}: the network halves it {last} times; take a '
-                             f'multiple of {2 ** last}')
-        self.nf, self.ncsnpp, self.label_first = nf, ncsnpp, label_first
-        width = nf * (1 + ncsnpp)
+        if image_size % (patch * 2 ** last):
+            raise ValueError(f'image_size {image_size}: patches of {patch}, halved {last} times; '
+                             f'take a multiple of {patch * 2 ** last}')
+        self.nf, self.ncsnpp, self.label_first, self.patch = nf, ncsnpp, label_first, patch
+        size, width, inputs = image_size // patch, nf * (1 + ncsnpp), channels * patch ** 2
         if ncsnpp:
             self.register_buffer('freq', 16 * torch.randn(nf, device='cpu'))  # slow on meta
         self.embed = nn.ModuleList([linear(width, 4 * nf), linear(4 * nf, 4 * nf)])
         self.label = linear(classes, width if label_first else 4 * nf) if classes else None
-        self.conv_in = conv(channels, nf)
+        self.conv_in = conv(inputs, nf)
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, 4 * nf, dropout, resample, fir=ncsnpp)
         self.down = nn.ModuleList()  # stages, one skip connection each
-        c, skips, above = nf, [nf], channels
+        c, skips, above = nf, [nf], inputs
         for level, mult in enumerate(ch_mult):
-            attend = image_size >> level in attn
+            attend = size >> level in attn
             for _ in range(num_blocks):
                 stage, c = [res(c, nf * mult)], nf * mult
                 self.down.append(nn.ModuleList(stage + [Attention(c)] * attend))
@@ -142,12 +143,12 @@ class UNet(nn.Module):
         for level, mult in reversed(list(enumerate(ch_mult))):
             for block in range(num_blocks + 1):
                 stage, c = [res(c + skips.pop(), nf * mult)], nf * mult
-                if block == num_blocks and image_size >> level in attn:
+                if block == num_blocks and size >> level in attn:
                     stage.append(Attention(c))
                 if block == num_blocks and level > 0:
                     stage.append(res(c, c, 'up'))
                 self.up.append(nn.ModuleList(stage))
-        self.norm_out, self.conv_out = norm(c), conv(c, channels + 1, scale=0)
+        self.norm_out, self.conv_out = norm(c), conv(c, (channels + 1) * patch ** 2, scale=0)
 
     def forward(self, x, z, labels=None):
         half = self.nf // 2
@@ -161,6 +162,7 @@ class UNet(nn.Module):
             label = self.label(F.one_hot(labels + 1, k + 1)[:, 1:].to(x.dtype) * k ** 0.5)
         emb = self.embed[0](emb + label) if self.label_first else self.embed[0](emb) + label
         emb = self.embed[1](F.silu(emb))                                     # (B, 4 nf)
+        x = F.pixel_unshuffle(x, self.patch)
         skips, above = [self.conv_in(x)], x                                  # (B, nf, S, S)
         for stage in self.down:
             h = skips[-1]
@@ -178,5 +180,6 @@ class UNet(nn.Module):
             for layer in stage:
                 h = layer(h, emb)
         with torch.autocast(x.device.type, enabled=False):  # the field itself in full precision
-            h = self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))          # (B, C + 1, S, S)
+            h = self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))
+            h = F.pixel_shuffle(h, self.patch)                               # (B, C + 1, S, S)
         return h[:, :-1], h[:, -1].mean((1, 2))
