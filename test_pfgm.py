@@ -728,6 +728,21 @@ def test_patches_are_channels_inside_and_pixels_outside(tmp_path):
         unet.UNet(20, 3, 8, (1, 1), 1, (4,), 0, patch=4)
 
 
+def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path):
+    """assets/before.zip: a run of 30 steps made by commit f651589, the losses of the three that it
+    made then, and its samples."""
+    with zipfile.ZipFile(HERE / 'assets' / 'before.zip') as archive:
+        archive.extractall(tmp_path)
+    then = json.loads((tmp_path / 'then.json').read_text())
+    made = sampled(tmp_path / 's.npz', '--ckpt', tmp_path / 'ckpt.pt', '--n', 4, '--nfe', 6)
+    assert np.abs(made - then['samples']).max() <= 1
+    script(['train.py', '--image_size', 8, '--steps', 33, '--log_every', 1, '--device', 'cpu',
+            '--no-bf16', '--out_dir', tmp_path])  # all else is the run's own
+    rows = rows_of(tmp_path / 'log.jsonl')
+    assert [row['step'] for row in rows] == [29, 30, 31, 32, 33] and rows[-1]['images'] == 33 * 8
+    close(losses(tmp_path)[2:], then['losses'], rtol=1e-4)
+
+
 def test_a_run_of_before_a_flag_goes_on_without_it(trained, tmp_path, capsys):
     assert checkpoint.load_checkpoint(trained / 'ckpt.pt')[0].patch == 2
     command = ['train.py', *TINY, '--out_dir', tmp_path]
