@@ -270,8 +270,8 @@ class Muon(torch.optim.Adam):
     Adam's."""
 
     def __init__(self, net, lr, **how):
-        outer = {p for part in (net.embed, net.label, net.conv_in, net.conv_out) if part
-                 for p in part.parameters()}
+        ends = (getattr(net, name, None) for name in ('embed', 'label', 'conv_in', 'conv_out'))
+        outer = {p for part in ends if part for p in part.parameters()}
         inside = [p for p in net.parameters() if p.dim() > 1 and p not in outer]
         rest = [p for p in net.parameters() if p.dim() == 1 or p in outer]
         super().__init__([dict(params=rest), dict(params=inside, betas=(0.95, 0.99))], lr=lr,

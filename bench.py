@@ -232,6 +232,12 @@ def sliced_wasserstein(x, y, device='cpu', projections=512, seed=0):
     return (a - b).square().mean().sqrt().item()
 
 
+def pick(images, n, seed):
+    """n images of a data set at random, uint8 on the CPU."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[:n].sort().values.tolist()].cpu()
+
+
 def nearest(x, train, device='cpu'):
     """The nearest image of a data set to each of x uint8, mirrored too if training mirrors:
     (distances (n,) in [-1, 1], those images like x)."""

@@ -19,7 +19,7 @@ import argparse
 import math
 import os
 import time
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -29,22 +29,11 @@ import bench
 import data as datasets
 import pfgm
 from baselines import DIVERGED, Flow, straightness
-from bench import (Measured, frechet, inception_score, kid, nearest, precision_recall, read_stats,
-                   sliced_wasserstein)
+from bench import (Measured, frechet, inception_score, kid, nearest, pick, precision_recall,
+                   read_stats, sliced_wasserstein)
 from checkpoint import flow_flags, in_folder, load_flow, place_for, read_checkpoint
 from launch import BadInput, Parser, above, all_rows, run, share, step_seed, wait, watch, write
 
-METRICS = {
-    'fid': 'Frechet Inception distance to the reference',
-    'is': 'Inception Score, 10 splits',
-    'kid': 'kernel Inception distance, 100 subsets of 1000',
-    'prc': 'precision and recall, 3 nearest neighbours of Inception features',
-    'swd': 'sliced Wasserstein distance of pixels, beside that of the test split',
-    'neighbours': 'distances to the nearest training images, and a picture of the closest pairs',
-    'bpd': 'bits/dim of the test split, uniform dequantisation, always rk45 (--tol: 1e-5)',
-    'straightness': 'of the lines of vp, subvp, ddpm and rf in their own time; 0 is straight',
-}
-OF_FLOWS = ('bpd', 'straightness')  # the others are of samples
 SOLVERS = ('rk45', *pfgm.SOLVERS)
 
 
@@ -54,8 +43,8 @@ def sweep_range(text):
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
-    for name, text in METRICS.items():
-        p.add_argument(f'--{name}', action='store_true', help=text)
+    for name, metric in METRICS.items():
+        p.add_argument(f'--{name}', action='store_true', help=metric.help)
     p.add_argument('--solver_bench', action='store_true', help='all solvers of --solvers at the '
                    'NFEs of --sweep, in the exact field of --dataset: share of right ends')
     p.add_argument('--bench', action='store_true', help='time the field and the CIFAR-10 network')
@@ -144,9 +133,10 @@ def check_flags(args, asked):
 def check_counts(asked, n, n_ref):
     """Fewer images than an estimator needs are refused. n_ref None: no reference, or one whose
     statistics do not say."""
-    for name, least in (('fid', bench.POOL + 1), ('is', 10), ('kid', 2), ('prc', 4)):
-        for count, what in ((n, '--n'), (None if name == 'is' else n_ref, 'the reference: n')):
-            if name in asked and count is not None and count < least:
+    for name in (name for name in METRICS if name in asked):
+        least, of_ref = METRICS[name].least, needing([name], 'statistics')
+        for count, what in ((n, '--n'), (n_ref if of_ref else None, 'the reference: n')):
+            if count is not None and count < least:
                 why = f' (the covariance of {bench.POOL} features)' if name == 'fid' else ''
                 raise BadInput(f'{what} {count}: --{name} needs {least} images or more{why}; '
                                'a metric for few images: --swd')
@@ -168,12 +158,6 @@ def stored(images, n, args, place, label):
     indices = torch.tensor(share(n, rank, world)) * len(images) // n
     batches = datasets.batches(images, indices.split(args.batch_size), device, args.workers)
     return watch(batches, len(indices), label, rank)
-
-
-def pick(images, n, seed):
-    """n images of a data set at random, uint8 on the CPU."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[:n].sort().values.tolist()].cpu()
 
 
 def load_flows(args, device):
@@ -242,7 +226,6 @@ def collect(batches, n, net, resize, keep, place):
 
 
 # ---------------------------------------------------------------- metrics
-
 
 def bits_per_dim(flow, images, n, args, place):
     """Bits/dim of n evenly spaced images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
@@ -325,64 +308,105 @@ def flow_metrics(asked, name, flow, images, split, args, place):
     return {k: found[k] for k in OF_FLOWS if k in found}
 
 
-def measure(asked, made, compared, args, device):
-    """All metrics of one set of samples but bpd, printed and returned as one flat dict."""
-    train, test, ref, _, weight = compared
-    home, found = 'cpu' if device.type == 'mps' else device, {}
-    name, n = train.name if train else args.ref, made.n
-    against = f'{n} images against {ref and ref.n or "the"} of {name}'
-
-    def say(note, **values):
-        found.update(values)
-        print('  '.join(f'{k} {v:.6g}' for k, v in values.items()) + f'  ({note})', flush=True)
-    if 'fid' in asked:
-        say(f'{against}, {args.resize} resize',
-            fid=frechet(*(t.to(home) for t in (made.mu, made.sigma, ref.mu, ref.sigma))))
-    if 'is' in asked:
-        logits = torch.cat([part.double() @ weight.T for part in made.features.split(4096)])
-        mean, std = inception_score(logits, seed=args.seed)
-        say(f'{n} images, 10 splits', **{'is': mean, 'is_std': std})
-    if 'kid' in asked:
-        mean, std, size = kid(made.features, ref.features, home, seed=args.seed)
-        few = ', not 1000: too few images' if size < 1000 else ''
-        say(f'{against}, 100 subsets of {size}{few}', kid=mean, kid_std=std)
-    if 'prc' in asked:
-        precision, recall = precision_recall(made.features, ref.features, home)
-        say(against, precision=precision, recall=recall)
-    if 'swd' in asked:
-        sets = [train, test] if test else [train]
-        m = min(n, *map(len, sets))
-        real = [pick(images, m, args.seed) for images in sets]
-        values = [sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
-        say(f'{m} images against {m} of {name}', **dict(zip(('swd', 'swd_of_test'), values)))
-    if 'neighbours' in asked:
-        sets = {'samples': made.pixels, **({'test': pick(test, n, args.seed)} if test else {})}
-        for kind, x in sets.items():
-            distances, theirs = nearest(x, train, home)
-            marks = distances.quantile(torch.tensor([0, .05, .5, .95]).double()).tolist()
-            say(f'{kind}: {len(x)} images, nearest of {len(train)} of {name}',
-                **{f'{kind}_{k}': v for k, v in zip(('min', 'q05', 'q50', 'q95'), marks)},
-                **{f'{kind}_mean': distances.mean().item(),
-                   f'{kind}_copies': int((distances == 0).sum())})
-            if kind == 'samples':  # the 32 closest, each left of its neighbour
-                first = distances.argsort()[:32]
-                grid = datasets.grid_of(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), 8)
-                write('--out', args.out, lambda file: grid.save(file, 'PNG'))
-                print(f'wrote {args.out}')
-    return found
-
-
-# ---------------------------------------------------------------- the run
-
-
 class Compared(NamedTuple):
     """What samples are measured against: data sets, and the features of the first."""
+    name: str
     train: Optional[datasets.Images]
     test: Optional[datasets.Images]
     stats: Optional[Measured]           # of --ref, or of one pass over train
     inception: Optional[torch.nn.Module]
     weight: Optional[torch.Tensor]      # of its last layer
 
+    def against(self, n):
+        return f'{n} images against {self.stats and self.stats.n or "the"} of {self.name}'
+
+
+# A metric of samples: (made: Measured, ref: Compared, args, where float64 is) -> (note, values) ...
+
+def of_fid(made, ref, args, home):
+    sides = (t.to(home) for side in (made, ref.stats) for t in (side.mu, side.sigma))
+    yield f'{ref.against(made.n)}, {args.resize} resize', dict(fid=frechet(*sides))
+
+
+def of_is(made, ref, args, home):
+    logits = torch.cat([part.double() @ ref.weight.T for part in made.features.split(4096)])
+    yield f'{made.n} images, 10 splits', dict(zip(('is', 'is_std'),
+                                                  inception_score(logits, seed=args.seed)))
+
+
+def of_kid(made, ref, args, home):
+    mean, std, size = kid(made.features, ref.stats.features, home, seed=args.seed)
+    few = ', not 1000: too few images' if size < 1000 else ''
+    yield f'{ref.against(made.n)}, 100 subsets of {size}{few}', dict(kid=mean, kid_std=std)
+
+
+def of_prc(made, ref, args, home):
+    yield ref.against(made.n), dict(zip(('precision', 'recall'), precision_recall(
+        made.features, ref.stats.features, home)))
+
+
+def of_swd(made, ref, args, home):
+    sets = [ref.train, ref.test] if ref.test else [ref.train]
+    m = min(made.n, *map(len, sets))
+    real = [pick(images, m, args.seed) for images in sets]
+    values = [sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
+    yield f'{m} images against {m} of {ref.name}', dict(zip(('swd', 'swd_of_test'), values))
+
+
+def of_neighbours(made, ref, args, home):
+    test = {'test': pick(ref.test, made.n, args.seed)} if ref.test else {}
+    for kind, x in {'samples': made.pixels, **test}.items():
+        distances, theirs = nearest(x, ref.train, home)
+        marks = distances.quantile(torch.tensor([0, .05, .5, .95]).double()).tolist()
+        yield f'{kind}: {len(x)} images, nearest of {len(ref.train)} of {ref.name}', {
+            **{f'{kind}_{k}': v for k, v in zip(('min', 'q05', 'q50', 'q95'), marks)},
+            f'{kind}_mean': distances.mean().item(), f'{kind}_copies': int((distances == 0).sum())}
+        if kind == 'samples':  # the 32 closest, each left of its neighbour
+            first = distances.argsort()[:32]
+            grid = datasets.grid_of(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), 8)
+            write('--out', args.out, lambda file: grid.save(file, 'PNG'))
+            print(f'wrote {args.out}')
+
+
+class Metric(NamedTuple):
+    help: str
+    needs: str = ''                # pixels, features, statistics (of features)
+    least: int = 0                 # images (for FID one more than it has features)
+    of: Optional[Callable] = None  # None: bits_per_dim() or straightness(), of a flow
+
+
+METRICS = {
+    'fid': Metric('Frechet Inception distance to the reference', 'statistics', 2049, of_fid),
+    'is': Metric('Inception Score, 10 splits', 'features', 10, of_is),
+    'kid': Metric('kernel distance, 100 subsets of 1000', 'features statistics', 2, of_kid),
+    'prc': Metric('precision and recall, 3 nearest neighbours of Inception features',
+                  'features statistics', 4, of_prc),
+    'swd': Metric('sliced Wasserstein distance of pixels, beside that of the test split', 'pixels',
+                  0, of_swd),
+    'neighbours': Metric('nearest training images, and a picture of the closest', 'pixels', 0,
+                         of_neighbours),
+    'bpd': Metric('bits/dim of the test split, dequantised, by rk45 (--tol: 1e-5)', 'pixels'),
+    'straightness': Metric('of the lines of vp, subvp, ddpm, rf in their own time; 0 is straight'),
+}
+OF_FLOWS = [name for name, metric in METRICS.items() if not metric.of]
+
+
+def needing(names, *needs):
+    """Those of the metrics that need all these."""
+    return {name for name in names if {*needs} <= {*METRICS[name].needs.split()}}
+
+
+def measure(asked, made, ref, args, device):
+    """All metrics of one set of samples, printed and returned as one flat dict."""
+    home, found = 'cpu' if device.type == 'mps' else device, {}
+    for metric in (METRICS[name] for name in METRICS if name in asked):
+        for note, values in metric.of(made, ref, args, home) if metric.of else ():
+            found.update(values)
+            print('  '.join(f'{k} {v:.6g}' for k, v in values.items()) + f'  ({note})', flush=True)
+    return found
+
+
+# ---------------------------------------------------------------- the run
 
 def compared_with(args, wanted, train, n, size, channels, place):
     """The Compared of --ref or --dataset, or of train; and --save_stats."""
@@ -392,7 +416,8 @@ def compared_with(args, wanted, train, n, size, channels, place):
     test = stats = inception = weight = None
     if args.ref and args.ref.lower().endswith('.npz'):
         stats = read_stats(args.ref, convention)
-    own = {'fid', 'is'} | ({'kid', 'prc'} if stats and stats.features is not None else set())
+    paired = needing(METRICS, 'features', 'statistics')  # those with features of the reference
+    own = {'fid', 'is'} | (paired if stats and stats.features is not None else set())
     more = stats and (wanted - own or args.save_stats)  # than such a file has, but for its images
     if more and (args.save_stats or 'arr_0' not in np.load(args.ref).files):
         raise BadInput(f'--ref {args.ref}: statistics, which do for --{" --".join(sorted(own))} '
@@ -403,11 +428,11 @@ def compared_with(args, wanted, train, n, size, channels, place):
         if more and rank == 0:
             print(f'--ref {args.ref}: its mu and sigma for --fid, its {len(train)} images for '
                   + ' '.join(f'--{name}' for name in sorted(wanted - own)), flush=True)
-    elif not train and wanted - {'is', 'straightness'}:
+    elif not train and needing(wanted, 'pixels') | needing(wanted, 'statistics'):
         name = args.dataset or training_set_of(args)
         flag = '--dataset' if args.dataset else '--dataset of --ckpt'
         train = datasets.load(name, args.data_dir, size, channels, flag=flag)
-    if wanted & {'swd', 'neighbours', 'bpd'}:
+    if needing(wanted, 'pixels'):
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
@@ -417,10 +442,10 @@ def compared_with(args, wanted, train, n, size, channels, place):
     check_counts(wanted, n if asked else None, stats.n if stats else train and len(train))
     if least < world:
         raise BadInput(f'{least} images: fewer than the {world} processes; give more by --n')
-    if wanted & {'fid', 'is', 'kid', 'prc'}:
+    if needing(wanted, 'statistics') | needing(wanted, 'features'):
         inception, weight = bench.load_inception(args.inception, device, rank)
-    if wanted & ({'fid', 'kid', 'prc'} if not stats else {'kid', 'prc'} - own):
-        keep = {'features'} if wanted & {'kid', 'prc'} else set()
+    if wanted & paired - own if stats else needing(wanted, 'statistics'):
+        keep = {'features'} if wanted & paired else set()
         found = collect(stored(train, len(train), args, place, train.name), len(train), inception,
                         args.resize, keep, place)
         stats = found._replace(mu=stats.mu, sigma=stats.sigma) if stats else found
@@ -428,7 +453,7 @@ def compared_with(args, wanted, train, n, size, channels, place):
         write('--save_stats', args.save_stats, lambda file: np.savez(
             file, mu=stats.mu.numpy(), sigma=stats.sigma.numpy(), n=stats.n, convention=convention))
         print(f'wrote {args.save_stats}', flush=True)
-    return Compared(train, test, stats, inception, weight)
+    return Compared(train.name if train else args.ref, train, test, stats, inception, weight)
 
 
 def points_of(args, asked, flow):
@@ -444,8 +469,8 @@ def points_of(args, asked, flow):
 def evaluate(args, asked, name, flow, source, n, ref, place):
     """Measure one flow, or the images of source: (rows of a table, {solver: its samples})."""
     device, rank, world = place
-    keep = ({'features'} if set(asked) & {'is', 'kid', 'prc'} else set()) | (
-        {'pixels'} if set(asked) & {'swd', 'neighbours'} or args.compare else set())
+    keep = {kind for kind in ('features', 'pixels') if needing({*asked} - {*OF_FLOWS}, kind)}
+    keep |= {'pixels'} if args.compare else set()
     own, table, strips = {}, [], {}
     if flow:
         own = flow_metrics(asked, name, flow, ref.test or ref.train,
@@ -515,8 +540,8 @@ def main(args):
         if 'straightness' in asked and not timed:
             raise BadInput('--straightness: only vp, subvp, ddpm and rf have a time to be straight '
                            'in; give another --ckpt, or leave it out')
-    inception_wanted = wanted & {'fid', 'is', 'kid', 'prc'}
-    n = args.n or (len(source) if source else 50000 if inception_wanted else 1000)
+    inception = needing(wanted, 'statistics') | needing(wanted, 'features')
+    n = args.n or (len(source) if source else 50000 if inception else 1000)
     if source and n > len(source):
         raise BadInput(f'--n {n}: --samples {args.samples} has {len(source)} images')
 

@@ -1404,7 +1404,7 @@ FORK = [  # (what the README links to, what to find from there on, what a fork p
     ('SETS', r'\{', """{'ramps': (16, 1, False, '', ''),
     'kmnist': (28, 1, False, 'KMNIST', ''),"""),
     ('find', r"    if dataset == 'glyphs'", r"""    if dataset == 'ramps':
-        return None, np.arange(40 * 256).reshape(40, 16, 16).astype(np.uint8), None, None
+        return Found(None, np.arange(40 * 256).reshape(40, 16, 16).astype(np.uint8))
 \g<0>"""),
     ('UNet', r'class UNet.*?(?=^\S|\Z)', """class UNet(nn.Module):
     def __init__(self, channels, **more):
@@ -1448,11 +1448,9 @@ def euler_log(f, x, grid, calls):
 
 SOLVERS['euler_log'] = euler_log
 """),
-    ('METRICS', r'\{', "{'brightness': 'mean of the pixels',"),
-    ('measure', r'    return found', r"""    if 'brightness' in asked:
-        say(against, brightness=made.pixels.double().mean().item())
-\g<0>"""),
-    ('evaluate', r"'neighbours'\}", "'neighbours', 'brightness'}"),
+    ('METRICS', r'\{', """{
+    'brightness': Metric('mean of the pixels', 'pixels', 1, lambda made, ref, args, home: [
+        (ref.against(made.n), dict(brightness=made.pixels.double().mean().item()))]),"""),
     ('PRESETS', r"    'glyphs':(.*?)'sum'(.*?\n)", r"""\g<0>    'ramps':\g<1>'mean'\g<2>"""),
 ]
 
