@@ -244,7 +244,8 @@ def make_images(flow, images, args, place):
         special = special_starts(args, flow)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
-    made_by = json.dumps({**vars(flow), 'net': f'{fingerprint(tensors):08x}', 'rows': (
+    made_by = {k: v for k, v in vars(flow).items() if k != 'net'}  # last: others say why it differs
+    made_by = json.dumps({**made_by, 'net': f'{fingerprint(tensors):08x}', 'rows': (
         None if special is None else 'rescale' if args.rescale else
         ' '.join(['interpolate'] + [f'{fingerprint([end]):08x}' for end in ends]))})
     single = args.out.endswith(KINDS)
