@@ -271,6 +271,18 @@ def ancestral(eta, noise):
     return solver
 
 
+def restoring(flow, part, image, noise):
+    """The field of `flow` where part(x), a projection, is known to be the image's: on each plane it
+    is that of image + z noise, the same noise on all, and what it leads to is the image's. The rest
+    follows the lines from there. Controllable generation of arXiv 2011.13456, Appendix I."""
+    def net(x, z, labels=None):
+        at = x + part(image + pfgm.column(z, x) * noise - x)
+        towards = pfgm.drift(flow.net, at, z, flow.gamma, flow.z_exp, flow.small_z,
+                             labels, flow.guidance)
+        return part(towards - x + image) - towards, -z
+    return net
+
+
 class Flow(types.SimpleNamespace):
     """A network, or an exact field, and what it takes to follow its lines; checkpoint.load_flow()
     makes one. Of its training: net, shape (C, H, W), D, z_min, z_max, upper_norm, z_exp, gamma,
@@ -326,9 +338,10 @@ class Flow(types.SimpleNamespace):
         return found
 
     @torch.no_grad()
-    def follow(self, x, device, indices=(), up=False, callback=None):
+    def follow(self, x, device, indices=(), up=False, callback=None, known=None):
         """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an
-        exact field or EDM). indices: which images these are, for their classes and fresh noise."""
+        exact field or EDM). indices: which images these are, for their classes and fresh noise;
+        known: (part, image) of restoring(), of solvers of fixed steps."""
         labels = self.labels_of(indices, device)
         solver = self.solver
         if solver == 'ddim':
@@ -340,13 +353,17 @@ class Flow(types.SimpleNamespace):
         twice = labels is not None and self.guidance != 1
         how = {k: getattr(self, k) for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
         bf16 = self.bf16 and solver != 'rk45'  # whose tolerance is finer than bfloat16
+        net, x = self.net, x.to(dtype).to(device)
+        if known:
+            net = restoring(self, *known, x / self.z_max)
+            how.update(z_exp=0.0, small_z='exact', guidance=1.0)  # it has applied them
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x, nfe = pfgm.sample_ode(
-                    self.net, x.to(dtype).to(device), *ends, solver, self.nfe, labels=labels, **how,
-                    rtol=self.tol, atol=self.tol, each=self.small_z != 'official',
+                    net, x, *ends, solver, self.nfe, labels=labels, **how, rtol=self.tol,
+                    atol=self.tol, each=self.small_z != 'official', to_data=to_data and not up,
                     schedule_name='log' if up else self.net.planes if self.schedule == 'time'
-                    else self.spacing(), to_data=to_data and not up, callback=callback)
+                    else self.spacing(), callback=callback)
         except pfgm.SolverError as error:
             raise BadInput(f'--ckpt: {error}; {DIVERGED}' if 'NaN' in str(error) else f'--tol '
                            f'{self.tol}: {error}; try a larger one, or --nfe 100') from error

@@ -2397,6 +2397,43 @@ def test_pictures_that_are_given(trained, tmp_path, capsys):
     refuses(['sample.py', '--encode', tmp_path / 'no.png', *how, tmp_path / 'b.png'], '^--encode .*no.png: no such')
 
 
+def test_restored_images_keep_what_is_known_and_are_images_that_fit(tmp_path, monkeypatch):
+    """On the exact field, whose samples are its charges: of each known part two of them."""
+    monkeypatch.chdir(tmp_path)
+    x = torch.randint(60, 196, (24, 8, 8, 1), generator=seeded()).expand(-1, -1, -1, 3).clone()
+    x[12:] = x[:12]
+    x[12:, 6:] = x[12:, 6:].flip(0)                                 # another image's two rows below
+    tint = torch.randint(-25, 26, (24, 8, 8, 3), generator=seeded(1))
+    tinted = x[:12].repeat(2, 1, 1, 1) + tint - tint.roll(1, 3)     # of mean 0
+    mask, follow = np.zeros((8, 8), np.uint8), baselines.Flow.follow
+    mask[6:] = 255
+    Image.fromarray(mask).save('mask.png')
+    for kind, charges, words in (('inpaint', x, ['--mask', 'mask.png']), ('colorize', tinted, [])):
+        np.save('x.npy', charges.to(torch.uint8).numpy())
+        made = []
+
+        def kept(flow, *args, known, **how):
+            end, nfe = follow(flow, *args, known=known, **how)
+            close(known[0](end), known[0](known[1].expand_as(end)), atol=1e-6)  # without the paste
+            made.append(data.to_uint8(end).permute(0, 2, 3, 1))
+            return end, nfe
+        monkeypatch.setattr(baselines.Flow, 'follow', kept)
+        given = ['sample.py', '--exact', '--dataset', 'x.npy', f'--{kind}', 'x.npy', '--device', 'cpu']
+        script([*given, *words, '--nfe', 40, '--z_min', 1e-3, '--n', 16, '--out', f'{kind}.png'])
+        monkeypatch.setattr(baselines.Flow, 'follow', follow)
+        assert Image.open(f'{kind}.png').size == (18 * 68 + 4, 8 * 68 + 4) and len(made) == 8
+        for i, results in enumerate(made):
+            fits = charges[[i, i + 12], ..., :results.shape[3]].flatten(1).int()
+            error = (results.flatten(1)[:, None].int() - fits).abs().amax(2)      # (16, 2)
+            assert (error.amin(1) <= 1).all() and len(error.argmin(1).unique()) == 2, (kind, i)
+    refuses([*given, '--solver', 'rk45'], '--solver rk45')
+    refuses([*given, '--mask', 'mask.png'], '--inpaint and --mask belong together')
+    refuses(['sample.py', '--exact', '--colorize', 'glyphs'], 'glyphs: the images of this network are grey')
+    Image.fromarray(0 * mask).save('none.png')
+    given[given.index('--colorize')] = '--inpaint'
+    refuses([*given, '--mask', 'none.png'], '--mask none.png: nothing in it is white')
+
+
 def test_references_of_others(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x, eye = rng.integers(0, 256, (6, 8, 8, 3), np.uint8), np.eye(bench.POOL)
