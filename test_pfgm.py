@@ -1224,17 +1224,70 @@ def test_reflow_and_distillation(tmp_path, capsys):
     eps, y = torch.from_numpy(np.concatenate([np.load(f) for f in files])).float().unbind(1)
     net, args = checkpoint.load_checkpoint(out / 'ckpt.pt')
     with torch.no_grad():
-        end, _ = pfgm.sample_ode(net, eps * args['z_max'], args['z_max'], 1e-3, rtol=1e-4, atol=1e-4,
+        start = y + eps * args['z_max']
+        end, _ = pfgm.sample_ode(net, start, args['z_max'], 1e-3, rtol=1e-4, atol=1e-4,
                                  labels=torch.arange(40) % 10, z_exp=0)
     assert (eps.mean().abs() < 0.05) and (eps.std() - 1).abs() < 0.05
     assert (end - y).abs().mean() < 0.02
     script(['evaluate.py', '--ckpt', home / 'ckpt.pt', '--swd', '--n', 3, '--device', 'cpu'])
     assert json.loads((home / 'results.jsonl').read_text())['nfe'] == 1  # all that the student knows
     refuses([*run, '--reflow', out / 'ckpt.pt'], 'two runs')
-    refuses([*run[:-1], tmp_path / 'x', '--method', 'vp'], 'belongs to --method rf')
+    refuses([*run[:-1], tmp_path / 'x', '--method', 'pfgm'], '--method pfgm, D inf: a student of .* D, inf')
+    refuses(['train.py', *TINY_PP, '--reflow', home, '--out_dir', tmp_path / 'x'], 'itself a student')
     np.save(tmp_path / 'a.npy', np.zeros((9, 16, 16), np.uint8))
     refuses(['train.py', '--dataset', tmp_path / 'a.npy', '--reflow', out / 'ckpt.pt', '--out_dir',
              tmp_path / 'x'], '--dataset .*a.npy: --reflow .* was trained on glyphs; give --dataset glyphs')
+
+
+@pytest.mark.parametrize('teacher, student, D', [
+    ('pfgm', 'pfgmpp', 1), ('D 3', 'pfgmpp', 3), ('vp', 'vp', math.inf), ('ddpm', 'ddpm', math.inf),
+    ('vp as rf', 'rf', math.inf), ('official', 'pfgmpp', 1), ('edm', 'pfgmpp', 128)])
+def test_any_teacher_is_distilled_into_one_call(teacher, student, D, tmp_path, monkeypatch, capsys):
+    """The student is trained where sampling begins, x on z_max, towards where the teacher leads x."""
+    out, path, how = tmp_path / 'a', tmp_path / 'a' / 'ckpt.pt', TINY_PP
+    if teacher in ('official', 'edm'):
+        path, how = tmp_path / 'net.pth', ['--dataset', tmp_path / 'x.npy', '--channels', 3, '--warmup',
+                                           1, *'--device cpu --no-bf16 --batch_size 8 --log_every 1'.split()]
+        np.save(tmp_path / 'x.npy', np.zeros((9, 32, 32, 3), np.uint8))
+        tiny_official(path) if teacher == 'official' else edm_file(path, pfgmpp=True, D=128)
+    else:
+        method = ['--D', 3] if teacher == 'D 3' else ['--method', teacher.split()[0]]
+        script(['train.py', *TINY_PP, *method, '--steps', 4, '--lr', '1e-2', '--out_dir', out])
+    home, seen, perturb = tmp_path / 'b', [], baselines.Denoiser.perturb
+
+    def kept(flow, *args, **eps):
+        seen.append(perturb(flow, *args, **eps))
+        return seen[-1]
+    monkeypatch.setattr(baselines.Denoiser, 'perturb', kept)
+    monkeypatch.setattr(train, 'PAIR_NFE', 4)
+    run = ['train.py', *how, '--distill', path, '--pairs', 8, '--steps', 9, '--lr', '1e-2', '--grad_clip', 9]
+    script([*run, '--out_dir', home, *['--method', 'rf'] * (teacher == 'vp as rf')])
+    said = capsys.readouterr().out
+    assert f'the student is {student} of D {D:g}' in said and losses(home)[-1] < losses(home)[0]
+    pairs, = (home / 'pairs').iterdir()
+    eps, y = torch.from_numpy(np.load(pairs)).unbind(1)
+    net, args = checkpoint.load_checkpoint(home / 'ckpt.pt')
+    assert (args['method'], args['D'], args['z_exp']) == (student, D, 0)
+    z_max = args['z_max']
+    start = pfgm.sample_prior(y.shape, 1.0, None, D)  # its norms, or those that the prior is cut to
+    if teacher != 'vp as rf':
+        flow = checkpoint.load_flow(flags_of('--ckpt', path, '--nfe', 4, '--device', 'cpu'), torch.device('cpu'))[0]
+        start = flow.prior(range(8))
+        assert flow.z_max == z_max and flow.upper_norm == args['upper_norm']
+        ends, _ = flow.follow(start, torch.device('cpu'), range(8))
+        close(y, ends, atol=1e-4 * float(ends.abs().max()))
+        for moved, z in seen:  # each a start of the teacher's, on its own plane
+            assert (z == z_max).all()
+            near = torch.cdist(moved.flatten(1).double(), start.flatten(1).double()).amin(1)
+            assert (near < 1e-4 * start.flatten(1).norm(dim=1).max()).all()
+    script(['sample.py', '--ckpt', home, '--n', 3, '--device', 'cpu', '--out', tmp_path / 's.npz'])
+    assert 'nfe 1 ' in capsys.readouterr().out
+
+
+def flags_of(*words):
+    p = launch.Parser()
+    checkpoint.flow_flags(p)
+    return p.parse_args([str(word) for word in words])
 
 
 def test_labels_with_a_gap_are_refused_and_a_class_has_one_number_in_both_splits(tmp_path):
