@@ -2039,7 +2039,54 @@ def test_arrays_of_the_right_size_are_taken_as_they_are(tmp_path, shape):
     assert all(np.array_equal(plain.decode(k)[0], got.pixels[k]) for k in range(5))
 
 
-def test_bloodmnist_and_lsun(tmp_path):
+def test_medmnist_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    """A fake archive in the form of theirs, behind a fake server."""
+    from torchvision.datasets import utils
+    asked, content = [], {}
+
+    def fetch(url, path, **how):
+        asked.append(url)
+        Path(path).write_bytes(content[url.split('/')[-1].removesuffix('?download=1')])
+    monkeypatch.setattr(utils, '_urlretrieve', fetch)
+    monkeypatch.setattr(utils, '_get_redirect_url', lambda url, max_hops: url)
+    for name, size, labels in (('dermamnist', 28, np.arange(6)[:, None] % 2), ('breastmnist', 64, np.ones(
+            (6, 1))), ('chestmnist', 128, np.ones((6, 14)))):
+        file, shape = io.BytesIO(), (size, size, 3)[:2 + (name == 'dermamnist')]
+        x = {f'{split}_images': np.full((n, *shape), n, np.uint8)
+             for split, n in (('train', 6), ('val', 2), ('test', 3))}
+        np.savez_compressed(file, **x, train_labels=labels.astype(np.uint8),
+                            val_labels=np.zeros((2, labels.shape[1]), np.uint8),
+                            test_labels=np.zeros((3, labels.shape[1]), np.uint8))
+        key = f'{name}.npz' if size == 28 else f'{name}_{size}.npz'
+        content[key] = file.getvalue()
+        for given in (size, size - 1) if size > 28 else (None, 28):  # the next larger one serves
+            refused(f'{name}: File not found or corrupted.*fetch by hand {tmp_path}/{name}.npz', name,
+                    tmp_path, given)
+        assert not (tmp_path / key).exists()
+        row, at = list(data.MEDMNIST[name]), 1 + data.MEDMNIST_SIZES.index(size)
+        row[at] = utils.calculate_md5(tmp_path / f'{key}.part')
+        monkeypatch.setitem(data.MEDMNIST, name, tuple(row))
+        asked.clear()
+        train_, test = data.load(name, tmp_path, size), data.load(name, tmp_path, size, split='test')
+        assert not asked and (tmp_path / key).exists()  # what was fetched before, now found to be whole
+        assert train_.pixels.shape == (6, 3 if len(shape) > 2 else 1, size, size) and len(test) == 3
+        assert train_.pixels.eq(6).all() and test.pixels.eq(3).all()
+        if name == 'dermamnist':
+            assert train_.class_count() == 2 and train_.labels.tolist() == [0, 1] * 3 and train_.flip
+        if name == 'chestmnist':
+            with pytest.raises(launch.BadInput, match='chestmnist has .*several an image'):
+                train_.class_count()
+    assert all(len(row) == 5 and all(re.fullmatch('[0-9a-f]{32}', md5) for md5 in row[1:])
+               for name, row in data.MEDMNIST.items() if name not in ('dermamnist', 'breastmnist', 'chestmnist'))
+
+
+def refuse_connection():
+    raise urllib.error.URLError('no network in a test')
+
+
+def test_bloodmnist_and_lsun(tmp_path, monkeypatch):
+    from torchvision.datasets import utils
+    monkeypatch.setattr(utils, '_get_redirect_url', lambda url, max_hops: refuse_connection())
     refused('bloodmnist.npz', 'bloodmnist', tmp_path)
     refused('lsun_bedroom', 'lsun_bedroom', tmp_path)
     np.savez(tmp_path / 'bloodmnist.npz', train_images=np.zeros((3, 28, 28, 3), np.uint8),
