@@ -436,14 +436,14 @@ def test_inputs_stay_bounded_under_heavy_tails(D):
     assert seen[0] <= 1.01 * max(4 * N, N + D)
 
 
-def gaussian_rival(method, spread=0.6):
-    """The rival flow of data N(0, spread^2), from the network output that is exact for it."""
+def gaussian_rival(method, spread=0.6, mean=0.0):
+    """The flow of D = inf of data N(mean, spread^2), from the network output that is exact for it."""
     flow = baselines.METHODS[method](None)
     def F(x, c_noise, labels=None):
-        t = c_noise / flow.scale
-        z = flow.z_of(1 - t if method == 'rf' else t)
+        t = c_noise / getattr(flow, 'scale', 0.25)
+        z = t.exp() if method == 'pfgmpp' else flow.z_of(1 - t if method == 'rf' else t)
         c_skip, c_out, c_in, _ = flow.coefficients(z)
-        xhat = spread ** 2 / (spread ** 2 + z ** 2) * (x.flatten(1).T / c_in)
+        xhat = mean + spread ** 2 / (spread ** 2 + z ** 2) * (x.flatten(1).T / c_in - mean)
         return ((xhat - c_skip * x.flatten(1).T / c_in) / c_out).T.view_as(x), None
     flow.net = F
     return flow
@@ -509,6 +509,33 @@ def test_ddim_keeps_the_variance_of_a_gaussian(eta):
     if eta == 0:
         close(out, pfgm.sample_ode(flow, x, flow.high, flow.low, 'euler', 999, z_exp=0,
                                    schedule_name=flow.planes)[0], atol=1e-9)
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('method', ['vp', 'subvp', 'pfgmpp'])
+def test_stochastic_samplers_have_the_mean_and_variance_of_a_gaussian(method, eta):
+    """--solver ddim --eta, VP-SDE and sub-VP-SDE of the tables: x_(i+1) - m = A_i (x_i - m) + s_i noise
+    is known in closed form where the data are N(m, s^2), and of 1000 steps the law is the data's."""
+    m, s = -0.3, 0.6
+    flow, steps = gaussian_rival(method, s, m), 1000
+    planes = getattr(flow, 'planes', None) or (lambda z_from, z_to, steps: pfgm.schedule(
+        'rho7', torch.zeros(1, 1), z_from, z_to, steps)[:, 0])
+    z = planes(flow.high, flow.low, steps)
+    fresh = eta * z[1:] * (1 - (z[1:] / z[:-1]) ** 2).sqrt()
+    kept = (z[1:] ** 2 - fresh ** 2).sqrt() / z[:-1]
+    towards = z[:-1] ** 2 / (s ** 2 + z[:-1] ** 2)                  # (x - xhat) / (x - m)
+    mean, var = torch.tensor(-m, dtype=F64), torch.tensor(flow.high ** 2, dtype=F64)
+    for A, noise in zip(1 + (kept - 1) * towards, fresh):
+        mean, var = A * mean, A ** 2 * var + noise ** 2
+    close(mean, 0, atol=0.01)
+    close(var.sqrt(), math.hypot(s, flow.low), rtol=0.01)
+    n, generator = 20000, seeded(1)
+    x = pfgm.sample_prior((n, 1), flow.high, D=math.inf, generator=seeded(), dtype=F64)
+    solver = baselines.ancestral(eta, lambda i: torch.randn(x.shape, generator=generator, dtype=F64))
+    x, nfe = pfgm.sample_ode(flow, x, flow.high, flow.low, solver, steps, z_exp=0, schedule_name=planes)
+    assert nfe == steps
+    close(x.mean(), m + mean, atol=4 * s / n ** 0.5)
+    close(x.var() / var, 1, atol=4 * (2 / n) ** 0.5)
 
 
 def test_classes_have_fields_of_their_own_and_guidance_mixes_them():
