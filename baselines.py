@@ -319,6 +319,18 @@ def ancestral(eta, noise):
     return solver
 
 
+def restoring(flow, part, image, noise):
+    """The field of `flow` where part(x), a projection, is known to be the image's: on each plane it
+    is that of image + z noise, the same noise on all, and what it leads to is the image's. The rest
+    follows the lines from there. Controllable generation of arXiv 2011.13456, Appendix I."""
+    def net(x, z, labels=None):
+        at = x + part(image + pfgm.column(z, x) * noise - x)
+        towards = pfgm.drift(flow.net, at, z, flow.gamma, flow.z_exp, flow.small_z,
+                             labels, flow.guidance)
+        return part(towards - x + image) - towards, -z
+    return net
+
+
 class Flow(types.SimpleNamespace):
     """A network, or an exact field, and what it takes to follow its lines; checkpoint.load_flow()
     makes one. Of its training: net, shape (C, H, W), D, z_min, z_max, upper_norm, z_exp, gamma,
@@ -374,9 +386,10 @@ class Flow(types.SimpleNamespace):
         return found
 
     @torch.no_grad()
-    def follow(self, x, device, indices=(), up=False, callback=None):
+    def follow(self, x, device, indices=(), up=False, callback=None, known=None):
         """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an
-        exact field or EDM). indices: which images these are, for their classes and fresh noise."""
+        exact field or EDM). indices: which images these are, for their classes and fresh noise;
+        known: (part, image) of restoring(), of solvers of fixed steps."""
         labels = self.labels_of(indices, device)
         solver = self.solver
         if solver == 'ddim':
@@ -388,13 +401,17 @@ class Flow(types.SimpleNamespace):
         twice = labels is not None and self.guidance != 1
         how = {k: getattr(self, k) for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
         bf16 = self.bf16 and solver != 'rk45'  # whose tolerance is finer than bfloat16
+        net, x = self.net, x.to(dtype).to(device)
+        if known:
+            net = restoring(self, *known, x / self.z_max)
+            how.update(z_exp=0.0, small_z='exact', guidance=1.0)  # it has applied them
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x, nfe = pfgm.sample_ode(
-                    self.net, x.to(dtype).to(device), *ends, solver, self.nfe, labels=labels, **how,
-                    rtol=self.tol, atol=self.tol, each=self.small_z != 'official',
+                    net, x, *ends, solver, self.nfe, labels=labels, **how, rtol=self.tol,
+                    atol=self.tol, each=self.small_z != 'official', to_data=to_data and not up,
                     schedule_name='log' if up else self.net.planes if self.schedule == 'time'
-                    else self.spacing(), to_data=to_data and not up, callback=callback)
+                    else self.spacing(), callback=callback)
         except pfgm.SolverError as error:
             raise BadInput(f'--ckpt: {error}; {DIVERGED}' if 'NaN' in str(error) else f'--tol '
                            f'{self.tol}: {error}; try a larger one, or --nfe 100') from error
@@ -426,6 +443,18 @@ def flow_of(net, args, **how):
 
 # ---------------------------------------------------------------- reflow and distillation
 
+def method_of_student(args, teacher):
+    """What --reflow and --distill train, by the args of the teacher: its own method, whose prior is
+    the same. But of pfgm a denoiser of D = 1: a field that far from the data has all but one
+    direction cannot tell in one call where it leads."""
+    flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
+    if args.reflow and args.distill:
+        raise BadInput(f'{flag}: --reflow and --distill are two runs; leave one out')
+    if teacher.get('distill') not in (None, args.distill):
+        raise BadInput(f'{flag}: itself a student of one call; give its teacher')
+    return 'pfgmpp' if teacher['method'] == 'pfgm' else teacher['method']
+
+
 class Pairs:
     """Shards of (noise, image) on disk: pairs[indices (b,)] -> (y, eps), float32 (b, C, S, S)."""
 
@@ -437,7 +466,7 @@ class Pairs:
 
     def __getitem__(self, indices):
         rows = [self.shards[i // SHARD][i % SHARD] for i in indices.tolist()]
-        eps, y = torch.from_numpy(np.stack(rows)).float().unbind(1)
+        eps, y = torch.from_numpy(np.stack(rows)).unbind(1)
         return y, eps
 
 
@@ -447,41 +476,36 @@ def read_shard(path, shape):
         shard = np.load(path, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError):
         return None
-    return shard if shard.shape == shape and shard.dtype == np.float16 else None
+    return shard if shard.shape == shape and shard.dtype == np.float32 else None
 
 
-@torch.no_grad()
-def make_pairs(net, z_max, z_min, args, device, rank=0, world=1):
-    """The Pairs of reflow: args.pairs draws eps and where `net` leads x = z_max eps, as float16 in
-    --out_dir/pairs. arXiv 2209.03003 Section 2.2. Shards of before, made by the same network from
-    the same seed, are kept; the others are shared out among the processes."""
-    folder, shape = os.path.join(args.out_dir, 'pairs'), (args.channels, *[args.image_size] * 2)
-    mark = fingerprint(net.state_dict().values(), args.seed)
+def make_pairs(teacher, args, device, rank=0, world=1):
+    """The Pairs of reflow: args.pairs draws x of the prior of `teacher`, a Flow, and the images y
+    where it leads them, as eps = (x - y) / z_max and y in --out_dir/pairs: the straight line
+    between the two is y + z eps. arXiv 2209.03003 Section 2.2. Shards of before, made by the same
+    network from the same seed, are kept; the others are shared out among the processes."""
+    folder, mark = os.path.join(args.out_dir, 'pairs'), fingerprint(
+        teacher.net.state_dict().values(), args.seed)
     shards = [range(args.pairs)[first:first + SHARD] for first in range(0, args.pairs, SHARD)]
     paths = {shard: os.path.join(folder, f'{mark:08x}-{k:05d}.npy')
              for k, shard in enumerate(shards)}
     todo = [shard for shard in shards[rank::world]
-            if read_shard(paths[shard], (len(shard), 2, *shape)) is None]
-    z_last = pfgm.last_plane(z_min, PAIR_NFE, math.inf)
+            if read_shard(paths[shard], (len(shard), 2, *teacher.shape)) is None]
     for shard in watch(todo, sum(map(len, todo)), 'pairs', rank):
         os.makedirs(folder, exist_ok=True)
-        generator = torch.Generator().manual_seed(
-            step_seed(args.seed, 2 ** 34 + shard.start // SHARD))
-        eps, ends = torch.randn(len(shard), *shape, generator=generator), []
-        for part, number in zip(*(t.split(args.batch_size) for t in (eps, torch.tensor(shard)))):
-            labels = number.to(device) % args.classes if args.classes else None
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                x, _ = pfgm.sample_ode(net, z_max * part.to(device), z_max, z_last, 'unipc',
-                                       PAIR_NFE, D=math.inf, z_exp=0, labels=labels,
-                                       schedule_name='radius', to_data=True)
-            ends.append(x.cpu())
-        pairs = torch.stack([eps, torch.cat(ends)], 1).half()
-        if not pairs.isfinite().all():
-            raise BadInput(f'--{"reflow" if args.reflow else "distill"} '
-                           f'{args.reflow or args.distill}: it makes images that are not finite')
-        write('--out_dir', paths[shard], lambda file: np.save(file, pairs.numpy()))
+        start, ends = teacher.prior(shard), []
+        try:
+            for first in range(0, len(shard), args.batch_size):
+                part = slice(first, first + args.batch_size)
+                ends.append(teacher.follow(start[part], device, shard[part])[0].float().cpu())
+        except BadInput as error:
+            flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
+            raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
+        y = torch.cat(ends)
+        pairs = torch.stack([(start - y) / teacher.z_max, y], 1).numpy()
+        write('--out_dir', paths[shard], lambda file: np.save(file, pairs))
     wait()
-    made = [read_shard(path, (len(shard), 2, *shape)) for shard, path in paths.items()]
+    made = [read_shard(path, (len(shard), 2, *teacher.shape)) for shard, path in paths.items()]
     if any(shard is None for shard in made):
         raise BadInput(f'--out_dir {args.out_dir}: every process must see the same folder')
     return Pairs(made)
@@ -503,13 +527,15 @@ def straightness(net, x, labels=None, steps=50):
     return error / whole.square().sum(1)
 
 
-def pairs_of_teacher(net, args, step, device, rank, world):
-    """The Pairs to train on, made by the teacher; and a line on how straight its own lines are."""
-    pairs = make_pairs(net, args.z_max, args.z_min, args, device, rank, world)
-    if rank == 0 and step == 0:
-        labels = torch.arange(64, device=device) % args.classes if args.classes else None
-        start = net.high * torch.randn(64, args.channels, args.image_size, args.image_size,
-                                       generator=torch.Generator().manual_seed(args.seed))
-        bent = straightness(net, start.to(device), labels).mean()
+def pairs_of_teacher(teacher, args, step, device, rank, world):
+    """The Pairs to train on, made by the teacher, a Flow; a line on what is trained and, where it
+    has a time, one on how straight the teacher's own lines are."""
+    if rank == 0:
+        print(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its '
+              f'teacher, {teacher.method}', flush=True)
+    pairs = make_pairs(teacher, args, device, rank, world)
+    if rank == 0 and step == 0 and hasattr(teacher.net, 'planes'):
+        start = teacher.prior(range(64)).to(device)
+        bent = straightness(teacher.net, start, teacher.labels_of(range(64), device)).mean()
         print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
     return pairs

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pfgm
-from files import (ENTRY_LIMIT, as_labels, as_uint8, files_below, in_rows, layout, open_entry,
-                   read_bytes, table_values)
+from files import (ENTRY_LIMIT, MEDMNIST, MEDMNIST_SIZES, as_labels, as_uint8, files_below, in_rows,
+                   layout, open_entry, read_bytes, table_values)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, first_of_its_machine, reader_lost,
                     step_seed)
 
@@ -32,11 +32,13 @@ SETS = {  # image size, channels, random flips?, torchvision class, what to fetc
     'glyphs':        (16, 1, False, '', ''),
     'mnist':         (28, 1, False, 'MNIST', '{}/MNIST/raw/train-* and t10k-*-ubyte.gz'),
     'fashion_mnist': (28, 1, False, 'FashionMNIST', '{}/FashionMNIST/raw/*-ubyte.gz'),
-    'bloodmnist':    (28, 3, True, '', '{}/bloodmnist.npz (medmnist.com, zenodo record 10519652)'),
     'cifar10':       (32, 3, True, 'CIFAR10', '{}/cifar-10-python.tar.gz (cs.toronto.edu/~kriz)'),
     'celeba64':      (64, 3, True, 'CelebA', '{}/celeba/*.txt and, unzipped, img_align_celeba/'),
     'lsun_bedroom':  (256, 3, True, '', '{}/lsun_bedroom/ (as github.com/fyu/lsun exports)'),
 }
+SETS.update({name: (28, channels, channels == 3, '', f'{{}}/{name}.npz, or of 64 pixels '
+                    f'{name}_64.npz (zenodo.org/records/10519652)')
+             for name, (channels, *_) in MEDMNIST.items()})
 # M, z_max, upper_norm and z_exp of the official code; other sets' follow from the data.
 OFFICIAL = {'cifar10': (291, 40, 3e3, 5), 'cifar10_deep': (291, 40, 3e3, 5),
             'celeba64': (291, 60, 6e3, 1), 'lsun_bedroom': (356, 100, 3e4, 0.1)}
@@ -106,8 +108,8 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
 
 def find(dataset, data_dir, image_size, split):
     """-> Found."""
-    path = {'bloodmnist': f'{data_dir}/bloodmnist.npz',
-            'lsun_bedroom': f'{data_dir}/lsun_bedroom'}.get(dataset, dataset)
+    path = f'{data_dir}/lsun_bedroom' if dataset == 'lsun_bedroom' else (
+        medmnist(dataset, data_dir, image_size or 28) if dataset in MEDMNIST else dataset)
     ending, file = os.path.splitext(path)[1].lower(), os.path.isfile(path)
     if dataset == 'glyphs':
         pixels, labels = glyphs(image_size=min(image_size or 16, 64), split=split)
@@ -129,6 +131,19 @@ def find(dataset, data_dir, image_size, split):
     missing = f'there is no {path}' if dataset in SETS else 'no such data set, file or folder'
     raise ValueError(missing if not os.path.lexists(path) else 'is of another kind' if file else
                      'neither a file nor a folder')
+
+
+def medmnist(name, data_dir, image_size):
+    """The path of the archive of this set whose size is the next, downloaded and checked where it
+    is not there."""
+    from torchvision.datasets.utils import download_url
+    which = next((k for k, size in enumerate(MEDMNIST_SIZES) if size >= image_size), 3)
+    file = f'{name}_{MEDMNIST_SIZES[which]}.npz' if which else f'{name}.npz'
+    if not os.path.lexists(path := f'{data_dir}/{file}'):  # a user's own is taken as it is
+        download_url(f'https://zenodo.org/records/10519652/files/{file}?download=1', data_dir,
+                     f'{file}.part', MEDMNIST[name][1 + which])
+        os.replace(f'{path}.part', path)
+    return path
 
 
 # ---------------------------------------------------------------- folders, zips and arrays

@@ -29,7 +29,8 @@ from launch import BadInput, Parser, above, fingerprint, run, wait, write
 def parse_args(argv=None):
     p = Parser(description=__doc__)
     flow_flags(p)
-    p.add_argument('--n', type=above(0, int), default=64, help='images')
+    p.add_argument('--n', type=above(0, int), default=None, help='images (default: 64; of '
+                   '--inpaint and --colorize results an image, default: 8)')
     p.add_argument('--out', default='samples.png', help='.png, .gif, .npz or a folder')
     kind = p.add_mutually_exclusive_group()
     kind.add_argument('--gif', action='store_true', help='like --out samples.gif')
@@ -39,6 +40,10 @@ def parse_args(argv=None):
     kind.add_argument('--rescale', action='store_true',
                       help='rows of 8: one direction, norms from a third to twice the prior\'s')
     kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
+    kind.add_argument('--inpaint', metavar='IMAGES', help='make anew what is white in --mask, the '
+                      'rest kept as it is: a row an image, of it, what is kept, and results')
+    kind.add_argument('--colorize', metavar='IMAGES', help='the same, kept their grey')
+    p.add_argument('--mask', metavar='IMAGE', help='of --inpaint')
     kind.add_argument('--field_lines', action='store_true', help='the figure: a heart of charges')
     return p.parse_args(argv)
 
@@ -99,6 +104,33 @@ def encode(flow, args, device):
     row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)
     picture = datasets.grid_of(datasets.to_uint8(row.flatten(0, 1)), nrow=4)
     write('--out', args.out, lambda file: picture.save(file, 'PNG'))
+
+
+def restore(flow, args, device):
+    """Images of which a part is known, the rest made anew in --n ways: a PNG with one image a row,
+    the image, what is known of it, and the results."""
+    C, size, _ = flow.shape
+    given, flag = (args.inpaint, '--inpaint') if args.inpaint else (args.colorize, '--colorize')
+    images, rows = datasets.load(given, args.data_dir, size, C, flag=flag), []
+    if args.colorize and C == 1:
+        raise BadInput(f'--colorize {given}: the images of this network are grey')
+    if args.inpaint:
+        mask = datasets.load(args.mask, args.data_dir, size, 1, flag='--mask')[0].to(device) < 128
+        if mask.all():
+            raise BadInput(f'--mask {args.mask}: nothing in it is white, to be made anew')
+
+    def part(x):  # a projection: grey is the mean of the channels
+        return x * mask if args.inpaint else x.mean(1, keepdim=True).expand_as(x)
+    for i in range(min(len(images), 8)):
+        image = datasets.to_float(images[i])[None].to(device)
+        batches = torch.arange(i * args.n, (i + 1) * args.n).split(args.batch_size)
+        made = [flow.follow(flow.prior(b), device, b, known=(part, image))[0]
+                for b in map(torch.Tensor.tolist, batches)]
+        rows += [image, part(image), *(x.float() + part(image - x.float()) for x in made)]
+    picture = datasets.grid_of(datasets.to_uint8(torch.cat(rows)), args.n + 2)
+    write('--out', args.out, lambda file: picture.save(file, 'PNG'))
+    print(f'{args.out}: {args.n} results of each of {min(len(images), 8)} images'
+          + f', the first of {len(images)}' * (len(images) > 8))
 
 
 def field_lines(path):
@@ -290,10 +322,19 @@ def make_images(flow, images, args, place):
 def main(args):
     if args.gif and not args.out.endswith('.gif'):
         args.out = os.path.splitext(args.out)[0] + '.gif'
-    picture = args.encode or args.field_lines
+    known = args.inpaint or args.colorize
+    picture = args.encode or args.field_lines or known
+    args.n = args.n or (8 if known else 64)
     rows = args.interpolate is not None or args.rescale
     if args.interpolate and len(args.interpolate) != 2:
         raise BadInput(f'--interpolate {" ".join(args.interpolate)}: give two images, or none')
+    if bool(args.inpaint) != bool(args.mask):
+        raise BadInput('--inpaint and --mask belong together; give both')
+    if known and args.solver == 'rk45':
+        raise BadInput('--solver rk45: not of --inpaint and --colorize, whose steps are fixed; '
+                       'give another, or leave it out')
+    if known and not args.solver:
+        args.nfe = args.nfe or 100  # steps that are fixed
     if picture and not args.out.endswith('.png') or rows and args.out.endswith('.gif'):
         raise BadInput(f'--out {args.out}: a picture; must end in .png')
     if (picture or args.out.endswith('.gif')) and int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -309,6 +350,8 @@ def main(args):
     if rank == 0:
         facts = {**vars(flow), 'schedule': flow.spacing()}
         print('  '.join(f'{k} {v}' for k, v in facts.items() if k != 'net'), flush=True)
+    if known:
+        return restore(flow, args, device)
     if args.encode:
         return encode(flow, args, device)
     if args.out.endswith('.gif'):

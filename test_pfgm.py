@@ -398,14 +398,14 @@ def test_inputs_stay_bounded_under_heavy_tails(D):
     assert seen[0] <= 1.01 * max(4 * N, N + D)
 
 
-def gaussian_rival(method, spread=0.6):
-    """The rival flow of data N(0, spread^2), from the network output that is exact for it."""
+def gaussian_rival(method, spread=0.6, mean=0.0):
+    """The flow of D = inf of data N(mean, spread^2), from the network output that is exact for it."""
     flow = baselines.METHODS[method](None)
     def F(x, c_noise, labels=None):
-        t = c_noise / flow.scale
-        z = flow.z_of(1 - t if method == 'rf' else t)
+        t = c_noise / getattr(flow, 'scale', 0.25)
+        z = t.exp() if method == 'pfgmpp' else flow.z_of(1 - t if method == 'rf' else t)
         c_skip, c_out, c_in, _ = flow.coefficients(z)
-        xhat = spread ** 2 / (spread ** 2 + z ** 2) * (x.flatten(1).T / c_in)
+        xhat = mean + spread ** 2 / (spread ** 2 + z ** 2) * (x.flatten(1).T / c_in - mean)
         return ((xhat - c_skip * x.flatten(1).T / c_in) / c_out).T.view_as(x), None
     flow.net = F
     return flow
@@ -470,6 +470,33 @@ def test_ddim_keeps_the_variance_of_a_gaussian(eta):
     assert stats.kstest(out[:, 0].numpy() / math.hypot(0.6, flow.low), 'norm').pvalue > 0.01
     if eta == 0:
         close(out, end('euler'), atol=1e-9)
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('method', ['vp', 'subvp', 'pfgmpp'])
+def test_stochastic_samplers_have_the_mean_and_variance_of_a_gaussian(method, eta):
+    """--solver ddim --eta, VP-SDE and sub-VP-SDE of the tables: x_(i+1) - m = A_i (x_i - m) + s_i noise
+    is known in closed form where the data are N(m, s^2), and of 1000 steps the law is the data's."""
+    m, s = -0.3, 0.6
+    flow, steps = gaussian_rival(method, s, m), 1000
+    planes = getattr(flow, 'planes', None) or (lambda z_from, z_to, steps: pfgm.schedule(
+        'rho7', torch.zeros(1, 1), z_from, z_to, steps)[:, 0])
+    z = planes(flow.high, flow.low, steps)
+    fresh = eta * z[1:] * (1 - (z[1:] / z[:-1]) ** 2).sqrt()
+    kept = (z[1:] ** 2 - fresh ** 2).sqrt() / z[:-1]
+    towards = z[:-1] ** 2 / (s ** 2 + z[:-1] ** 2)                  # (x - xhat) / (x - m)
+    mean, var = torch.tensor(-m, dtype=F64), torch.tensor(flow.high ** 2, dtype=F64)
+    for A, noise in zip(1 + (kept - 1) * towards, fresh):
+        mean, var = A * mean, A ** 2 * var + noise ** 2
+    close(mean, 0, atol=0.01)
+    close(var.sqrt(), math.hypot(s, flow.low), rtol=0.01)
+    n, generator = 20000, seeded(1)
+    x = pfgm.sample_prior((n, 1), flow.high, D=math.inf, generator=seeded(), dtype=F64)
+    solver = baselines.ancestral(eta, lambda i: torch.randn(x.shape, generator=generator, dtype=F64))
+    x, nfe = pfgm.sample_ode(flow, x, flow.high, flow.low, solver, steps, z_exp=0, schedule_name=planes)
+    assert nfe == steps
+    close(x.mean(), m + mean, atol=4 * s / n ** 0.5)
+    close(x.var() / var, 1, atol=4 * (2 / n) ** 0.5)
 
 
 def test_classes_have_fields_of_their_own_and_guidance_mixes_them():
@@ -1199,15 +1226,67 @@ def test_reflow_and_distillation(straight, tmp_path, monkeypatch):
     eps, y = torch.from_numpy(np.concatenate([np.load(f) for f in files])).float().unbind(1)
     net, args = checkpoint.load_checkpoint(teacher)
     with torch.no_grad():
-        end, _ = pfgm.sample_ode(net, eps * args['z_max'], args['z_max'], 1e-3, z_exp=0,
+        end, _ = pfgm.sample_ode(net, y + eps * args['z_max'], args['z_max'], 1e-3, z_exp=0,
                                  labels=torch.arange(40) % 10)
     assert (eps.mean().abs() < 0.05) and (eps.std() - 1).abs() < 0.05
     assert (end - y).abs().mean() < 0.02
     np.save(tmp_path / 'a.npy', np.zeros((9, 16, 16), np.uint8))
     new, words = ['--out_dir', tmp_path / 'x'], 'a.npy: --distill .* was trained on glyphs; give'
     refuses([*run, '--reflow', teacher], 'two runs')
-    refuses([*run, *new, '--method', 'vp'], 'belongs to --method rf')
+    refuses([*run, *new, '--method', 'pfgm'], '--method pfgm, D inf: a student of .* D, inf')
+    refuses(['train.py', *TINY_PP, '--reflow', home, *new], 'itself a student')
     refuses([*run, *new, '--dataset', tmp_path / 'a.npy'], words)
+
+
+@pytest.mark.parametrize('teacher, student, D', [
+    ('pfgm', 'pfgmpp', 1), ('D 3', 'pfgmpp', 3), ('vp', 'vp', math.inf), ('ddpm', 'ddpm', math.inf),
+    ('vp as rf', 'rf', math.inf), ('official', 'pfgmpp', 1), ('edm', 'pfgmpp', 128)])
+def test_any_teacher_is_distilled_into_one_call(teacher, student, D, tmp_path, monkeypatch, capsys):
+    """The student is trained where sampling begins, x on z_max, towards where the teacher leads x."""
+    out, path, how = tmp_path / 'a', tmp_path / 'a' / 'ckpt.pt', TINY_PP
+    if teacher in ('official', 'edm'):
+        path, how = tmp_path / 'net.pth', ['--dataset', tmp_path / 'x.npy', '--channels', 3, '--warmup',
+                                           1, *'--device cpu --no-bf16 --batch_size 8 --log_every 1'.split()]
+        np.save(tmp_path / 'x.npy', np.zeros((9, 32, 32, 3), np.uint8))
+        tiny_official(path) if teacher == 'official' else edm_file(path, pfgmpp=True, D=128)
+    else:
+        method = ['--D', 3] if teacher == 'D 3' else ['--method', teacher.split()[0]]
+        script(['train.py', *TINY_PP, *method, '--steps', 4, '--lr', '1e-2', '--out_dir', out])
+    home, seen, perturb = tmp_path / 'b', [], baselines.Denoiser.perturb
+
+    def kept(flow, *args, **eps):
+        seen.append(perturb(flow, *args, **eps))
+        return seen[-1]
+    monkeypatch.setattr(baselines.Denoiser, 'perturb', kept)
+    monkeypatch.setattr(train, 'PAIR_NFE', 4)
+    run = ['train.py', *how, '--distill', path, '--pairs', 8, '--steps', 9, '--lr', '1e-2', '--grad_clip', 9]
+    script([*run, '--out_dir', home, *['--method', 'rf'] * (teacher == 'vp as rf')])
+    said = capsys.readouterr().out
+    assert f'the student is {student} of D {D:g}' in said and losses(home)[-1] < losses(home)[0]
+    pairs, = (home / 'pairs').iterdir()
+    eps, y = torch.from_numpy(np.load(pairs)).unbind(1)
+    net, args = checkpoint.load_checkpoint(home / 'ckpt.pt')
+    assert (args['method'], args['D'], args['z_exp']) == (student, D, 0)
+    z_max = args['z_max']
+    start = pfgm.sample_prior(y.shape, 1.0, None, D)  # its norms, or those that the prior is cut to
+    if teacher != 'vp as rf':
+        flow = checkpoint.load_flow(flags_of('--ckpt', path, '--nfe', 4, '--device', 'cpu'), torch.device('cpu'))[0]
+        start = flow.prior(range(8))
+        assert flow.z_max == z_max and flow.upper_norm == args['upper_norm']
+        ends, _ = flow.follow(start, torch.device('cpu'), range(8))
+        close(y, ends, atol=1e-4 * float(ends.abs().max()))
+        for moved, z in seen:  # each a start of the teacher's, on its own plane
+            assert (z == z_max).all()
+            near = torch.cdist(moved.flatten(1).double(), start.flatten(1).double()).amin(1)
+            assert (near < 1e-4 * start.flatten(1).norm(dim=1).max()).all()
+    script(['sample.py', '--ckpt', home, '--n', 3, '--device', 'cpu', '--out', tmp_path / 's.npz'])
+    assert 'nfe 1 ' in capsys.readouterr().out
+
+
+def flags_of(*words):
+    p = launch.Parser()
+    checkpoint.flow_flags(p)
+    return p.parse_args([str(word) for word in words])
 
 
 def test_labels_with_a_gap_are_refused_and_a_class_has_one_number_in_both_splits(tmp_path):
@@ -1812,6 +1891,51 @@ def test_npz_keys_splits_and_labels(tmp_path):
     assert data.load(path).labels is None and '(2,) for 3 images' in data.load(path).unlabelled
 
 
+def test_medmnist_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    """A fake archive in the form of theirs, behind a fake server."""
+    from torchvision.datasets import utils
+    asked, content = [], {}
+
+    def fetch(url, path, **how):
+        asked.append(url)
+        Path(path).write_bytes(content[url.split('/')[-1].removesuffix('?download=1')])
+    monkeypatch.setattr(utils, '_urlretrieve', fetch)
+    monkeypatch.setattr(utils, '_get_redirect_url', lambda url, max_hops: url)
+    for name, size, labels in (('dermamnist', 28, np.arange(6)[:, None] % 2), ('breastmnist', 64, np.ones(
+            (6, 1))), ('chestmnist', 128, np.ones((6, 14)))):
+        file, shape = io.BytesIO(), (size, size, 3)[:2 + (name == 'dermamnist')]
+        x = {f'{split}_images': np.full((n, *shape), n, np.uint8)
+             for split, n in (('train', 6), ('val', 2), ('test', 3))}
+        np.savez_compressed(file, **x, train_labels=labels.astype(np.uint8),
+                            val_labels=np.zeros((2, labels.shape[1]), np.uint8),
+                            test_labels=np.zeros((3, labels.shape[1]), np.uint8))
+        key = f'{name}.npz' if size == 28 else f'{name}_{size}.npz'
+        content[key] = file.getvalue()
+        for given in (size, size - 1) if size > 28 else (None, 28):  # the next larger one serves
+            refused(f'{name}: File not found or corrupted.*fetch by hand {tmp_path}/{name}.npz', name,
+                    tmp_path, given)
+        assert not (tmp_path / key).exists()
+        row, at = list(data.MEDMNIST[name]), 1 + data.MEDMNIST_SIZES.index(size)
+        row[at] = utils.calculate_md5(tmp_path / f'{key}.part')
+        monkeypatch.setitem(data.MEDMNIST, name, tuple(row))
+        asked.clear()
+        train_, test = data.load(name, tmp_path, size), data.load(name, tmp_path, size, split='test')
+        assert not asked and (tmp_path / key).exists()  # what was fetched before, now found to be whole
+        assert train_.pixels.shape == (6, 3 if len(shape) > 2 else 1, size, size) and len(test) == 3
+        assert train_.pixels.eq(6).all() and test.pixels.eq(3).all()
+        if name == 'dermamnist':
+            assert train_.class_count() == 2 and train_.labels.tolist() == [0, 1] * 3 and train_.flip
+        if name == 'chestmnist':
+            with pytest.raises(launch.BadInput, match='chestmnist has .*several an image'):
+                train_.class_count()
+    assert all(len(row) == 5 and all(re.fullmatch('[0-9a-f]{32}', md5) for md5 in row[1:])
+               for name, row in data.MEDMNIST.items() if name not in ('dermamnist', 'breastmnist', 'chestmnist'))
+
+
+def refuse_connection(*args, **how):
+    raise urllib.error.URLError('no network in a test')
+
+
 def test_known_sets(tmp_path, monkeypatch):
     def known(root, download, train=True, split=None):  # MNIST, and CelebA of one image
         pixels = torch.zeros(4 if train else 2, 28, 28, dtype=torch.uint8)
@@ -1822,8 +1946,9 @@ def test_known_sets(tmp_path, monkeypatch):
     train_, test = data.load('mnist', tmp_path), data.load('mnist', tmp_path, 32, 3, 'test')
     assert train_.pixels.shape == (4, 1, 28, 28) and test.pixels.shape == (2, 3, 32, 32)
     assert train_.labels.tolist() == [1] * 4 and not test.flip and test.classes == ['a', 'b']
+    monkeypatch.setattr('torchvision.datasets.utils._get_redirect_url', refuse_connection)
     for name in ('bloodmnist', 'lsun_bedroom'):
-        refused(f'there is no .*/{name}', name, tmp_path)
+        refused(f'{name}.*fetch by hand', name, tmp_path)
     for name in ('celeba/img_align_celeba', 'lsun_bedroom/0', 'lsun_bedroom/1'):
         os.makedirs(tmp_path / name)
         picture(0, 64).save(tmp_path / name / 'a.webp')
@@ -2176,6 +2301,43 @@ def test_pictures_that_are_given(trained, tmp_path, capsys):
     assert abs(made[0] - data.load()[0][0].numpy()).mean() < 2 and abs(made[-1] - data.load()[1][0].numpy()).mean() < 2
     refuses(['sample.py', '--interpolate', tmp_path / '0.png', *how, tmp_path / 'b.png'], '--interpolate .*0.png: give two')
     refuses(['sample.py', '--encode', tmp_path / 'no.png', *how, tmp_path / 'b.png'], '^--encode .*no.png: no such')
+
+
+def test_restored_images_keep_what_is_known_and_are_images_that_fit(tmp_path, monkeypatch):
+    """On the exact field, whose samples are its charges: of each known part two of them."""
+    monkeypatch.chdir(tmp_path)
+    x = torch.randint(60, 196, (24, 8, 8, 1), generator=seeded()).expand(-1, -1, -1, 3).clone()
+    x[12:] = x[:12]
+    x[12:, 6:] = x[12:, 6:].flip(0)                                 # another image's two rows below
+    tint = torch.randint(-25, 26, (24, 8, 8, 3), generator=seeded(1))
+    tinted = x[:12].repeat(2, 1, 1, 1) + tint - tint.roll(1, 3)     # of mean 0
+    mask, follow = np.zeros((8, 8), np.uint8), baselines.Flow.follow
+    mask[6:] = 255
+    Image.fromarray(mask).save('mask.png')
+    for kind, charges, words in (('inpaint', x, ['--mask', 'mask.png']), ('colorize', tinted, [])):
+        np.save('x.npy', charges.to(torch.uint8).numpy())
+        made = []
+
+        def kept(flow, *args, known, **how):
+            end, nfe = follow(flow, *args, known=known, **how)
+            close(known[0](end), known[0](known[1].expand_as(end)), atol=1e-6)  # without the paste
+            made.append(data.to_uint8(end).permute(0, 2, 3, 1))
+            return end, nfe
+        monkeypatch.setattr(baselines.Flow, 'follow', kept)
+        given = ['sample.py', '--exact', '--dataset', 'x.npy', f'--{kind}', 'x.npy', '--device', 'cpu']
+        script([*given, *words, '--nfe', 40, '--z_min', 1e-3, '--n', 16, '--out', f'{kind}.png'])
+        monkeypatch.setattr(baselines.Flow, 'follow', follow)
+        assert Image.open(f'{kind}.png').size == (18 * 68 + 4, 8 * 68 + 4) and len(made) == 8
+        for i, results in enumerate(made):
+            fits = charges[[i, i + 12], ..., :results.shape[3]].flatten(1).int()
+            error = (results.flatten(1)[:, None].int() - fits).abs().amax(2)      # (16, 2)
+            assert (error.amin(1) <= 1).all() and len(error.argmin(1).unique()) == 2, (kind, i)
+    refuses([*given, '--solver', 'rk45'], '--solver rk45')
+    refuses([*given, '--mask', 'mask.png'], '--inpaint and --mask belong together')
+    refuses(['sample.py', '--exact', '--colorize', 'glyphs'], 'glyphs: the images of this network are grey')
+    Image.fromarray(0 * mask).save('none.png')
+    given[given.index('--colorize')] = '--inpaint'
+    refuses([*given, '--mask', 'none.png'], '--mask none.png: nothing in it is white')
 
 
 def test_references_of_others(tmp_path, capsys):

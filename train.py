@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 import data as datasets
-from baselines import (METHODS, PFGM, Muon, Pairs, as_flow, field_loss, flow_of, learning_rate,
-                       pairs_of_teacher, training_point, update)
-from checkpoint import ARCHITECTURE, build, for_classes, in_folder, load_checkpoint, open_run, save
+from baselines import (METHODS, PAIR_NFE, PFGM, Muon, Pairs, as_flow, field_loss, flow_of,
+                       learning_rate, method_of_student, pairs_of_teacher, training_point, update)
+from checkpoint import (ARCHITECTURE, build, flow_flags, for_classes, in_folder, load_flow,
+                        open_run, save)
 from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16, fingerprint,
                     heard, keep_older, listen, new_meter, observe, open_log, progress, restore,
                     rng_state, run, say, setup, speed_up, step_seed, stop_if_bad, write)
@@ -72,7 +73,7 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
      'more, or inf (default: 128)'),
     ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
     ('flip', None, None, 'mirror half of the images (default: as the data is)'),
-    ('reflow', in_folder, None, 'straighten this checkpoint of rf: train on pairs it makes'),
+    ('reflow', in_folder, None, 'straighten this checkpoint: train on pairs it makes'),
     ('distill', in_folder, None, 'the same, into samples of one call (--nfe 1)'),
     ('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill'),
     ('init_from', in_folder, None, 'go on from this checkpoint, ours or one of the authors, with '
@@ -150,22 +151,22 @@ def resolve(args, images, saved, resumed, world):
     teacher = args.reflow or args.distill
     old = saved['args'] if saved else {}
     args.edm = old.get('edm', False)
-    given = old if args.init_from or args.edm else {}  # what the file says where no flag does
+    given = old if args.init_from or args.edm or teacher else {}  # where no flag says
     row = dict(PRESETS[name if name in PRESETS else by_size])
     kept = row if resumed else (*ARCHITECTURE, 'muon')  # rows may have changed since
     row.update({k: old[k] for k in kept if k in old})
     ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
-    args.method = args.method or given.get('method') or (
-        'rf' if teacher else 'pfgmpp' if args.D or ncsnpp else 'pfgm')
+    own = method_of_student(args, old) if teacher else given.get('method')
+    args.method = args.method or own or ('pfgmpp' if args.D or ncsnpp else 'pfgm')
     if teacher and args.init_from:
         raise BadInput(f'--init_from {args.init_from}: --reflow and --distill go on from their '
                        'teacher; leave it out')
-    if teacher and (args.method != 'rf' or args.reflow and args.distill):
-        raise BadInput(f'--{"reflow" if args.reflow else "distill"} {teacher}: belongs to --method '
-                       f'rf, not {args.method}; and --reflow and --distill are two runs')
     if args.D and args.method != 'pfgmpp':
         raise BadInput(f'--D {args.D:g}: belongs to --method pfgmpp, not {args.method}')
     args.D = args.D or given.get('D') or {'pfgm': 1.0, 'pfgmpp': 128.0}.get(args.method, math.inf)
+    if teacher and (args.D != old['D'] or args.method == 'pfgm' or args.edm and args.method != own):
+        raise BadInput(f'--method {args.method}, D {args.D:g}: a student of {teacher} is a '
+                       f'denoiser of its D, {old["D"]:g}; leave out --D and --method')
     for key, value in OF_FLOW.items():
         if getattr(args, key) is None:
             setattr(args, key, given.get(key, value))
@@ -178,12 +179,12 @@ def resolve(args, images, saved, resumed, world):
         if teacher and args.field_batch not in (None, 1):
             raise BadInput(f'--field_batch {args.field_batch}: the pairs of --reflow and --distill '
                            'have no charges; leave it out')
-    if given.get('D') == args.D:
+    if given.get('D') == args.D and given['method'] in (args.method, 'pfgm'):
         official = datasets.OFFICIAL_BY_SIZE.get(old['image_size']) if old.get('official') else None
         row.update(datasets.flow_constants(None, official) if official else
                    {k: old[k] for k in (*BY_DATA, 'z_min') if k in old})
     if teacher:
-        args.classes = old['classes'] > 0
+        args.classes, row['z_exp'] = old['classes'] > 0, 0.0  # a denoiser's v_z is exact
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
     args.classes = images.class_count() if args.classes else 0
@@ -277,8 +278,10 @@ def training_steps(images, flow, args, step, place):
 # ---------------------------------------------------------------- what a run keeps and says
 
 def sample_grid(net, args, device, path):
-    """A PNG of the first 36 images that sample.py --nfe 20 makes of the network as it is now."""
-    flow = flow_of(as_flow(net, vars(args)), vars(args), seed=args.seed)
+    """A PNG of the first 36 images that sample.py --nfe 20 makes of the network as it is now, or of
+    a student's in one call."""
+    flow = flow_of(as_flow(net, vars(args)), vars(args), seed=args.seed,
+                   nfe=1 if args.distill else 20)
     x, _ = flow.follow(flow.prior(range(36)), device, range(36))
     picture = datasets.grid_of(datasets.to_uint8(x))
     write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
@@ -301,7 +304,8 @@ def prepare(args, images, place):
         check_resume(args, saved['args'])
     elif saved:
         flag = next(k for k in ('reflow', 'distill', 'init_from') if getattr(args, k))
-        if check_origin(args, saved['args'], f'--{flag}', origin):
+        old = saved['args'] if args.init_from else {**saved['args'], 'method': args.method}
+        if check_origin(args, old, f'--{flag}', origin):
             saved = for_classes(saved, args.classes)
     start = saved['step'] if saved else 0
     agree(f'--out_dir {args.out_dir}', 'give all processes the same flags and data, and an '
@@ -387,8 +391,11 @@ def main(args):
     if rank == 0:
         log, images_seen = open_folder(args, start, raw, images, place)
     if args.reflow or args.distill:
-        teacher, _ = load_checkpoint(args.reflow or args.distill)
-        teacher.to(device, memory_format=torch.channels_last)
+        flags = Parser()
+        flow_flags(flags)
+        teacher, _ = load_flow(flags.parse_args([
+            '--ckpt', args.reflow or args.distill, '--nfe', str(PAIR_NFE), '--seed', str(args.seed),
+            '--bf16' if args.bf16 else '--no-bf16']), device)
         images = pairs_of_teacher(teacher, args, start, device, rank, world)
 
     # loop
