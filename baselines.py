@@ -218,23 +218,49 @@ METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=Rec
 def as_flow(net, args):
     """The network as net(x, z[, labels]) -> (v_x, v_z) of the method that args say."""
     method = EDM if args.get('edm') else METHODS[args['method']]
-    return net if method is None else method(net, args['D'], args['sigma_data'])
+    if method is None and args.get('consistency'):
+        raise BadInput('--consistency: trains a denoiser, not a field of pfgm; give --D 1')
+    flow = net if method is None else method(net, args['D'], args['sigma_data'])
+    if args.get('distill'):
+        flow.only = args['z_max']
+    if args.get('consistency'):  # which needs the high levels more
+        flow.mean, flow.std = -1.1, 2.0
+    return flow
 
 
 # ---------------------------------------------------------------- target, loss, update
 
-def training_point(flow, clean, generator, mine, charges=None, kinds=None, eps=()):
+def at_lower_level(flow, clean, moved, z, stage, labels):
+    """What the network itself, stopped and without dropout, makes of the same noise at a lower
+    level, and that level's share of z (B,), which is 1 - (1 + 8 sigmoid(-sigma)) / 2^stage: the
+    targets of consistency training made easy, arXiv 2406.14548 Section 3, by a kernel of any D."""
+    share = (1 - (1 + 8 * torch.sigmoid(-z / flow.unit)) / 2 ** stage).clamp_min(0)
+    lower = clean + pfgm.column(share, clean) * (moved - clean)
+    flow.eval()
+    with torch.no_grad():
+        v_x, _ = flow(lower, (share * z).clamp_min(1e-3 * flow.low * flow.unit), *labels)
+    flow.train()
+    return torch.where(pfgm.column(share, clean) > 0, lower + v_x, clean), share
+
+
+def training_point(flow, clean, generator, mine, charges=None, kinds=None, eps=(), stage=0):
     """(moved, z, target_x, target_z, weight[, labels]) for the rows `mine` of clean (B, ...): the
     same on every process, from the generator alone. kinds: the classes of clean and of the charges,
-    (B,) and (K,), of which the network does not see a tenth; eps: (the noise of clean,) or ()."""
+    (B,) and (K,), of which the network does not see a tenth; eps: (the noise of clean,) or ();
+    stage: 1 and up of consistency training, where the image is what a lower level leads to."""
     labels, among = [], None
     if kinds:
         dropped = torch.rand(len(clean), generator=generator, device=clean.device) < 0.1
         labels = [torch.where(dropped, -1, kinds[0])[mine]]
         among = (labels[0][:, None] == kinds[1]) | (labels[0] < 0)[:, None]
     moved, z = (part[mine] for part in flow.perturb(clean, generator, *eps))
-    target = flow.target(moved, z, clean[mine], charges, among)
-    return moved, z, *target, flow.weight(moved, z), *labels
+    weight = flow.weight(moved, z)
+    if stage:
+        image, share = at_lower_level(flow, clean[mine], moved, z, stage, labels)
+        target, weight = flow.target(moved, z, image), weight / (1 - share)
+    else:
+        target = flow.target(moved, z, clean[mine], charges, among)
+    return moved, z, *target, weight, *labels
 
 
 def field_loss(net, reduce, moved, z, target_x, target_z, weight, *labels):
@@ -283,6 +309,16 @@ def restoring(flow, part, image, noise):
     return net
 
 
+def renewing(noise):
+    """A solver: xhat and, on the next plane, noise anew. The multi-step sampler of consistency
+    models, arXiv 2303.01469 Algorithm 1. noise(i): unit draws of the kernel, like x, of step i."""
+    def solver(f, x, grid, calls):
+        for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
+            x = x - f(x, pfgm.like(z, x)) + pfgm.column(z_next, x) * pfgm.like(noise(i), x)
+            yield x
+    return solver
+
+
 class Flow(types.SimpleNamespace):
     """A network, or an exact field, and what it takes to follow its lines; checkpoint.load_flow()
     makes one. Of its training: net, shape (C, H, W), D, z_min, z_max, upper_norm, z_exp, gamma,
@@ -303,9 +339,11 @@ class Flow(types.SimpleNamespace):
             return torch.tensor(labels, device=device)
 
     def noise_of(self, indices):
-        """The fresh noise of ddim: noise(step) like x, each image from its own generator."""
+        """The fresh noise of a stochastic solver: noise(step) like x, of the kernel at z = 1, each
+        image from its own generator."""
         draws = [torch.Generator().manual_seed(step_seed(self.seed, 2 ** 33 + i)) for i in indices]
-        return lambda step: torch.stack([torch.randn(self.shape, generator=g) for g in draws])
+        return lambda step: torch.cat([pfgm.sample_prior((1, *self.shape), 1.0, None, self.D, g)
+                                       for g in draws])
 
     def spacing(self):
         """The schedule: where none was given EDM's for its own solver, and ours for the others."""
@@ -346,6 +384,8 @@ class Flow(types.SimpleNamespace):
         solver = self.solver
         if solver == 'ddim':
             solver = ancestral(self.eta, self.noise_of(indices)) if self.eta else 'euler'
+        if solver == 'consistency':
+            solver = renewing(self.noise_of(indices))
         to_data, z_last = self.ending()
         ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)
         wide = isinstance(self.net, (pfgm.ExactField, EDM)) and device.type != 'mps'  # has none
@@ -388,9 +428,9 @@ def method_of_student(args, teacher):
     the same. But of pfgm a denoiser of D = 1: a field that far from the data has all but one
     direction cannot tell in one call where it leads."""
     flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
-    if args.reflow and args.distill:
-        raise BadInput(f'{flag}: --reflow and --distill are two runs; leave one out')
-    if teacher.get('distill') not in (None, args.distill):
+    if args.reflow and args.distill or args.consistency:
+        raise BadInput(f'{flag}: --reflow, --distill and --consistency are two runs; give one')
+    if teacher.get('distill') not in (None, args.distill) or teacher.get('consistency'):
         raise BadInput(f'{flag}: itself a student of one call; give its teacher')
     return 'pfgmpp' if teacher['method'] == 'pfgm' else teacher['method']
 

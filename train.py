@@ -79,6 +79,7 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('flip', None, None, 'mirror half of the images (default: as the data is)'),
     ('reflow', in_folder, None, 'straighten this checkpoint: train on pairs it makes'),
     ('distill', in_folder, None, 'the same, into samples of one call (--nfe 1)'),
+    ('consistency', None, False, 'train for samples of one or two calls, without pairs'),
     ('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill'),
     ('init_from', in_folder, None, 'go on from this checkpoint, ours or one of the authors, with '
      'its flow; of other classes, from step 0'),
@@ -260,11 +261,12 @@ def training_steps(images, flow, args, step, place):
     count = B if all_charges else max(B, args.field_batch)
     source = (datasets.shuffled_pairs(images, args, step, device) if isinstance(images, Pairs) else
               datasets.shuffled_images(images, count, args, step, device, rank, world))
-    for x, kind, generator, *eps in source:
+    for step, (x, kind, generator, *eps) in enumerate(source, step):
         if args.field_batch not in ('all', 1):
             charges, kinds = x, kind
         labels = kind is not None and (kind[:B], kind if kinds is None else kinds)
-        yield training_point(flow, x[:B], generator, mine, charges, labels, eps=eps)
+        stage = args.consistency and 1 + 8 * step // args.steps  # the levels ever closer
+        yield training_point(flow, x[:B], generator, mine, charges, labels, eps, stage)
 
 
 # ---------------------------------------------------------------- what a run keeps and says
@@ -275,7 +277,7 @@ def sample_grid(net, args, device, path):
     x = pfgm.sample_prior(shape, args.z_max, args.upper_norm, args.D, device=device,
                           generator=torch.Generator().manual_seed(args.seed))
     labels = torch.arange(36, device=device) % args.classes if args.classes else None
-    nfe = 1 if args.distill else 20
+    nfe = 1 if args.distill or args.consistency else 20
     z_last = pfgm.last_plane(args.z_min, nfe, args.D)
     with torch.no_grad():
         x, _ = pfgm.sample_ode(as_flow(net, vars(args)), x, args.z_max, z_last, 'unipc', nfe,
@@ -372,8 +374,6 @@ def main(args):
     raw, ema = networks(args, saved, origin, device)
     net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
     flow = PFGM(vars(args)) if args.method == 'pfgm' else net
-    if args.distill:
-        flow.only = args.z_max
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device.index] if device.type == 'cuda' else None)
