@@ -194,7 +194,9 @@ class DDPM(VP):
 
 
 class RectifiedFlow(VP):
-    """x_t = t y + (1 - t) eps; F predicts the velocity y - eps and sees 999 t, t from 0 to 1."""
+    """x_t = t y + (1 - t) eps; F predicts the velocity y - eps and sees 999 t, t from 0 to 1. eps
+    is noise or, from one data set to another, one of the images `source`, data.Charges."""
+    source = None
     t_train, t_sample, t_max = 1e-4, 1e-3, 0.999  # here of 1 - t
 
     def z_of(self, t):
@@ -218,6 +220,8 @@ METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=Rec
 def as_flow(net, args):
     """The network as net(x, z[, labels]) -> (v_x, v_z) of the method that args say."""
     method = EDM if args.get('edm') else METHODS[args['method']]
+    if args.get('source') and args['method'] != 'rf':
+        raise BadInput(f'--source {args["source"]}: belongs to --method rf, not {args["method"]}')
     if method is None and args.get('consistency'):
         raise BadInput('--consistency: trains a denoiser, not a field of pfgm; give --D 1')
     flow = net if method is None else method(net, args['D'], args['sigma_data'])
@@ -327,7 +331,10 @@ class Flow(types.SimpleNamespace):
     labels of the images, in turn), seed, bf16."""
 
     def prior(self, indices):
-        """The starts of images `indices`, each drawn from (seed, its index) alone."""
+        """The starts of images `indices`, each drawn from (seed, its index) alone; of a flow from
+        another data set its images, in turn."""
+        if source := getattr(self.net, 'source', None):
+            return self.z_max * source[torch.tensor(indices)]
         return torch.cat([pfgm.sample_prior(
             (1, *self.shape), self.z_max, self.upper_norm, self.D,
             generator=torch.Generator().manual_seed(step_seed(self.seed, i))) for i in indices])

@@ -456,12 +456,10 @@ def load_flow(args, device):
     images, saved = None, {}
     if args.exact:
         images = datasets.load(args.dataset or 'glyphs', args.data_dir, args.image_size)
-        if images.pixels is None:
-            raise BadInput(f'--exact --dataset {args.dataset}: does not fit in memory')
         keep_freed_memory()
         flow = datasets.flow_constants(images, args.dataset)
         del flow['M']
-        net = pfgm.ExactField(datasets.Charges(images.pixels.to(device), dtype=torch.float64))
+        net = pfgm.ExactField(datasets.charges_of(images, '--exact', device, dtype=torch.float64))
         flow.update(z_exp=0.0, D=1.0, known=0, student=False,  # its v_z needs no help
                     shape=tuple(images.pixels.shape[1:]))
     else:
@@ -475,26 +473,28 @@ def load_flow(args, device):
                 raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
                                + ', '.join(datasets.OFFICIAL))
             saved = {**saved, **datasets.flow_constants(None, name)}
-        flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D')}
-        flow['shape'] = (saved['channels'], saved['image_size'], saved['image_size'])
+        flow = {k: saved[k] for k in ('z_max', 'upper_norm', 'z_exp', 'z_min', 'gamma', 'D',
+                                      'method', 'step')}
+        C, size, source = (saved.get(k) for k in ('channels', 'image_size', 'source'))
+        if source:  # the data set that the flow starts from
+            source = getattr(args, 'start', None) or source
+            net.source = datasets.charges_of(datasets.load(
+                source, args.data_dir, size, C, flag='--from'), '--from')
         flow.update(known=saved['classes'], class_names=saved.get('class_names'),
-                    method=saved['method'], step=saved['step'], weights=args.weights,
+                    weights=args.weights, shape=(C, size, size),
                     student=bool(saved.get('distill') or saved.get('consistency')))
     official, edm = saved.get('official', False), saved.get('edm', False)
-    nfe = args.nfe or (1 if flow['student'] else None)  # all that it has learned
-    nfe = nfe or (EDM_NFE if edm and not args.solver else None)
-    solver = args.solver or ('consistency' if saved.get('consistency') else
-                             'rk45' if not nfe else 'unipc' if not official and
-                             (not edm or nfe < EDM_NFE) else 'heun')
+    nfe = args.nfe or (1 if flow['student'] else EDM_NFE if edm and not args.solver else None)
+    solver = args.solver or ('consistency' if saved.get('consistency') else 'rk45' if not nfe else
+                             'heun' if official or edm and nfe >= EDM_NFE else 'unipc')
     flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'),
                 solver=solver, nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
                 seed=args.seed, schedule=args.schedule or (
                     'log' if official else None if edm else 'radius'),
                 to_data=False if official and args.to_data is None else args.to_data,
                 z_min=args.z_min or flow['z_min'], z_last=args.z_min)
-    flow['bf16'] = not args.exact and (fast_bf16(device) and not official and not edm
-                                       if args.bf16 is None else args.bf16)
-    flow = Flow(**flow)
+    flow = Flow(**flow, bf16=not args.exact and (
+        fast_bf16(device) and not official and not edm if args.bf16 is None else args.bf16))
     check_flow(args, flow)
     return flow, images
 

@@ -302,6 +302,8 @@ def flow_metrics(asked, name, flow, images, split, args, place):
     if flow.student and set(OF_FLOWS) & set(asked):
         print(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
         return {}
+    if 'bpd' in asked and getattr(flow.net, 'source', None):
+        raise BadInput(f'--bpd: {name} starts from images, of no known density; leave it out')
     if 'bpd' in asked:
         count = min(256, args.n or 256) if args.compare else args.n or 256
         found = bits_per_dim(flow, images, min(count, len(images)), args, place)

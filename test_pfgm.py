@@ -1365,6 +1365,55 @@ def test_one_call_for_each_level_of_the_consistency_sampler():
     close(end, y.expand(1000, 6), atol=1e-9)
 
 
+def test_a_flow_between_two_data_sets(tmp_path, monkeypatch, capsys):
+    """x_t = t y + (1 - t) s of images s and y at random; samples start from s; reflow keeps the pairs."""
+    monkeypatch.chdir(tmp_path)
+    s, y = torch.randint(0, 256, (2, 7, 16, 16), generator=seeded()).to(torch.uint8)
+    np.save('s.npy', s.numpy()), np.save('y.npy', y.numpy())
+    s, y = (data.to_float(v)[:, None] for v in (s, y))
+    seen, perturb = [], baselines.RectifiedFlow.perturb
+
+    def kept(flow, x, generator, *eps):
+        moved, z = perturb(flow, x, generator, *eps)
+        seen.append((x, z, moved))
+        return moved, z
+    monkeypatch.setattr(baselines.RectifiedFlow, 'perturb', kept)
+    script(['train.py', *TINY_PP, '--dataset', 'y.npy', '--method', 'rf', '--source', 's.npy', '--steps', 30,
+            '--lr', '1e-2', '--sample_every', 30, '--out_dir', 'a'])
+    pairs = set()
+    for x, z, moved in seen[:30]:
+        eps = (moved - x) / z[:, None, None, None]                      # an image of the other set
+        near = torch.cdist(eps.flatten(1), s.flatten(1))
+        assert (near.amin(1) < 0.05 * (1 + 1 / z)).all()
+        pairs |= {*zip(near.argmin(1).tolist(), torch.cdist(x.flatten(1), y.flatten(1)).argmin(1).tolist())}
+    assert len(pairs) > 40 and losses('a')[-1] < losses('a')[0]        # any with any
+    how = ['--nfe', 8, '--device', 'cpu']
+    script(['sample.py', '--ckpt', 'a', '--from', 's.npy', *how, '--out', 'strip.png'])
+    strip = np.asarray(Image.open('strip.png').convert('L'))
+    assert strip.shape == (4 * 68 + 4, 4 * 68 + 4)                      # 7 pairs
+    assert (abs(strip[4:68:4, 4:68:4] - ((s[0, 0].numpy() + 1) * 127.5).round()) <= 1).all()
+    script(['sample.py', '--ckpt', 'a', *how, '--n', 9, '--out', 'b.npz'])
+    made = np.load('b.npz')['arr_0']
+    assert (made[7:] == made[:2]).all() and len(np.unique(made.reshape(9, -1), axis=0)) == 7
+    net, args = checkpoint.load_checkpoint('a/ckpt.pt')
+    x, _ = pfgm.sample_ode(net, args['z_max'] * s, args['z_max'], pfgm.last_plane(net.low, 8, math.inf), 'unipc',
+                           8, D=math.inf, z_exp=0, schedule_name='radius', to_data=True)
+    assert (abs(data.to_uint8(x[:, 0]).int() - torch.from_numpy(made[:7, :, :, 0]).int()) <= 1).all()
+    capsys.readouterr()
+    for kind in ('reflow', 'distill'):
+        script(['train.py', *TINY_PP, '--dataset', 'y.npy', f'--{kind}', 'a', '--pairs', 9, '--steps', 3, '--out_dir', kind])
+        assert 'straightness' in capsys.readouterr().out
+        pairs, = Path(kind, 'pairs').iterdir()
+        eps, end = torch.from_numpy(np.load(pairs)).unbind(1)
+        close(end / 999 + eps, s[torch.arange(9) % 7], atol=1e-4)
+        script(['sample.py', '--ckpt', kind, '--n', 2, *how[2:], '--out', f'{kind}.npz'])
+    script(['sample.py', '--ckpt', 'a', '--encode', 'y.npy', '--n', 2, *how, '--out', 'e.png'])
+    refuses(['evaluate.py', '--ckpt', 'a', '--bpd', '--device', 'cpu'], '--bpd: .*starts from images')
+    refuses(['train.py', *TINY_PP, '--source', 's.npy', '--method', 'vp', '--out_dir', 'c'], '--source s.npy: belongs')
+    script(['train.py', *TINY_PP, '--method', 'rf', '--steps', 1, '--out_dir', 'd'])
+    refuses(['sample.py', '--ckpt', 'd', '--from', 's.npy'], '--from s.npy: this flow starts from noise')
+
+
 def flags_of(*words):
     p = launch.Parser()
     checkpoint.flow_flags(p)

@@ -77,6 +77,7 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('D', dimensions, None, 'augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)'),
     ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
     ('flip', None, None, 'mirror half of the images (default: as the data is)'),
+    ('source', str, None, 'of rf: these images into those of --dataset, not noise'),
     ('reflow', in_folder, None, 'straighten this checkpoint: train on pairs it makes'),
     ('distill', in_folder, None, 'the same, into samples of one call (--nfe 1)'),
     ('consistency', None, False, 'train for samples of one or two calls, without pairs'),
@@ -156,6 +157,7 @@ def resolve(args, images, saved, world):
     row.update({k: old[k] for k in ARCHITECTURE if k in old})
     ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
     own = method_of_student(args, old) if teacher else given.get('method')
+    args.source = args.source or given.get('source')
     args.method = args.method or own or ('pfgmpp' if args.D or ncsnpp else 'pfgm')
     if teacher and args.init_from:
         raise BadInput(f'--init_from {args.init_from}: --reflow and --distill go on from their '
@@ -252,11 +254,7 @@ def training_steps(images, flow, args, step, place):
     mine = slice(rank * B // world, (rank + 1) * B // world)
     charges = kinds = None
     if all_charges:
-        if images.pixels is None:
-            raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
-                           'give a number of charges')
-        images.pixels = images.pixels.to(device)
-        charges = datasets.Charges(images.pixels, args.flip)
+        charges = datasets.charges_of(images, '--field_batch all', device, args.flip)
         kinds = images.labels.to(device).repeat(1 + args.flip) if args.classes else None
     count = B if all_charges else max(B, args.field_batch)
     source = (datasets.shuffled_pairs(images, args, step, device) if isinstance(images, Pairs) else
@@ -264,6 +262,9 @@ def training_steps(images, flow, args, step, place):
     for step, (x, kind, generator, *eps) in enumerate(source, step):
         if args.field_batch not in ('all', 1):
             charges, kinds = x, kind
+        if args.source and not eps:  # pairs of two at random
+            index = torch.randint(len(flow.source), (B,), generator=generator, device=device)
+            eps = [flow.source[index]]
         labels = kind is not None and (kind[:B], kind if kinds is None else kinds)
         stage = args.consistency and 1 + 8 * step // args.steps  # the levels ever closer
         yield training_point(flow, x[:B], generator, mine, charges, labels, eps, stage)
@@ -271,11 +272,11 @@ def training_steps(images, flow, args, step, place):
 
 # ---------------------------------------------------------------- what a run keeps and says
 
-def sample_grid(net, args, device, path):
+def sample_grid(net, args, device, path, source=None):
     """A PNG of what the network makes now: 36 images from fixed noise, 20 calls or one."""
-    shape = (36, args.channels, args.image_size, args.image_size)
-    x = pfgm.sample_prior(shape, args.z_max, args.upper_norm, args.D, device=device,
-                          generator=torch.Generator().manual_seed(args.seed))
+    x = args.z_max * source[torch.arange(36, device=device)] if source else pfgm.sample_prior(
+        (36, args.channels, args.image_size, args.image_size), args.z_max, args.upper_norm, args.D,
+        device=device, generator=torch.Generator().manual_seed(args.seed))
     labels = torch.arange(36, device=device) % args.classes if args.classes else None
     nfe = 1 if args.distill or args.consistency else 20
     z_last = pfgm.last_plane(args.z_min, nfe, args.D)
@@ -374,6 +375,10 @@ def main(args):
     raw, ema = networks(args, saved, origin, device)
     net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
     flow = PFGM(vars(args)) if args.method == 'pfgm' else net
+    if args.source:
+        other = datasets.load(args.source, args.data_dir, args.image_size, args.channels,
+                              flag='--source')
+        flow.source = datasets.charges_of(other, '--source', device)
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -395,7 +400,7 @@ def main(args):
         flow_flags(flags)
         teacher, _ = load_flow(flags.parse_args([
             '--ckpt', args.reflow or args.distill, '--nfe', str(PAIR_NFE), '--seed', str(args.seed),
-            '--bf16' if args.bf16 else '--no-bf16']), device)
+            '--data_dir', args.data_dir, '--bf16' if args.bf16 else '--no-bf16']), device)
         images = pairs_of_teacher(teacher, args, start, device, rank, world)
 
     # loop
@@ -438,7 +443,8 @@ def main(args):
                 log.write(json.dumps(row) + '\n')
             meter, clock, logged = new_meter(device, flow.unit), time.time(), step
         if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:
-            sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'))
+            sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'),
+                        args.source and flow.source)
         if saves:
             rng = everywhere(rng_state(device))
             if rank == 0:
