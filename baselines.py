@@ -8,10 +8,8 @@
     rf      rectified flow: alpha = t = 1 / (1 + z), F = y - eps     arXiv 2209.03003
 
 A Gaussian path x_t = alpha (y + z eps), y the data, is a flow of D = inf in x_t / alpha:
-dx/dlog z = x - xhat, whatever alpha(t) and whatever the network predicts. So each rival is a
-Denoiser with its own z(t), its own coefficients and its own draws of z.
-
-Each says where to train, perturb(), on what, target(), and how its errors count, weight().
+dx/dlog z = x - xhat, whatever alpha(t) and the network's output. So each rival is a Denoiser with
+its own z(t), coefficients and draws of z. Each says perturb(), target(), and weight() of errors.
 """
 import math
 import os
@@ -21,10 +19,10 @@ import numpy as np
 import torch
 
 import pfgm
+from files import Pairs, read_shard
 from launch import BadInput, fingerprint, step_seed, wait, watch, write
 
-SHARD = 1000  # pairs a file
-PAIR_NFE = 40  # calls of the teacher for each, by unipc
+SHARD, PAIR_NFE = 1000, 40  # pairs a file, and calls of the teacher for each, by unipc
 
 
 class PFGM:
@@ -194,7 +192,9 @@ class DDPM(VP):
 
 
 class RectifiedFlow(VP):
-    """x_t = t y + (1 - t) eps; F predicts the velocity y - eps and sees 999 t, t from 0 to 1."""
+    """x_t = t y + (1 - t) eps; F predicts the velocity y - eps and sees 999 t, t from 0 to 1. eps
+    is noise or, from one data set to another, one of the images `source`, data.Charges."""
+    source = None
     t_train, t_sample, t_max = 1e-4, 1e-3, 0.999  # here of 1 - t
 
     def z_of(self, t):
@@ -218,23 +218,51 @@ METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=Rec
 def as_flow(net, args):
     """The network as net(x, z[, labels]) -> (v_x, v_z) of the method that args say."""
     method = EDM if args.get('edm') else METHODS[args['method']]
-    return net if method is None else method(net, args['D'], args['sigma_data'])
+    if args.get('source') and args['method'] != 'rf':
+        raise BadInput(f'--source {args["source"]}: belongs to --method rf, not {args["method"]}')
+    if method is None and args.get('consistency'):
+        raise BadInput('--consistency: trains a denoiser, not a field of pfgm; give --D 1')
+    flow = net if method is None else method(net, args['D'], args['sigma_data'])
+    if args.get('distill'):
+        flow.only = args['z_max']
+    if args.get('consistency'):  # which needs the high levels more
+        flow.mean, flow.std = -1.1, 2.0
+    return flow
 
 
 # ---------------------------------------------------------------- target, loss, update
 
-def training_point(flow, clean, generator, mine, charges=None, kinds=None, eps=()):
+def at_lower_level(flow, clean, moved, z, stage, labels):
+    """What the network itself, stopped and without dropout, makes of the same noise at a lower
+    level, and that level's share of z (B,), which is 1 - (1 + 8 sigmoid(-sigma)) / 2^stage: the
+    targets of consistency training made easy, arXiv 2406.14548 Section 3, by a kernel of any D."""
+    share = (1 - (1 + 8 * torch.sigmoid(-z / flow.unit)) / 2 ** stage).clamp_min(0)
+    lower = clean + pfgm.column(share, clean) * (moved - clean)
+    flow.eval()
+    with torch.no_grad():
+        v_x, _ = flow(lower, (share * z).clamp_min(1e-3 * flow.low * flow.unit), *labels)
+    flow.train()
+    return torch.where(pfgm.column(share, clean) > 0, lower + v_x, clean), share
+
+
+def training_point(flow, clean, generator, mine, charges=None, kinds=None, eps=(), stage=0):
     """(moved, z, target_x, target_z, weight[, labels]) for the rows `mine` of clean (B, ...): the
     same on every process, from the generator alone. kinds: the classes of clean and of the charges,
-    (B,) and (K,), of which the network does not see a tenth; eps: (the noise of clean,) or ()."""
+    (B,) and (K,), of which the network does not see a tenth; eps: (the noise of clean,) or ();
+    stage: 1 and up of consistency training, where the image is what a lower level leads to."""
     labels, among = [], None
     if kinds:
         dropped = torch.rand(len(clean), generator=generator, device=clean.device) < 0.1
         labels = [torch.where(dropped, -1, kinds[0])[mine]]
         among = (labels[0][:, None] == kinds[1]) | (labels[0] < 0)[:, None]
     moved, z = (part[mine] for part in flow.perturb(clean, generator, *eps))
-    target = flow.target(moved, z, clean[mine], charges, among)
-    return moved, z, *target, flow.weight(moved, z), *labels
+    weight = flow.weight(moved, z)
+    if stage:
+        image, share = at_lower_level(flow, clean[mine], moved, z, stage, labels)
+        target, weight = flow.target(moved, z, image), weight / (1 - share)
+    else:
+        target = flow.target(moved, z, clean[mine], charges, among)
+    return moved, z, *target, weight, *labels
 
 
 def field_loss(net, reduce, moved, z, target_x, target_z, weight, *labels):
@@ -331,15 +359,27 @@ def restoring(flow, part, image, noise):
     return net
 
 
+def renewing(noise):
+    """A solver: xhat and, on the next plane, noise anew. The multi-step sampler of consistency
+    models, arXiv 2303.01469 Algorithm 1. noise(i): unit draws of the kernel, like x, of step i."""
+    def solver(f, x, grid, calls):
+        for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
+            x = x - f(x, pfgm.like(z, x)) + pfgm.column(z_next, x) * pfgm.like(noise(i), x)
+            yield x
+    return solver
+
+
 class Flow(types.SimpleNamespace):
     """A network, or an exact field, and what it takes to follow its lines; checkpoint.load_flow()
     makes one. Of its training: net, shape (C, H, W), D, z_min, z_max, upper_norm, z_exp, gamma,
     known (how many classes), class_names, and of a checkpoint method, step, weights, student. Of
-    sampling: solver, nfe, tol, schedule, to_data, z_last, small_z, guidance, eta, classes (the
-    labels of the images, in turn), seed, bf16."""
+    sampling: SAMPLING, and classes, the labels of the images in turn."""
 
     def prior(self, indices):
-        """The starts of images `indices`, each drawn from (seed, its index) alone."""
+        """The starts of images `indices`, each drawn from (seed, its index) alone; of a flow from
+        another data set its images, in turn."""
+        if source := getattr(self.net, 'source', None):
+            return self.z_max * source[torch.tensor(indices)]
         return torch.cat([pfgm.sample_prior(
             (1, *self.shape), self.z_max, self.upper_norm, self.D,
             generator=torch.Generator().manual_seed(step_seed(self.seed, i))) for i in indices])
@@ -347,13 +387,15 @@ class Flow(types.SimpleNamespace):
     def labels_of(self, indices, device):
         """The classes (b,) of images `indices`, or None for none."""
         if self.classes and len(indices):
-            labels = [self.classes[i % len(self.classes)] for i in indices]
-            return torch.tensor(labels, device=device)
+            turns = len(self.classes)
+            return torch.tensor([self.classes[i % turns] for i in indices], device=device)
 
     def noise_of(self, indices):
-        """The fresh noise of ddim: noise(step) like x, each image from its own generator."""
+        """The fresh noise of a stochastic solver: noise(step) like x, of the kernel at z = 1, each
+        image from its own generator."""
         draws = [torch.Generator().manual_seed(step_seed(self.seed, 2 ** 33 + i)) for i in indices]
-        return lambda step: torch.stack([torch.randn(self.shape, generator=g) for g in draws])
+        return lambda step: torch.cat([pfgm.sample_prior((1, *self.shape), 1.0, None, self.D, g)
+                                       for g in draws])
 
     def spacing(self):
         """The schedule: where none was given EDM's for its own solver, and ours for the others."""
@@ -394,6 +436,8 @@ class Flow(types.SimpleNamespace):
         solver = self.solver
         if solver == 'ddim':
             solver = ancestral(self.eta, self.noise_of(indices)) if self.eta else 'euler'
+        if solver == 'consistency':
+            solver = renewing(self.noise_of(indices))
         to_data, z_last = self.ending()
         ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)
         wide = isinstance(self.net, (pfgm.ExactField, EDM)) and device.type != 'mps'  # has none
@@ -448,35 +492,11 @@ def method_of_student(args, teacher):
     the same. But of pfgm a denoiser of D = 1: a field that far from the data has all but one
     direction cannot tell in one call where it leads."""
     flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
-    if args.reflow and args.distill:
-        raise BadInput(f'{flag}: --reflow and --distill are two runs; leave one out')
-    if teacher.get('distill') not in (None, args.distill):
+    if args.reflow and args.distill or args.consistency:
+        raise BadInput(f'{flag}: --reflow, --distill and --consistency are two runs; give one')
+    if teacher.get('distill') not in (None, args.distill) or teacher.get('consistency'):
         raise BadInput(f'{flag}: itself a student of one call; give its teacher')
     return 'pfgmpp' if teacher['method'] == 'pfgm' else teacher['method']
-
-
-class Pairs:
-    """Shards of (noise, image) on disk: pairs[indices (b,)] -> (y, eps), float32 (b, C, S, S)."""
-
-    def __init__(self, shards):
-        self.shards = shards
-
-    def __len__(self):
-        return sum(map(len, self.shards))
-
-    def __getitem__(self, indices):
-        rows = [self.shards[i // SHARD][i % SHARD] for i in indices.tolist()]
-        eps, y = torch.from_numpy(np.stack(rows)).unbind(1)
-        return y, eps
-
-
-def read_shard(path, shape):
-    """The memory map of a shard; None where it is absent or of another shape."""
-    try:
-        shard = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError):
-        return None
-    return shard if shard.shape == shape and shard.dtype == np.float32 else None
 
 
 def make_pairs(teacher, args, device, rank=0, world=1):
@@ -514,8 +534,7 @@ def make_pairs(teacher, args, device, rank=0, world=1):
 @torch.no_grad()
 def straightness(net, x, labels=None, steps=50):
     """int |(x_1 - x_0) - dx_t/dt|^2 dt / |x_1 - x_0|^2 of the lines from x (B, ...) on z = net.high
-    down to net.low, by Euler steps even in t: (B,), 0 where straight. arXiv 2209.03003 Section 2.2.
-    """
+    to net.low, by Euler steps even in t: (B,), 0 where straight. arXiv 2209.03003 Section 2.2."""
     high = torch.full((len(x),), net.high, dtype=torch.float64)
     path = [pfgm.column(net.alpha(high), x) * x]
     pfgm.sample_ode(net, x, net.high, net.low, 'euler', steps, D=math.inf, z_exp=0, labels=labels,

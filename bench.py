@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
 import pfgm
-from baselines import field_loss, update
+from baselines import as_flow, field_loss, flow_of, update
 from files import ENTRY_LIMIT, open_entry
 from launch import BadInput, first_of_its_machine, peak_memory, speed_up, write
 from unet import UNet
@@ -475,6 +475,17 @@ def strip(rows, heads, path):
         draw.text((left + (k + 0.5) * grid.width / len(heads), 15), head, 'black', font, 'mm')
     write('--out', path, lambda file: image.save(file, 'PNG'))
     print(f'wrote {path}')
+
+
+def sample_grid(net, args, device, path, source):
+    """A PNG of the first 36 images that sample.py --nfe 20 makes of the network as it is now, or of
+    a student's in one call; source: what they start from, or None."""
+    flow = flow_of(as_flow(net, vars(args)), vars(args), seed=args.seed,
+                   nfe=1 if args.distill or args.consistency else 20)
+    flow.net.source = source
+    x, _ = flow.follow(flow.prior(range(36)), device, range(36))
+    picture = datasets.grid_of(datasets.to_uint8(x))
+    write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
 
 
 def print_table(rows):

@@ -346,10 +346,11 @@ def for_classes(saved, count):
 
 
 def taught(args):
-    """What --reflow and --distill start from: the teacher's EMA, at step 0."""
-    flag, path = ('reflow', args.reflow) if args.reflow else ('distill', args.distill)
+    """What --reflow, --distill and --consistency start from: the teacher's EMA, at step 0."""
+    flag = next(k for k in ('reflow', 'distill', 'init_from') if getattr(args, k))
+    path = getattr(args, flag)
     saved = read_given(f'--{flag}', path)
-    if 'dataset' in saved['args']:  # the authors' files do not say
+    if flag != 'init_from' and 'dataset' in saved['args']:  # the authors' files do not say
         check_data(args, saved['args'], f'--{flag} {path} was trained',
                    f'give --dataset {saved["args"]["dataset"]}')
     net = {k: v.clone() for k, v in saved['ema'].items()}
@@ -380,14 +381,14 @@ def open_run(args):
     if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
         raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
                        'give another --out_dir')
-    if args.reflow or args.distill:
+    if args.reflow or args.distill or args.consistency and args.init_from:
         return taught(args), False
     return (complete('--init_from', args.init_from) if args.init_from else None), False
 
 
 # ---------------------------------------------------------------- a flow to follow
 
-SOLVERS = ('rk45', *pfgm.SOLVERS, 'ddim')
+SOLVERS = ('rk45', *pfgm.SOLVERS, 'ddim', 'consistency')
 EDM_NFE = 35  # calls with which EDM and PFGM++ published CIFAR-10: 18 steps of heun
 
 
@@ -422,7 +423,7 @@ def flow_flags(p):
                    ' 0 none (it is euler), 1 ancestral sampling of DDPM (default: 0)')
     p.add_argument('--nfe', type=above(0, int), default=None,
                    help='network calls an image, of all solvers but rk45 (default: 100; '
-                   f'of a distilled network 1, of one of EDM or PFGM++ {EDM_NFE})')
+                   f'of one of --distill or --consistency 1, of EDM or PFGM++ {EDM_NFE})')
     p.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None, help='planes of '
                    'the steps (default: radius; official checkpoints: log; EDM and PFGM++ by heun: '
                    'rho7); time: even in the t of vp, subvp, ddpm and rf')
@@ -455,12 +456,10 @@ def load_flow(args, device):
     images, saved = None, {}
     if args.exact:
         images = datasets.load(args.dataset or 'glyphs', args.data_dir, args.image_size)
-        if images.pixels is None:
-            raise BadInput(f'--exact --dataset {args.dataset}: does not fit in memory')
         keep_freed_memory()
         flow = datasets.flow_constants(images, args.dataset)
         del flow['M']
-        net = pfgm.ExactField(datasets.Charges(images.pixels.to(device), dtype=torch.float64))
+        net = pfgm.ExactField(datasets.charges_of(images, '--exact', device, dtype=torch.float64))
         flow.update(z_exp=0.0, D=1.0, known=0, student=False,  # its v_z needs no help
                     shape=tuple(images.pixels.shape[1:]))
     else:
@@ -474,13 +473,17 @@ def load_flow(args, device):
                 raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
                                + ', '.join(datasets.OFFICIAL))
             saved = {**saved, **datasets.flow_constants(None, name)}
+        if saved.get('source'):  # the data set that the flow starts from
+            start = datasets.load(getattr(args, 'start', None) or saved['source'], args.data_dir,
+                                  saved['image_size'], saved['channels'], flag='--from')
+            net.source = datasets.charges_of(start, '--from')
         flow = vars(flow_of(net, saved, class_names=saved.get('class_names'), step=saved['step'],
-                            weights=args.weights, student=bool(saved.get('distill'))))
+                            weights=args.weights,
+                            student=bool(saved.get('distill') or saved.get('consistency'))))
     official, edm = saved.get('official', False), saved.get('edm', False)
-    nfe = args.nfe or (1 if saved.get('distill') else None)  # all that a student has learned
-    nfe = nfe or (EDM_NFE if edm and not args.solver else None)
-    solver = args.solver or ('rk45' if not nfe else 'unipc' if not official and
-                             (not edm or nfe < EDM_NFE) else 'heun')
+    nfe = args.nfe or (1 if flow['student'] else EDM_NFE if edm and not args.solver else None)
+    solver = args.solver or ('consistency' if saved.get('consistency') else 'rk45' if not nfe else
+                             'heun' if official or edm and nfe >= EDM_NFE else 'unipc')
     flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'),
                 solver=solver, nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
                 seed=args.seed, schedule=args.schedule or (

@@ -429,6 +429,14 @@ class Charges:
         return (self[index] for index in torch.arange(len(self), device=self.device).split(size))
 
 
+def charges_of(images, flag, device='cpu', mirror=False, dtype=torch.float32):
+    """All of the images as Charges; BadInput where they do not fit in memory."""
+    if images.pixels is None:
+        raise BadInput(f'{flag}: {len(images)} images of {images.name} do not fit in memory')
+    images.pixels = images.pixels.to(device)
+    return Charges(images.pixels, mirror, dtype)
+
+
 def to_uint8(x):
     """float in [-1, 1] -> uint8, rounded; beyond the range is cut to [0, 255], all a file holds."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

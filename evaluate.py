@@ -286,6 +286,8 @@ def flow_metrics(asked, name, flow, images, split, args, place):
         print(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
         return {}
     if 'bpd' in asked:
+        if getattr(flow.net, 'source', None):
+            raise BadInput(f'--bpd: {name} starts from images, of no known density; leave it out')
         count = min(256, args.n or 256) if args.compare else args.n or 256
         found = bits_per_dim(flow, images, min(count, len(images)), args, place)
     if 'straightness' in asked and hasattr(flow.net, 'planes'):
@@ -322,7 +324,6 @@ class Compared(NamedTuple):
 
 
 # A metric of samples: (made: Measured, ref: Compared, args, where float64 is) -> (note, values) ...
-
 def of_fid(made, ref, args, home):
     sides = (t.to(home) for side in (made, ref.stats) for t in (side.mu, side.sigma))
     yield f'{ref.against(made.n)}, {args.resize} resize', dict(fid=frechet(*sides))
@@ -371,7 +372,7 @@ def of_neighbours(made, ref, args, home):
 class Metric(NamedTuple):
     help: str
     needs: str = ''                # pixels, features, statistics (of features)
-    least: int = 0                 # images (for FID one more than it has features)
+    least: int = 0                 # images (of FID: more than features)
     of: Optional[Callable] = None  # None: bits_per_dim() or straightness(), of a flow
 
 
@@ -399,8 +400,8 @@ def needing(names, *needs):
 def measure(asked, made, ref, args, device):
     """All metrics of one set of samples, printed and returned as one flat dict."""
     home, found = 'cpu' if device.type == 'mps' else device, {}
-    for metric in (METRICS[name] for name in METRICS if name in asked):
-        for note, values in metric.of(made, ref, args, home) if metric.of else ():
+    for name in (name for name in METRICS if name in asked and METRICS[name].of):
+        for note, values in METRICS[name].of(made, ref, args, home):
             found.update(values)
             print('  '.join(f'{k} {v:.6g}' for k, v in values.items()) + f'  ({note})', flush=True)
     return found

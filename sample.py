@@ -43,6 +43,8 @@ def parse_args(argv=None):
     kind.add_argument('--inpaint', metavar='IMAGES', help='make anew what is white in --mask, the '
                       'rest kept as it is: a row an image, of it, what is kept, and results')
     kind.add_argument('--colorize', metavar='IMAGES', help='the same, kept their grey')
+    p.add_argument('--from', dest='start', metavar='IMAGES', help='what a flow of train.py '
+                   '--source carries across (default: the images it was trained on), in turn')
     p.add_argument('--mask', metavar='IMAGE', help='of --inpaint')
     kind.add_argument('--field_lines', action='store_true', help='the figure: a heart of charges')
     return p.parse_args(argv)
@@ -276,6 +278,8 @@ def make_images(flow, images, args, place):
         special = special_starts(args, flow)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
+    source = getattr(flow.net, 'source', None)
+    tensors = [*tensors, source.pixels] if source else tensors
     made_by = {k: v for k, v in vars(flow).items() if k != 'net'}  # last: others say why it differs
     made_by = json.dumps({**made_by, 'net': f'{fingerprint(tensors):08x}', 'rows': (
         None if special is None else 'rescale' if args.rescale else
@@ -312,7 +316,11 @@ def make_images(flow, images, args, place):
         write_npz(args.out, folder, n, flow.shape)
     elif single:
         pixels = torch.from_numpy(np.stack([read_png(folder, i) for i in range(n)]))
-        picture = datasets.grid_of(pixels.permute(0, 3, 1, 2), None if special is None else 8)
+        pixels = pixels.permute(0, 3, 1, 2)
+        if source and special is None:  # each beside what it came from
+            start = datasets.to_uint8(flow.prior(range(n)) / flow.z_max)
+            pixels = torch.stack([start, pixels], 1).flatten(0, 1)
+        picture = datasets.grid_of(pixels, None if special is None else 8)
         write('--out', args.out, lambda file: picture.save(file, 'PNG'))
     if single:
         shutil.rmtree(folder)
@@ -324,7 +332,7 @@ def main(args):
         args.out = os.path.splitext(args.out)[0] + '.gif'
     known = args.inpaint or args.colorize
     picture = args.encode or args.field_lines or known
-    args.n = args.n or (8 if known else 64)
+    counted, args.n = args.n, args.n or (8 if known else 64)
     rows = args.interpolate is not None or args.rescale
     if args.interpolate and len(args.interpolate) != 2:
         raise BadInput(f'--interpolate {" ".join(args.interpolate)}: give two images, or none')
@@ -345,6 +353,11 @@ def main(args):
     if args.field_lines:
         return field_lines(args.out)
     flow, images = load_flow(args, device)
+    source = getattr(flow.net, 'source', None)
+    if args.start and not source:
+        raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
+    if source and not known and not counted:
+        args.n = min(args.n, len(source))
     if args.interpolate:  # both ways with the same label, or without
         flow.classes = flow.classes[:1] if args.classes else []
     if rank == 0:

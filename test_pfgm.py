@@ -1283,6 +1283,109 @@ def test_any_teacher_is_distilled_into_one_call(teacher, student, D, tmp_path, m
     assert 'nfe 1 ' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('flags', [['--D', 2], ['--D', 'inf', '--classes'], ['--method', 'vp']])
+def test_consistency_training_and_its_sampler(flags, tmp_path, monkeypatch, capsys):
+    """The target at z is what the network, stopped, makes of the same noise at a lower level."""
+    script(['train.py', *TINY_PP, *flags, '--steps', 2, '--lr', '1e-2', '--out_dir', tmp_path / 'a'])
+    seen, point = [], baselines.training_point
+
+    def kept(flow, clean, generator, mine, charges, kinds, eps, stage):
+        state, labels = generator.get_state(), None
+        made = point(flow, clean, generator, mine, charges, kinds, eps, stage)
+        generator.set_state(state)
+        plain = point(flow, clean, generator, mine, charges, kinds, eps)
+        moved, z, target, _, weight, *labels = made
+        close(moved, plain[0])
+        ratio = (1 - (1 + 8 / (1 + torch.exp(z / flow.unit))) / 2 ** stage).clamp_min(0)
+        for i in range(len(z)):
+            r = float(ratio[i])
+            lower = clean[i] + r * (moved[i] - clean[i])
+            with torch.no_grad():
+                v_x = flow(lower[None], r * z[i:i + 1], *(k[i:i + 1] for k in labels))[0][0] if r else 0
+            want = lower + v_x if r else clean[i]
+            close(moved[i] + target[i], want, rtol=1e-3, atol=1e-4 * float(moved[i].abs().max() + 1))
+        close(weight * (1 - ratio), plain[4], rtol=1e-4)
+        assert not target.requires_grad and flow.training
+        seen.append(stage)
+        return made
+    monkeypatch.setattr(train, 'training_point', kept)
+    more = ['--consistency', '--init_from', tmp_path / 'a', '--lr', '1e-3', '--out_dir', tmp_path / 'b']
+    words = ['train.py', *TINY_PP, *[f for f in flags if f == '--classes'], *more]
+    script([*words, '--steps', 16])
+    assert seen[:16] == [1 + step // 2 for step in range(16)] and np.isfinite(losses(tmp_path / 'b')).all()
+    made = torch.load(tmp_path / 'b' / 'ckpt.pt', weights_only=True)
+    assert made['args']['method'] == ('vp' if 'vp' in flags else 'pfgmpp') and made['step'] == 16
+    capsys.readouterr()
+    for nfe in ([], ['--nfe', 2]):
+        script(['sample.py', '--ckpt', tmp_path / 'b', '--n', 3, '--device', 'cpu', *nfe, '--out', tmp_path / 's.npz'])
+        assert f'solver consistency  nfe {(nfe or [0, 1])[1]} ' in capsys.readouterr().out
+    refuses(['train.py', *TINY, '--consistency', '--out_dir', tmp_path / 'c'], '--consistency: trains a denoiser')
+    refuses(['train.py', *TINY_PP, '--distill', tmp_path / 'b', '--out_dir', tmp_path / 'c'], 'itself a student')
+
+
+def test_one_call_for_each_level_of_the_consistency_sampler():
+    """x = xhat, then noise of the kernel anew: of one charge, the charge and that noise."""
+    y, D = torch.randn(1, 6, generator=seeded(), dtype=F64), 3
+    u = pfgm.kernel((2, 1000, 6), torch.ones(2, dtype=F64), math.inf, seeded(1))
+    solver = baselines.renewing(lambda i: u[i])
+    x, path = 9 * u[0], []
+    end, nfe = pfgm.sample_ode(ExactField(y, D=D), x, 9.0, 0.5, solver, 3, z_exp=0, D=D, to_data=True,
+                               schedule_name='log', callback=lambda z, x: path.append((float(z[0]), x)))
+    assert nfe == 3 and len(path) == 3
+    for (z, x), noise in zip(path, u):
+        close(x, y + z * noise, atol=1e-9)
+    close(end, y.expand(1000, 6), atol=1e-9)
+
+
+def test_a_flow_between_two_data_sets(tmp_path, monkeypatch, capsys):
+    """x_t = t y + (1 - t) s of images s and y at random; samples start from s; reflow keeps the pairs."""
+    monkeypatch.chdir(tmp_path)
+    s, y = torch.randint(0, 256, (2, 7, 16, 16), generator=seeded()).to(torch.uint8)
+    np.save('s.npy', s.numpy()), np.save('y.npy', y.numpy())
+    s, y = (data.to_float(v)[:, None] for v in (s, y))
+    seen, perturb = [], baselines.RectifiedFlow.perturb
+
+    def kept(flow, x, generator, *eps):
+        moved, z = perturb(flow, x, generator, *eps)
+        seen.append((x, z, moved))
+        return moved, z
+    monkeypatch.setattr(baselines.RectifiedFlow, 'perturb', kept)
+    script(['train.py', *TINY_PP, '--dataset', 'y.npy', '--method', 'rf', '--source', 's.npy', '--steps', 30,
+            '--lr', '1e-2', '--sample_every', 30, '--out_dir', 'a'])
+    pairs = set()
+    for x, z, moved in seen[:30]:
+        eps = (moved - x) / z[:, None, None, None]                      # an image of the other set
+        near = torch.cdist(eps.flatten(1), s.flatten(1))
+        assert (near.amin(1) < 0.05 * (1 + 1 / z)).all()
+        pairs |= {*zip(near.argmin(1).tolist(), torch.cdist(x.flatten(1), y.flatten(1)).argmin(1).tolist())}
+    assert len(pairs) > 40 and losses('a')[-1] < losses('a')[0]        # any with any
+    how = ['--nfe', 8, '--device', 'cpu']
+    script(['sample.py', '--ckpt', 'a', '--from', 's.npy', *how, '--out', 'strip.png'])
+    strip = np.asarray(Image.open('strip.png').convert('L'))
+    assert strip.shape == (4 * 68 + 4, 4 * 68 + 4)                      # 7 pairs
+    assert (abs(strip[4:68:4, 4:68:4] - ((s[0, 0].numpy() + 1) * 127.5).round()) <= 1).all()
+    script(['sample.py', '--ckpt', 'a', *how, '--n', 9, '--out', 'b.npz'])
+    made = np.load('b.npz')['arr_0']
+    assert (made[7:] == made[:2]).all() and len(np.unique(made.reshape(9, -1), axis=0)) == 7
+    net, args = checkpoint.load_checkpoint('a/ckpt.pt')
+    x, _ = pfgm.sample_ode(net, args['z_max'] * s, args['z_max'], pfgm.last_plane(net.low, 8, math.inf), 'unipc',
+                           8, D=math.inf, z_exp=0, schedule_name='radius', to_data=True)
+    assert (abs(data.to_uint8(x[:, 0]).int() - torch.from_numpy(made[:7, :, :, 0]).int()) <= 1).all()
+    capsys.readouterr()
+    for kind in ('reflow', 'distill'):
+        script(['train.py', *TINY_PP, '--dataset', 'y.npy', f'--{kind}', 'a', '--pairs', 9, '--steps', 3, '--out_dir', kind])
+        assert 'straightness' in capsys.readouterr().out
+        pairs, = Path(kind, 'pairs').iterdir()
+        eps, end = torch.from_numpy(np.load(pairs)).unbind(1)
+        close(end / 999 + eps, s[torch.arange(9) % 7], atol=1e-4)
+        script(['sample.py', '--ckpt', kind, '--n', 2, *how[2:], '--out', f'{kind}.npz'])
+    script(['sample.py', '--ckpt', 'a', '--encode', 'y.npy', '--n', 2, *how, '--out', 'e.png'])
+    refuses(['evaluate.py', '--ckpt', 'a', '--bpd', '--device', 'cpu'], '--bpd: .*starts from images')
+    refuses(['train.py', *TINY_PP, '--source', 's.npy', '--method', 'vp', '--out_dir', 'c'], '--source s.npy: belongs')
+    script(['train.py', *TINY_PP, '--method', 'rf', '--steps', 1, '--out_dir', 'd'])
+    refuses(['sample.py', '--ckpt', 'd', '--from', 's.npy'], '--from s.npy: this flow starts from noise')
+
+
 def flags_of(*words):
     p = launch.Parser()
     checkpoint.flow_flags(p)

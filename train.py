@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 
 import data as datasets
-from baselines import (METHODS, PAIR_NFE, PFGM, Muon, Pairs, as_flow, field_loss, flow_of,
-                       learning_rate, method_of_student, pairs_of_teacher, training_point, update)
+from baselines import (METHODS, PAIR_NFE, PFGM, Muon, Pairs, as_flow, field_loss, learning_rate,
+                       method_of_student, pairs_of_teacher, training_point, update)
+from bench import sample_grid
 from checkpoint import (ARCHITECTURE, build, flow_flags, for_classes, in_folder, load_flow,
                         open_run, save)
 from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16, fingerprint,
                     heard, keep_older, listen, new_meter, observe, open_log, progress, restore,
-                    rng_state, run, say, setup, speed_up, step_seed, stop_if_bad, write)
+                    rng_state, run, say, setup, speed_up, step_seed, stop_if_bad)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
@@ -69,15 +70,15 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('image_size', above(0, int), None, 'pixels a side (default: as the data is)'),
     ('channels', int, None, 'grey or colour (default: as the data is)', dict(choices=(1, 3))),
     ('method', str, None, 'default: pfgm, with --D or --ncsnpp pfgmpp', dict(choices=METHODS)),
-    ('D', unless('inf', math.inf, above(1 - 1e-9)), None, 'augmented dimensions of pfgmpp, 1 or '
-     'more, or inf (default: 128)'),
+    ('D', unless('inf', math.inf, above(1 - 1e-9)), None, '1 or more, or inf (default: 128)'),
     ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
     ('flip', None, None, 'mirror half of the images (default: as the data is)'),
+    ('source', str, None, 'of rf: these images into those of --dataset, not noise'),
     ('reflow', in_folder, None, 'straighten this checkpoint: train on pairs it makes'),
     ('distill', in_folder, None, 'the same, into samples of one call (--nfe 1)'),
+    ('consistency', None, False, 'train for samples of one or two calls, without pairs'),
     ('pairs', above(0, int), 100000, 'noise and images of --reflow and --distill'),
-    ('init_from', in_folder, None, 'go on from this checkpoint, ours or one of the authors, with '
-     'its flow; of other classes, from step 0'),
+    ('init_from', in_folder, None, 'go on from this checkpoint, ours or one of the authors'),
     ('seed', above(-1, int), 0, 'of the weights, the order of images and all noise'),
     ('device', str, 'auto', 'auto, cpu, cuda, cuda:1 or mps'),
     ('bf16', None, None, 'bfloat16 autocast (default: where it is fast)'),
@@ -98,8 +99,7 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
      'all (of other methods than pfgm by default 1, each image its own)'),
     ('lr', above(0), None, "Adam's learning rate"),
     ('warmup', above(-1, int), None, 'steps in which lr rises from 0'),
-    ('decay', above(-1e-9, below=1 + 1e-9), None, 'last part of the steps, 0 to 1, in which lr '
-     'falls to 0'),
+    ('decay', above(-1e-9, below=1 + 1e-9), None, 'part of the steps in which lr falls to 0'),
     ('muon', None, None, "move the network's matrices as Muon does, not Adam"),
     ('grad_clip', above(0), 1.0, 'largest gradient norm'),
     ('ema_decay', above(-1e-9, below=1), None, 'of the averaged weights'),
@@ -157,6 +157,7 @@ def resolve(args, images, saved, resumed, world):
     row.update({k: old[k] for k in kept if k in old})
     ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
     own = method_of_student(args, old) if teacher else given.get('method')
+    args.source = args.source or given.get('source')
     args.method = args.method or own or ('pfgmpp' if args.D or ncsnpp else 'pfgm')
     if teacher and args.init_from:
         raise BadInput(f'--init_from {args.init_from}: --reflow and --distill go on from their '
@@ -259,32 +260,20 @@ def training_steps(images, flow, args, step, place):
     mine = slice(rank * B // world, (rank + 1) * B // world)
     charges = kinds = None
     if all_charges:
-        if images.pixels is None:
-            raise BadInput(f'--field_batch all: {len(images)} images do not fit in memory; '
-                           'give a number of charges')
-        images.pixels = images.pixels.to(device)
-        charges = datasets.Charges(images.pixels, args.flip)
+        charges = datasets.charges_of(images, '--field_batch all', device, args.flip)
         kinds = images.labels.to(device).repeat(1 + args.flip) if args.classes else None
     count = B if all_charges else max(B, args.field_batch)
-    source = (datasets.shuffled_pairs(images, args, step, device) if isinstance(images, Pairs) else
+    blocks = (datasets.shuffled_pairs(images, args, step, device) if isinstance(images, Pairs) else
               datasets.shuffled_images(images, count, args, step, device, rank, world))
-    for x, kind, generator, *eps in source:
+    for done, (x, kind, generator, *eps) in enumerate(blocks, step):
         if args.field_batch not in ('all', 1):
             charges, kinds = x, kind
+        if args.source and not eps:  # pairs of two at random
+            index = torch.randint(len(flow.source), (B,), generator=generator, device=device)
+            eps = [flow.source[index]]
         labels = kind is not None and (kind[:B], kind if kinds is None else kinds)
-        yield training_point(flow, x[:B], generator, mine, charges, labels, eps=eps)
-
-
-# ---------------------------------------------------------------- what a run keeps and says
-
-def sample_grid(net, args, device, path):
-    """A PNG of the first 36 images that sample.py --nfe 20 makes of the network as it is now, or of
-    a student's in one call."""
-    flow = flow_of(as_flow(net, vars(args)), vars(args), seed=args.seed,
-                   nfe=1 if args.distill else 20)
-    x, _ = flow.follow(flow.prior(range(36)), device, range(36))
-    picture = datasets.grid_of(datasets.to_uint8(x))
-    write('--out_dir', path, lambda file: picture.save(file, 'PNG'))
+        stage = args.consistency and 1 + 8 * done // args.steps  # the levels ever closer
+        yield training_point(flow, x[:B], generator, mine, charges, labels, eps, stage)
 
 
 # ---------------------------------------------------------------- the run
@@ -371,8 +360,10 @@ def main(args):
     raw, ema = networks(args, saved, origin, device)
     net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
     flow = PFGM(vars(args)) if args.method == 'pfgm' else net
-    if args.distill:
-        flow.only = args.z_max
+    if args.source:
+        other = datasets.load(args.source, args.data_dir, args.image_size, args.channels,
+                              flag='--source')
+        flow.source = datasets.charges_of(other, '--source', device)
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device.index] if device.type == 'cuda' else None)
@@ -395,7 +386,7 @@ def main(args):
         flow_flags(flags)
         teacher, _ = load_flow(flags.parse_args([
             '--ckpt', args.reflow or args.distill, '--nfe', str(PAIR_NFE), '--seed', str(args.seed),
-            '--bf16' if args.bf16 else '--no-bf16']), device)
+            '--data_dir', args.data_dir, '--bf16' if args.bf16 else '--no-bf16']), device)
         images = pairs_of_teacher(teacher, args, start, device, rank, world)
 
     # loop
@@ -439,7 +430,8 @@ def main(args):
                 log.write(json.dumps(row) + '\n')
             meter, clock, logged = new_meter(device, flow.unit), time.time(), step
         if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:
-            sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'))
+            sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'),
+                        flow.source if args.source else None)
         if saves:
             rng = everywhere(rng_state(device))
             if rank == 0:
