@@ -1543,6 +1543,11 @@ def newcomer(tmp_path, monkeypatch):
             Image.fromarray(image.astype(np.uint8)).save(f'photos/{k}.png')
             file.write(f'photos/{k}.png')
     tiny_official('checkpoint_500000.pth')
+    for name, flags in (('training-state-200000', dict(pfgmpp=True, D=2048, ncsnpp=True)),
+                        ('conditional', dict(pfgmpp=True, D=2048, ncsnpp=True, classes=10)),
+                        ('training-state', dict(pfgmpp=True, D=128, size=64)),
+                        ('edm-cifar10-32x32-uncond-vp', {})):
+        edm_file(f'{name}.pkl', **flags)
     np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
 
 
