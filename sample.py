@@ -263,6 +263,13 @@ def compare_with(images, folder, n):
           f'{worst:.2f} RMS at most')
 
 
+def beside_their_starts(flow, pixels):
+    """The images (n, C, H, W), uint8, of a flow from another data set, each behind the image of
+    that which became it: (2 n, C, H, W)."""
+    start = datasets.to_uint8(flow.prior(range(len(pixels))) / flow.z_max)
+    return torch.stack([start, pixels], 1).flatten(0, 1)
+
+
 def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
@@ -317,9 +324,8 @@ def make_images(flow, images, args, place):
     elif single:
         pixels = torch.from_numpy(np.stack([read_png(folder, i) for i in range(n)]))
         pixels = pixels.permute(0, 3, 1, 2)
-        if source and special is None:  # each beside what it came from
-            start = datasets.to_uint8(flow.prior(range(n)) / flow.z_max)
-            pixels = torch.stack([start, pixels], 1).flatten(0, 1)
+        if source and special is None:
+            pixels = beside_their_starts(flow, pixels)
         picture = datasets.grid_of(pixels, None if special is None else 8)
         write('--out', args.out, lambda file: picture.save(file, 'PNG'))
     if single:
