@@ -361,7 +361,9 @@ def restoring(flow, part, image, noise):
 
 def renewing(noise):
     """A solver: xhat and, on the next plane, noise anew. The multi-step sampler of consistency
-    models, arXiv 2303.01469 Algorithm 1. noise(i): unit draws of the kernel, like x, of step i."""
+    models, arXiv 2303.01469 Algorithm 1; of restoring() too, where a line that has set out for an
+    image that does not fit can still turn. noise(i): unit draws of the kernel, like x, of step i.
+    """
     def solver(f, x, grid, calls):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
             x = x - f(x, pfgm.like(z, x)) + pfgm.column(z_next, x) * pfgm.like(noise(i), x)
@@ -436,7 +438,7 @@ class Flow(types.SimpleNamespace):
         solver = self.solver
         if solver == 'ddim':
             solver = ancestral(self.eta, self.noise_of(indices)) if self.eta else 'euler'
-        if solver == 'consistency':
+        if solver == 'renew':
             solver = renewing(self.noise_of(indices))
         to_data, z_last = self.ending()
         ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)

@@ -388,7 +388,7 @@ def open_run(args):
 
 # ---------------------------------------------------------------- a flow to follow
 
-SOLVERS = ('rk45', *pfgm.SOLVERS, 'ddim', 'consistency')
+SOLVERS = ('rk45', *pfgm.SOLVERS, 'ddim', 'renew')
 EDM_NFE = 35  # calls with which EDM and PFGM++ published CIFAR-10: 18 steps of heun
 
 
@@ -482,7 +482,7 @@ def load_flow(args, device):
                             student=bool(saved.get('distill') or saved.get('consistency'))))
     official, edm = saved.get('official', False), saved.get('edm', False)
     nfe = args.nfe or (1 if flow['student'] else EDM_NFE if edm and not args.solver else None)
-    solver = args.solver or ('consistency' if saved.get('consistency') else 'rk45' if not nfe else
+    solver = args.solver or ('renew' if saved.get('consistency') else 'rk45' if not nfe else
                              'heun' if official or edm and nfe >= EDM_NFE else 'unipc')
     flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'),
                 solver=solver, nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
@@ -510,8 +510,8 @@ def check_flow(args, flow):
          f'subvp, ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
         (args.eta and flow.solver != 'ddim', f'--eta {args.eta}: belongs to --solver ddim, not '
          + flow.solver),
-        (args.eta and getattr(args, 'encode', None), f'--eta {args.eta}: fresh noise cannot be '
-         'encoded; leave it out'),
+        ((args.eta or flow.solver == 'renew') and getattr(args, 'encode', None), f'--solver '
+         f'{flow.solver}, --eta {args.eta}: fresh noise cannot be encoded; give another'),
         (flow.solver == 'ddim' and flow.D != math.inf, '--solver ddim: adds Gaussian noise, '
          'for D = inf only (vp, subvp, ddpm, rf, pfgmpp with --D inf)'),
         ((args.z_min or 0) >= flow.z_max, f'--z_min {args.z_min}: must be below z_max '

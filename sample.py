@@ -41,7 +41,8 @@ def parse_args(argv=None):
                       help='rows of 8: one direction, norms from a third to twice the prior\'s')
     kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
     kind.add_argument('--inpaint', metavar='IMAGES', help='make anew what is white in --mask, the '
-                      'rest kept as it is: a row an image, of it, what is kept, and results')
+                      'rest kept as it is: a row an image, of it, what is kept, and results (default: '
+                      '--solver renew --nfe 100)')
     kind.add_argument('--colorize', metavar='IMAGES', help='the same, kept their grey')
     p.add_argument('--from', dest='start', metavar='IMAGES', help='what a flow of train.py '
                    '--source carries across (default: the images it was trained on), in turn')
@@ -348,7 +349,7 @@ def main(args):
         raise BadInput('--solver rk45: not of --inpaint and --colorize, whose steps are fixed; '
                        'give another, or leave it out')
     if known and not args.solver:
-        args.nfe = args.nfe or 100  # steps that are fixed
+        args.solver, args.nfe = 'renew', args.nfe or 100
     if picture and not args.out.endswith('.png') or rows and args.out.endswith('.gif'):
         raise BadInput(f'--out {args.out}: a picture; must end in .png')
     if (picture or args.out.endswith('.gif')) and int(os.environ.get('WORLD_SIZE', 1)) > 1:

@@ -1318,12 +1318,14 @@ def test_consistency_training_and_its_sampler(flags, tmp_path, monkeypatch, caps
     capsys.readouterr()
     for nfe in ([], ['--nfe', 2]):
         script(['sample.py', '--ckpt', tmp_path / 'b', '--n', 3, '--device', 'cpu', *nfe, '--out', tmp_path / 's.npz'])
-        assert f'solver consistency  nfe {(nfe or [0, 1])[1]} ' in capsys.readouterr().out
+        assert f'solver renew  nfe {(nfe or [0, 1])[1]} ' in capsys.readouterr().out
+    refuses(['sample.py', '--ckpt', tmp_path / 'b', '--encode', 'glyphs', '--device', 'cpu', '--out',
+             tmp_path / 'e.png'], '--solver renew.*fresh noise cannot be encoded')
     refuses(['train.py', *TINY, '--consistency', '--out_dir', tmp_path / 'c'], '--consistency: trains a denoiser')
     refuses(['train.py', *TINY_PP, '--distill', tmp_path / 'b', '--out_dir', tmp_path / 'c'], 'itself a student')
 
 
-def test_one_call_for_each_level_of_the_consistency_sampler():
+def test_noise_is_renewed_on_every_plane():
     """x = xhat, then noise of the kernel anew: of one charge, the charge and that noise."""
     y, D = torch.randn(1, 6, generator=seeded(), dtype=F64), 3
     u = pfgm.kernel((2, 1000, 6), torch.ones(2, dtype=F64), math.inf, seeded(1))
