@@ -41,8 +41,8 @@ def parse_args(argv=None):
                       help='rows of 8: one direction, norms from a third to twice the prior\'s')
     kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
     kind.add_argument('--inpaint', metavar='IMAGES', help='make anew what is white in --mask, the '
-                      'rest kept as it is: a row an image, of it, what is kept, and results (default: '
-                      '--solver renew --nfe 100)')
+                      'rest kept as it is: a row an image, of it, what is kept, and results (by '
+                      'default of --solver renew --nfe 100)')
     kind.add_argument('--colorize', metavar='IMAGES', help='the same, kept their grey')
     p.add_argument('--from', dest='start', metavar='IMAGES', help='what a flow of train.py '
                    '--source carries across (default: the images it was trained on), in turn')
@@ -365,6 +365,8 @@ def main(args):
         raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
     if source and not known and not counted:
         args.n = min(args.n, len(source))
+    if args.interpolate and flow.solver == 'renew':
+        raise BadInput('--interpolate: not by --solver renew, whose noise is fresh; give another')
     if args.interpolate:  # both ways with the same label, or without
         flow.classes = flow.classes[:1] if args.classes else []
     if rank == 0:
