@@ -360,10 +360,8 @@ def restoring(flow, part, image, noise):
 
 
 def renewing(noise):
-    """A solver: xhat and, on the next plane, noise anew. The multi-step sampler of consistency
-    models, arXiv 2303.01469 Algorithm 1; of restoring() too, where a line that has set out for an
-    image that does not fit can still turn. noise(i): unit draws of the kernel, like x, of step i.
-    """
+    """A solver: xhat and, on the next plane, noise anew, noise(i) of step i: consistency models',
+    arXiv 2303.01469 Algorithm 1; in restoring() a line set out for a wrong image can still turn."""
     def solver(f, x, grid, calls):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
             x = x - f(x, pfgm.like(z, x)) + pfgm.column(z_next, x) * pfgm.like(noise(i), x)
@@ -393,10 +391,10 @@ class Flow(types.SimpleNamespace):
             return torch.tensor([self.classes[i % turns] for i in indices], device=device)
 
     def noise_of(self, indices):
-        """The fresh noise of a stochastic solver: noise(step) like x, of the kernel at z = 1, each
-        image from its own generator."""
+        """noise(step) like x, the prior's but at z = 1, each image from a generator of its own."""
         draws = [torch.Generator().manual_seed(step_seed(self.seed, 2 ** 33 + i)) for i in indices]
-        return lambda step: torch.cat([pfgm.sample_prior((1, *self.shape), 1.0, None, self.D, g)
+        most = self.upper_norm and self.upper_norm / self.z_max  # farther out nothing was learned
+        return lambda step: torch.cat([pfgm.sample_prior((1, *self.shape), 1.0, most, self.D, g)
                                        for g in draws])
 
     def spacing(self):

@@ -1325,6 +1325,15 @@ def test_consistency_training_and_its_sampler(flags, tmp_path, monkeypatch, caps
     refuses(['train.py', *TINY_PP, '--distill', tmp_path / 'b', '--out_dir', tmp_path / 'c'], 'itself a student')
 
 
+def test_fresh_noise_goes_no_farther_than_the_prior():
+    flow = baselines.Flow(D=1, z_max=40.0, upper_norm=300.0, seed=0, shape=(1, 4, 4))
+    noise = flow.noise_of(range(200))
+    norms = torch.cat([noise(step).flatten(1).norm(dim=1) for step in range(3)])
+    assert norms.max() <= 7.5 * (1 + 1e-6) and (norms > 7.49).sum() > 100
+    flow.upper_norm = None  # heavy tails
+    assert flow.noise_of(range(200))(0).abs().max() > 100
+
+
 def test_noise_is_renewed_on_every_plane():
     """x = xhat, then noise of the kernel anew: of one charge, the charge and that noise."""
     y, D = torch.randn(1, 6, generator=seeded(), dtype=F64), 3
