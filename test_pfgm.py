@@ -612,7 +612,8 @@ def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dt
         return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
     want = grads(torch.nn.GroupNorm.forward, x.double(), dy.double())
     layer.to(torch.promote_types(dtype, torch.float32))
-    got = grads(launch.GroupNorm.forward, *(a.to(memory_format=torch.channels_last) for a in (x, dy)))
+    got = grads(launch.GroupNorm.forward,
+                *(a.to(memory_format=torch.channels_last) for a in (x, dy)))
     assert got[1].is_contiguous(memory_format=torch.channels_last)
     for a, b in zip(got, want):
         assert (a - b).norm() <= tolerance * b.norm()
@@ -1017,7 +1018,8 @@ def test_a_file_system_without_links_and_locks(tmp_path, monkeypatch, capsys):
 REFUSALS = [  # a command on a folder of its own or on the network `trained`, and words of its line
     ('train.py --dataset nothing_here', 'no such data set'), ('train.py --steps 0', 'above 0'),
     ('train.py --image_size 15', 'multiple of 4'),
-    ('train.py --patch 3', 'image_size 16: patches of 3, .* of 6'), ('train.py --decay 1.1', 'below 1'), ('train.py --lr nan', 'a number above 0'),
+    ('train.py --patch 3', 'image_size 16: patches of 3, .* of 6'),
+    ('train.py --decay 1.1', 'below 1'), ('train.py --lr nan', 'a number above 0'),
     ('train.py --accum 3', 'multiple of'), ('train.py --field_batch 4', 'at least --batch_size'),
     ('train.py --D 3 --field_batch 4', '--field_batch 4: .* at least --batch_size'),
     ('train.py --nf 30', 'take a multiple'), ('train.py --z_min 1e9', 'must be below --z_max'),
@@ -1730,7 +1732,8 @@ def test_compiled_network_makes_the_same_images(trained, tmp_path):
     script([*flags, tmp_path / 'b.npz', '--compile'])
     a, b = (np.load(tmp_path / f'{k}.npz')['arr_0'].astype(int) for k in 'ab')
     assert abs(a - b).max() <= 1
-    refuses([*flags, tmp_path / 'c.npz', '--exact', '--compile'], '--compile: --exact has no network')
+    refuses([*flags, tmp_path / 'c.npz', '--exact', '--compile'],
+            '--compile: --exact has no network')
 
 
 # ---------------------------------------------------------------- measuring
@@ -2028,8 +2031,9 @@ def test_medmnist_is_downloaded_once_and_checked(tmp_path, monkeypatch):
         Path(path).write_bytes(content[url.split('/')[-1].removesuffix('?download=1')])
     monkeypatch.setattr(utils, '_urlretrieve', fetch)
     monkeypatch.setattr(utils, '_get_redirect_url', lambda url, max_hops: url)
-    for name, size, labels in (('dermamnist', 28, np.arange(6)[:, None] % 2), ('breastmnist', 64, np.ones(
-            (6, 1))), ('chestmnist', 128, np.ones((6, 14)))):
+    for name, size, labels in (('dermamnist', 28, np.arange(6)[:, None] % 2),
+                               ('breastmnist', 64, np.ones((6, 1))),
+                               ('chestmnist', 128, np.ones((6, 14)))):
         file, shape = io.BytesIO(), (size, size, 3)[:2 + (name == 'dermamnist')]
         x = {f'{split}_images': np.full((n, *shape), n, np.uint8)
              for split, n in (('train', 6), ('val', 2), ('test', 3))}
@@ -2039,24 +2043,28 @@ def test_medmnist_is_downloaded_once_and_checked(tmp_path, monkeypatch):
         key = f'{name}.npz' if size == 28 else f'{name}_{size}.npz'
         content[key] = file.getvalue()
         for given in (size, size - 1) if size > 28 else (None, 28):  # the next larger one serves
-            refused(f'{name}: File not found or corrupted.*fetch by hand {tmp_path}/{name}.npz', name,
-                    tmp_path, given)
+            refused(f'{name}: File not found or corrupted.*fetch by hand {tmp_path}/{name}.npz',
+                    name, tmp_path, given)
         assert not (tmp_path / key).exists()
         row, at = list(data.MEDMNIST[name]), 1 + data.MEDMNIST_SIZES.index(size)
         row[at] = utils.calculate_md5(tmp_path / f'{key}.part')
         monkeypatch.setitem(data.MEDMNIST, name, tuple(row))
         asked.clear()
-        train_, test = data.load(name, tmp_path, size), data.load(name, tmp_path, size, split='test')
-        assert not asked and (tmp_path / key).exists()  # what was fetched before, now found to be whole
+        train_, test = (data.load(name, tmp_path, size),
+                        data.load(name, tmp_path, size, split='test'))
+        # what was fetched before, now found to be whole
+        assert not asked and (tmp_path / key).exists()
         assert train_.pixels.shape == (6, 3 if len(shape) > 2 else 1, size, size) and len(test) == 3
         assert train_.pixels.eq(6).all() and test.pixels.eq(3).all()
         if name == 'dermamnist':
-            assert train_.class_count() == 2 and train_.labels.tolist() == [0, 1] * 3 and train_.flip
+            assert (train_.class_count() == 2 and train_.labels.tolist() == [0, 1] * 3
+                    and train_.flip)
         if name == 'chestmnist':
             with pytest.raises(launch.BadInput, match='chestmnist has .*several an image'):
                 train_.class_count()
     assert all(len(row) == 5 and all(re.fullmatch('[0-9a-f]{32}', md5) for md5 in row[1:])
-               for name, row in data.MEDMNIST.items() if name not in ('dermamnist', 'breastmnist', 'chestmnist'))
+               for name, row in data.MEDMNIST.items()
+               if name not in ('dermamnist', 'breastmnist', 'chestmnist'))
 
 
 def refuse_connection(*args, **how):
@@ -2164,13 +2172,19 @@ def test_all_pixel_values_survive(tmp_path):
 
 # What people have: {path: its colour}, and the labels of the training images and of the others.
 LAYOUTS = {
-    'train/cat train/dog val/dog': ('01', '1'), 'train/cat train/dog valid/dog test/cat': ('01', '0'),
-    'Train/cat Train/dog TEST/dog': ('01', '1'), 'training/cat training/dog testing/dog': ('01', '1'),
-    'training_set/cat training_set/dog test_set/dog': ('01', '1'), 'train2017/cat train2017/dog val2017/dog': ('01', '1'),
-    'seg_train/cat seg_train/dog seg_test/dog seg_pred': ('01', '1'), 'cat/train dog/train dog/test cat/test': ('01', '01'),
-    'images/train/cat images/train/dog images/dev/dog masks/train/cat': ('01', '1'), 'cat dog': ('01', '01'),
+    'train/cat train/dog val/dog': ('01', '1'),
+    'train/cat train/dog valid/dog test/cat': ('01', '0'),
+    'Train/cat Train/dog TEST/dog': ('01', '1'),
+    'training/cat training/dog testing/dog': ('01', '1'),
+    'training_set/cat training_set/dog test_set/dog': ('01', '1'),
+    'train2017/cat train2017/dog val2017/dog': ('01', '1'),
+    'seg_train/cat seg_train/dog seg_test/dog seg_pred': ('01', '1'),
+    'cat/train dog/train dog/test cat/test': ('01', '01'),
+    'images/train/cat images/train/dog images/dev/dog masks/train/cat': ('01', '1'),
+    'cat dog': ('01', '01'),
     'train/cat train/dog test/dog test/cow': ('01', None), 'train/cat train/dog test': ('01', None),
-    'train/cat train/dog stray.png': ('01', '01'), 'train plane car': ('120', '120'), 'cat dog a.png': (None, None),
+    'train/cat train/dog stray.png': ('01', '01'), 'train plane car': ('120', '120'),
+    'cat dog a.png': (None, None),
     'cat': (None, None), '00000/img00000000.png 00001/img00001000.png': (None, None)}
 
 
@@ -2182,17 +2196,21 @@ def test_splits_and_what_holds_all_are_no_classes(tmp_path, capsys, names):
         picture(k).save(tmp_path / 'set' / 'top' / name)
     zips = {'top.zip': 'top/{}', 'dot.zip': './{}'}
     for path, form in zips.items():
-        (tmp_path / path).write_bytes(zipped([(form.format(name), encoded(picture(k))) for k, name in enumerate(files)]))
+        (tmp_path / path).write_bytes(zipped([(form.format(name), encoded(picture(k)))
+                                              for k, name in enumerate(files)]))
     slashes = bytes(zipped([(f'top/{name}', encoded(picture(k))) for k, name in enumerate(files)]))
     for name in files:
         slashes = slashes.replace(f'top/{name}'.encode(), f'top/{name}'.replace('/', '\\').encode())
     (tmp_path / 'back.zip').write_bytes(slashes)
     for split, labels in zip(('train', 'test'), LAYOUTS[names]):
-        sets = [data.load(tmp_path / path, split=split) for path in ('set', 'top.zip', 'dot.zip', 'back.zip')]
+        sets = [data.load(tmp_path / path, split=split)
+                for path in ('set', 'top.zip', 'dot.zip', 'back.zip')]
         for set_ in sets:
             found = None if set_.labels is None else ''.join(map(str, set_.labels.tolist()))
-            assert found == (labels and ''.join(sorted(labels)) if names != 'train plane car' else '012')
-            assert set_.identity == sets[0].identity and len(set_) == (len(labels) if labels else len(set_))
+            assert found == (labels and ''.join(sorted(labels)) if names != 'train plane car'
+                             else '012')
+            assert (set_.identity == sets[0].identity
+                    and len(set_) == (len(labels) if labels else len(set_)))
         said = capsys.readouterr().out
         assert ('split' in said) == (split == 'test' or 'rain' in names and 'plane' not in names)
         assert said.count('\n') == (4 if said else 0)
@@ -2201,22 +2219,28 @@ def test_splits_and_what_holds_all_are_no_classes(tmp_path, capsys, names):
 
 
 @pytest.mark.parametrize('table, labels', [
-    ([['00000/img00000000.png', 1], ['00001/img00001000.png', 0]], [1, 0]), (None, 'null'), ('no', 'cannot be read'),
-    ([['00000/img00000000.png', 1]], 'no label for 1 of 2'), ([['a.png', 1]], 'no labels'), (7, 'cannot be read'),
+    ([['00000/img00000000.png', 1], ['00001/img00001000.png', 0]], [1, 0]),
+    (None, 'null'), ('no', 'cannot be read'),
+    ([['00000/img00000000.png', 1]], 'no label for 1 of 2'),
+    ([['a.png', 1]], 'no labels'), (7, 'cannot be read'),
     ([['00000/img00000000.png', .5], ['00001/img00001000.png', 0]], 'float64 labels'),
-    ([['00000/img00000000.png', [0, 1]], ['00001/img00001000.png', [1, 0]]], 'one-hot: give their argmax'),
+    ([['00000/img00000000.png', [0, 1]], ['00001/img00001000.png', [1, 0]]],
+     'one-hot: give their argmax'),
     ([['00000/img00000000.png', [1, 1]], ['00001/img00001000.png', [1, 0]]], 'several an image'),
     ([['00000/img00000000.png', 'dog'], ['00001/img00001000.png', 'cat']], [1, 0])])
 def test_labels_of_dataset_json(tmp_path, table, labels):
-    files = [('00000/img00000000.png', encoded(picture())), ('00001/img00001000.png', encoded(picture(1)))]
+    files = [('00000/img00000000.png', encoded(picture())),
+             ('00001/img00001000.png', encoded(picture(1)))]
     for path, top in (('b.zip', ''), ('a.zip', 'set/')):
         entries = [*files, ('dataset.json', json.dumps({'labels': table}).encode())]
         (tmp_path / path).write_bytes(zipped([(top + name, raw) for name, raw in entries]))
         set_ = data.load(tmp_path / path)
         assert len(set_) == 2 and (set_.labels is None) == isinstance(labels, str)
-        assert labels in set_.unlabelled if isinstance(labels, str) else set_.labels.tolist() == labels
+        assert (labels in set_.unlabelled if isinstance(labels, str)
+                else set_.labels.tolist() == labels)
     if isinstance(labels, str):  # they refuse the set only where they are wanted
-        refuses(['train.py', *TINY, '--classes', '--dataset', tmp_path / 'a.zip', '--out_dir', tmp_path / 'o'],
+        refuses(['train.py', *TINY, '--classes', '--dataset', tmp_path / 'a.zip',
+                 '--out_dir', tmp_path / 'o'],
                 f'--classes: .*a.zip has .*{re.escape(labels)}')
 
 
@@ -2224,13 +2248,16 @@ def test_links_are_followed_and_loops_cut(tmp_path):
     for name in ('store/cat', 'store/dog', 'set/fox'):
         (tmp_path / name).mkdir(parents=True)
         picture(len(name)).save(tmp_path / name / '0.png')
-    for name, target in (('cat', '../store/cat'), ('dog', tmp_path / 'store' / 'dog'), ('loop', '.'), ('up', '..'),
-                         ('root', '/'), ('fox/1.png', '../../store/cat/0.png'), ('gone', 'nowhere'), ('fox/up', '..')):
+    for name, target in (('cat', '../store/cat'), ('dog', tmp_path / 'store' / 'dog'),
+                         ('loop', '.'), ('up', '..'), ('root', '/'),
+                         ('fox/1.png', '../../store/cat/0.png'), ('gone', 'nowhere'),
+                         ('fox/up', '..')):
         (tmp_path / 'set' / name).symlink_to(target)
     (tmp_path / 'store' / 'cat' / 'dog').symlink_to('../dog')  # and from there back again
     (tmp_path / 'store' / 'dog' / 'cat').symlink_to('../cat')
     set_ = data.load(tmp_path / 'set')
-    assert set_.classes == ['cat', 'dog', 'fox'] and {0, 1, 2} == set(set_.labels.tolist()) and len(set_) < 8
+    assert (set_.classes == ['cat', 'dog', 'fox'] and {0, 1, 2} == set(set_.labels.tolist())
+            and len(set_) < 8)
 
 
 def of_floats(*edges, share=0.5):
@@ -2241,14 +2268,20 @@ def of_floats(*edges, share=0.5):
 
 
 @pytest.mark.parametrize('array, brightest, said', [
-    (of_floats(-1e-7, 1, share=0), 255, '1 values up to 1.0e-07 beyond [0, 1] clipped'), (of_floats(-1, 1.0005), 255, 'beyond [-1, 1]'),
-    (of_floats(0, 1).astype(np.float16), 255, ''), (of_floats(-0.05, 1, share=0), None, 'neither|not in'),
-    (of_floats(-0.05, 1, share=0.001), None, 'not in'), (of_floats(0, 1.1), None, '1.1'), (of_floats(0, 1) * 255, None, '255'),
+    (of_floats(-1e-7, 1, share=0), 255, '1 values up to 1.0e-07 beyond [0, 1] clipped'),
+    (of_floats(-1, 1.0005), 255, 'beyond [-1, 1]'),
+    (of_floats(0, 1).astype(np.float16), 255, ''),
+    (of_floats(-0.05, 1, share=0), None, 'neither|not in'),
+    (of_floats(-0.05, 1, share=0.001), None, 'not in'),
+    (of_floats(0, 1.1), None, '1.1'), (of_floats(0, 1) * 255, None, '255'),
     ((of_floats(0, 1) * 15).astype(np.uint8), 15, 'nearly black, no value above 15 of 255'),
-    (np.zeros((8, 8, 40), np.uint8), None, r'moveaxis\(x, -1, 0\)'), (np.zeros((8, 8, 3, 40), np.uint8), None, 'moveaxis'),
-    (np.zeros((9, 12, 3), np.uint8), None, r'one image\? give x\[None\]'), (np.zeros((9, 8, 8), np.uint16), None, 'give uint8'),
+    (np.zeros((8, 8, 40), np.uint8), None, r'moveaxis\(x, -1, 0\)'),
+    (np.zeros((8, 8, 3, 40), np.uint8), None, 'moveaxis'),
+    (np.zeros((9, 12, 3), np.uint8), None, r'one image\? give x\[None\]'),
+    (np.zeros((9, 8, 8), np.uint16), None, 'give uint8'),
     (np.full((9, 8, 12), 99, np.uint8), 99, '9 of 9 images cropped to the centre square')])
-def test_floats_go_by_their_bulk_and_odd_arrays_are_refused_with_the_mend(tmp_path, capsys, array, brightest, said):
+def test_floats_go_by_their_bulk_and_odd_arrays_are_refused_with_the_mend(
+        tmp_path, capsys, array, brightest, said):
     np.save(tmp_path / 'a.npy', array)
     if brightest is None:
         refused(said, tmp_path / 'a.npy')
@@ -2261,16 +2294,18 @@ def test_floats_go_by_their_bulk_and_odd_arrays_are_refused_with_the_mend(tmp_pa
 
 
 @pytest.mark.parametrize('limit', [2 << 30, 0])
-def test_one_coloured_image_of_many_makes_the_set_coloured_and_losses_are_counted(tmp_path, capsys, monkeypatch, limit):
+def test_one_coloured_image_of_many_makes_the_set_coloured_and_losses_are_counted(
+        tmp_path, capsys, monkeypatch, limit):
     monkeypatch.setattr(data, 'MEMORY_LIMIT', limit)
     for k in range(200):  # 64 of these are looked at first
-        Image.new('RGB', (8, 12) if k % 50 == 0 else (8, 8), (200, 30, 30) if k == 101 else (90, 90, 90)).save(
-            tmp_path / f'{k:03d}.png')
+        Image.new('RGB', (8, 12) if k % 50 == 0 else (8, 8),
+                  (200, 30, 30) if k == 101 else (90, 90, 90)).save(tmp_path / f'{k:03d}.png')
     assert data.load(tmp_path).channels == 3
     assert ('4 of 200' in capsys.readouterr().out) == bool(limit)
     assert data.load(tmp_path, channels=1, image_size=4).channels == 1
     said = capsys.readouterr().out
-    assert 'resized to 4 x 4' in said and ('1 of 200 images coloured, made grey' in said) == bool(limit)
+    assert ('resized to 4 x 4' in said
+            and ('1 of 200 images coloured, made grey' in said) == bool(limit))
 
 
 def test_a_reader_that_dies_ends_in_one_line(folder, monkeypatch):
@@ -2283,10 +2318,12 @@ def test_a_reader_that_dies_ends_in_one_line(folder, monkeypatch):
         monkeypatch.setattr(torch.Tensor, 'share_memory_', fail)
         with pytest.raises((data.BadInput, ZeroDivisionError)) as caught:
             list(data.batches(large, [torch.tensor([1])], workers=1))
-        assert caught.type is ZeroDivisionError or '--workers 0' in str(caught.value) and 'shm-size' in str(caught.value)
+        assert (caught.type is ZeroDivisionError
+                or '--workers 0' in str(caught.value) and 'shm-size' in str(caught.value))
 
     def full(self):
-        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
+        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: '
+                           'No space left on device (28)')
     monkeypatch.setattr(torch.Tensor, 'share_memory_', full)
     with pytest.raises(data.BadInput, match='^--workers: .*No space left.*--workers 0'):
         list(data.batches(large, [torch.tensor([1])], workers=1))
@@ -2319,18 +2356,22 @@ def test_classes_by_name_and_data_that_moved(tmp_path, capsys):
     run_ = ['train.py', *TINY_PP, '--D', 2, '--classes', '--out_dir', tmp_path / 'o', '--steps']
     script([*run_, 2, '--dataset', photos])
     assert 'in 3 classes (2, 10, cat)' in capsys.readouterr().out
-    ckpt = ['sample.py', '--ckpt', tmp_path / 'o', '--nfe', 2, '--n', 3, '--device', 'cpu']  # a folder
+    ckpt = ['sample.py', '--ckpt', tmp_path / 'o',  # a folder
+            '--nfe', 2, '--n', 3, '--device', 'cpu']
     for classes, labels in (('cat,2', '[2, 0]'), ('10', '[1]'), ('none', '[]')):
         script([*ckpt, '--classes', classes, '--out', tmp_path / 'a.png'])
         assert f'classes {labels}' in capsys.readouterr().out
-    refuses([*ckpt, '--classes', '0', '--out', tmp_path / 'a.png'], '--classes 0: the network knows .*2, 10, cat')
-    refuses([*ckpt, '--classes', 'dog', '--out', tmp_path / 'a.png'], '--classes dog: the network knows')
+    refuses([*ckpt, '--classes', '0', '--out', tmp_path / 'a.png'],
+            '--classes 0: the network knows .*2, 10, cat')
+    refuses([*ckpt, '--classes', 'dog', '--out', tmp_path / 'a.png'],
+            '--classes dog: the network knows')
     photos = photos.rename(tmp_path / 'moved')
     script([*run_, 3, '--dataset', f'{photos}/'])
     saved = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
     assert saved['step'] == 3 and saved['args']['class_names'] == ['2', '10', 'cat']
     picture(0, 16).save(photos / 'cat' / '99.png')
-    refuses([*run_, 4, '--dataset', photos], 'holds a run on .*--init_from .*ckpt.pt .*24 images there, 25 here')
+    refuses([*run_, 4, '--dataset', photos],
+            'holds a run on .*--init_from .*ckpt.pt .*24 images there, 25 here')
     (photos / 'cat' / '99.png').unlink()
     (photos / 'cat').rename(photos / 'cow')
     refuses([*run_, 4, '--dataset', photos], 'classes 2, 10, cat there, 2, 10, cow here')
@@ -2338,7 +2379,8 @@ def test_classes_by_name_and_data_that_moved(tmp_path, capsys):
     del saved['args']['data'], saved['args']['class_names']  # a file of before: the path counts
     torch.save(saved, tmp_path / 'o' / 'ckpt.pt')
     refuses([*run_, 4, '--dataset', photos], 'numbered in natural order now')
-    refuses([*run_, 4, '--dataset', tmp_path / 'moved' / '2'], '--dataset .*2: --out_dir .*o holds a run on .*moved/; give another')
+    refuses([*run_, 4, '--dataset', tmp_path / 'moved' / '2'],
+            '--dataset .*2: --out_dir .*o holds a run on .*moved/; give another')
 
 
 def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path):
@@ -2348,7 +2390,8 @@ def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path):
     assert sorted(data.load(photos).labels.tolist()) == [0] * 8 + [1] * 8
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
         script(['train.py', *TINY, '--classes', '--dataset', photos, '--out_dir', tmp_path / 'o'])
-    assert re.search('skipped 8 of 24.*\n--classes: 2 labels from 0 to 1, no image of c;', said.getvalue())
+    assert re.search('skipped 8 of 24.*\n--classes: 2 labels from 0 to 1, no image of c;',
+                     said.getvalue())
 
 
 def test_a_new_label_layer_begins_as_no_label_wherever_it_joins():
@@ -2373,11 +2416,15 @@ def test_init_from_brings_its_flow_and_takes_other_classes(tmp_path, capsys):
     base = ['train.py', *TINY_PP, '--steps', 3, '--out_dir']
     script([*base, tmp_path / 'o', '--dataset', one, '--D', 64, '--sigma_data', 0.4, '--classes'])
     again = ['--init_from', tmp_path / 'o', '--dataset']
-    net, old = (torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)[k] for k in ('net', 'args'))
-    script([*base, tmp_path / 'p', *again, classes_of(tmp_path / 'two', 'a', 'b', 'c'), '--classes'])
+    net, old = (torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)[k]
+                for k in ('net', 'args'))
+    script([*base, tmp_path / 'p', *again, classes_of(tmp_path / 'two', 'a', 'b', 'c'),
+            '--classes'])
     args = torch.load(tmp_path / 'p' / 'ckpt.pt', weights_only=True)['args']
-    assert all(args[k] == old[k] for k in ('method', 'D', 'sigma_data', 'z_max', 'z_min')) and args['classes'] == 3
-    assert 'for 3 classes, not its 2, with a new label layer and from step 0' in capsys.readouterr().out
+    assert (all(args[k] == old[k] for k in ('method', 'D', 'sigma_data', 'z_max', 'z_min'))
+            and args['classes'] == 3)
+    assert ('for 3 classes, not its 2, with a new label layer and from step 0'
+            in capsys.readouterr().out)
     x, z = torch.randn(2, 3, 16, 16, generator=seeded()), torch.tensor([1., 2.])
     outs = []
     for classes in (2, 3, 0):  # a new label layer begins as the network without labels
@@ -2390,11 +2437,15 @@ def test_init_from_brings_its_flow_and_takes_other_classes(tmp_path, capsys):
     close(outs[0], outs[2], atol=1e-6)
     script([*base, tmp_path / 'q', *again, one, '--classes', '--D', 2, '--steps', 4])
     assert '--D 2.0 (it has 64.0)' in capsys.readouterr().out
-    refuses([*base, tmp_path / 'x', *again, one, '--steps', 9, '--channels', 1], '--channels 1: --init_from .*ckpt.pt has 3')
-    refuses([*base, tmp_path / 'x', *again, one, '--image_size', 8], '--image_size 8: --init_from .*ckpt.pt has 16')
-    refuses([*base, tmp_path / 'x', *again, one, '--method', 'vp'], '--method vp: --init_from .* has pfgmpp')
+    refuses([*base, tmp_path / 'x', *again, one, '--steps', 9, '--channels', 1],
+            '--channels 1: --init_from .*ckpt.pt has 3')
+    refuses([*base, tmp_path / 'x', *again, one, '--image_size', 8],
+            '--image_size 8: --init_from .*ckpt.pt has 16')
+    refuses([*base, tmp_path / 'x', *again, one, '--method', 'vp'],
+            '--method vp: --init_from .* has pfgmpp')
     script(['checkpoint.py', tmp_path / 'o', '--out', tmp_path / 'ema.pt'])
-    refuses([*base, tmp_path / 'x', '--init_from', tmp_path / 'ema.pt', '--dataset', one], '--init_from .*ema.pt: holds the EMA')
+    refuses([*base, tmp_path / 'x', '--init_from', tmp_path / 'ema.pt', '--dataset', one],
+            '--init_from .*ema.pt: holds the EMA')
 
 
 @pytest.mark.parametrize('solver', ['rk45', 'unipc', 'heun', 'ddim'])
@@ -2403,8 +2454,9 @@ def test_a_network_that_gives_nan_makes_nothing(tmp_path, monkeypatch, solver, v
     monkeypatch.chdir(tmp_path)
     net = unet.UNet(16, 1, 8, (1, 1), 1, (8,), 0.0)
     torch.nn.init.constant_(net.conv_out.bias, value)
-    args = dict(image_size=16, channels=1, nf=8, ch_mult=[1, 1], num_blocks=1, attn=[8], dropout=0.0, classes=0, M=None,
-                method='vp' if solver == 'ddim' else 'pfgm', D=math.inf if solver == 'ddim' else 1.0, sigma_data=0.5,
+    args = dict(image_size=16, channels=1, nf=8, ch_mult=[1, 1], num_blocks=1, attn=[8],
+                dropout=0.0, classes=0, M=None, method='vp' if solver == 'ddim' else 'pfgm',
+                D=math.inf if solver == 'ddim' else 1.0, sigma_data=0.5,
                 z_min=1e-3, z_max=9.0, upper_norm=99.0, z_exp=0.0, gamma=5.0, dataset='glyphs')
     torch.save(dict(ema=net.state_dict(), args=args, step=1), 'a.pt')
     how = ['--ckpt', 'a.pt', '--solver', solver, '--device', 'cpu', '--n', 2]
@@ -2412,7 +2464,8 @@ def test_a_network_that_gives_nan_makes_nothing(tmp_path, monkeypatch, solver, v
         refuses(['sample.py', *how, '--out', 'a.png', *more], '--ckpt.*(diverged|not finite)')
     refuses(['evaluate.py', *how, '--swd', '--bpd'], 'diverged')
     refuses(['sample.py', *how, '--tol', '1e-12'], '--tol 1e-12: finer than the float32')
-    assert not [name for name in os.listdir('.') if name.endswith(('.png', '.gif', '.npz', 'results.jsonl'))]
+    assert not [name for name in os.listdir('.')
+                if name.endswith(('.png', '.gif', '.npz', 'results.jsonl'))]
 
 
 def test_pictures_that_are_given(trained, tmp_path, capsys):
@@ -2422,12 +2475,16 @@ def test_pictures_that_are_given(trained, tmp_path, capsys):
     how = ['--ckpt', trained / 'ckpt.pt', '--tol', '1e-6', '--device', 'cpu', '--out']
     script(['sample.py', '--encode', tmp_path / '0.png', *how, tmp_path / 'a.png'])
     assert '1 images: mean error' in capsys.readouterr().out
-    script(['sample.py', '--interpolate', tmp_path / '0.png', tmp_path / '1.png', *how, tmp_path / 'b.npz'])
+    script(['sample.py', '--interpolate', tmp_path / '0.png', tmp_path / '1.png',
+            *how, tmp_path / 'b.npz'])
     made = np.load(tmp_path / 'b.npz')['arr_0'][..., 0].astype(int)
     assert len(made) == 8  # z_min is not the plane of the data, but near it
-    assert abs(made[0] - data.load()[0][0].numpy()).mean() < 2 and abs(made[-1] - data.load()[1][0].numpy()).mean() < 2
-    refuses(['sample.py', '--interpolate', tmp_path / '0.png', *how, tmp_path / 'b.png'], '--interpolate .*0.png: give two')
-    refuses(['sample.py', '--encode', tmp_path / 'no.png', *how, tmp_path / 'b.png'], '^--encode .*no.png: no such')
+    assert (abs(made[0] - data.load()[0][0].numpy()).mean() < 2
+            and abs(made[-1] - data.load()[1][0].numpy()).mean() < 2)
+    refuses(['sample.py', '--interpolate', tmp_path / '0.png', *how, tmp_path / 'b.png'],
+            '--interpolate .*0.png: give two')
+    refuses(['sample.py', '--encode', tmp_path / 'no.png', *how, tmp_path / 'b.png'],
+            '^--encode .*no.png: no such')
 
 
 def test_restored_images_keep_what_is_known_and_are_images_that_fit(tmp_path, monkeypatch):
@@ -2471,25 +2528,30 @@ def test_restored_images_keep_what_is_known_and_are_images_that_fit(tmp_path, mo
 def test_references_of_others(tmp_path, capsys):
     rng = np.random.default_rng(0)
     x, eye = rng.integers(0, 256, (6, 8, 8, 3), np.uint8), np.eye(bench.POOL)
-    np.savez(tmp_path / 'adm.npz', arr_0=x, mu=np.zeros(bench.POOL), sigma=eye, mu_s=np.zeros(3), sigma_s=np.eye(3))
+    np.savez(tmp_path / 'adm.npz', arr_0=x, mu=np.zeros(bench.POOL), sigma=eye,
+             mu_s=np.zeros(3), sigma_s=np.eye(3))
     features = rng.standard_normal((9, bench.POOL)).astype(np.float32)
     np.savez(tmp_path / 'song.npz', pool_3=features)
     found = evaluate.read_stats(str(tmp_path / 'song.npz'), 'any')
     close(found.mu, features.mean(0), atol=1e-5)
     close(found.sigma, np.cov(features.astype(float).T), atol=1e-5)
     np.save(tmp_path / 's.npy', x)
-    common = ['evaluate.py', '--samples', tmp_path / 's.npy', '--inception', 'random', '--device', 'cpu', '--results',
-              tmp_path / 'r.jsonl', '--workers', 0]
+    common = ['evaluate.py', '--samples', tmp_path / 's.npy', '--inception', 'random',
+              '--device', 'cpu', '--results', tmp_path / 'r.jsonl', '--workers', 0]
     script([*common, '--ref', tmp_path / 'adm.npz', '--prc', '--swd'])
     row = json.loads(open(tmp_path / 'r.jsonl').read().splitlines()[-1])
     assert row['precision'] == row['recall'] == 1 and row['swd'] == 0
     script([*common, '--ref', tmp_path / 'song.npz', '--kid'])
-    refuses([*common, '--ref', tmp_path / 'song.npz', '--swd'], 'do for --fid --is --kid --prc only')
+    refuses([*common, '--ref', tmp_path / 'song.npz', '--swd'],
+            'do for --fid --is --kid --prc only')
     Image.new('RGB', (9, 12), (9, 99, 200)).save(tmp_path / 'wide.png')
-    refuses([*common[:2], tmp_path / 'wide.png', *common[3:], '--ref', tmp_path / 's.npy', '--swd', '--image_size', 16],
+    refuses([*common[:2], tmp_path / 'wide.png', *common[3:], '--ref', tmp_path / 's.npy',
+             '--swd', '--image_size', 16],
             "--samples .*wide.png: 'wide.png' is 9x12; give an --image_size of at most 9, not 16")
-    script([*common[:2], tmp_path / 'wide.png', *common[3:], '--ref', tmp_path / 's.npy', '--swd', '--image_size', 8])
-    assert '1 of 1 images cropped to the centre square; 1 of 1 images resized to 8 x 8' in capsys.readouterr().out
+    script([*common[:2], tmp_path / 'wide.png', *common[3:], '--ref', tmp_path / 's.npy',
+            '--swd', '--image_size', 8])
+    assert ('1 of 1 images cropped to the centre square; 1 of 1 images resized to 8 x 8'
+            in capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------- hostile input
