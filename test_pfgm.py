@@ -3352,7 +3352,7 @@ train.py TINY_PP --D 128 --dataset large.npz --steps 2 --workers 1 --accum 2 --o
 train.py TINY_PP --method rf --classes --steps 2 --out_dir rf
 train.py TINY_PP --reflow rf/ckpt.pt --pairs 16 --steps 2 --out_dir reflow
 sample.py --ckpt rf/ckpt.pt --solver ddim --eta 1 --nfe 3 --n 2 --schedule time --guidance 2
-train.py TINY_PP --dataset 32.npz --steps 8 --init_from a.pth --attn 16 --out_dir official
+train.py --dataset 32.npz --batch_size 8 --no-bf16 --steps 8 --init_from a.pth --out_dir official
 sample.py --ckpt a.pth --nfe 2 --n 2
 sample.py --ckpt a.pth --tol 0.5 --n 2
 sample.py --ckpt o/ckpt.pt --nfe 2 --n 2 --gif
@@ -3360,6 +3360,14 @@ sample.py --ckpt o/ckpt.pt --n 2 --tol 0.1 --encode glyphs
 evaluate.py --compare o/ckpt.pt rf/ckpt.pt --straightness --swd --sweep nfe=2,3 --n 2
 evaluate.py --exact --dataset large.npz --bpd --n 2 --tol 0.1
 evaluate.py --solver_bench --dataset large.npz --n 2 --sweep nfe=2 --solvers unipc,rk45
+train.py TINY_PP --D 3 --preset cifar10_ncsnpp --steps 2 --sample_every 2 --out_dir ncsnpp
+train.py TINY_PP --consistency --steps 2 --sample_every 2 --init_from ncsnpp --out_dir few
+sample.py --ckpt few --nfe 2 --n 2
+train.py TINY_PP --distill o --pairs 16 --steps 2 --out_dir one
+train.py TINY_PP --method rf --source large.npz --steps 2 --sample_every 2 --out_dir across
+sample.py --ckpt across --from large.npz --nfe 2 --n 2
+sample.py --ckpt o --inpaint large.npz --mask large.npz --nfe 2 --n 2
+sample.py --ckpt edm.pkl --n 2 --classes 1
 """
 DRIVER = """
 import sys
@@ -3384,6 +3392,7 @@ pretended = pytest.mark.skipif(
     pytest.param('real cuda', 99, marks=pytest.mark.cuda)])
 def test_modes_on_a_pretended_device_and_on_a_real_one(kind, count, tmp_path):
     tiny_official(tmp_path / 'a.pth')
+    edm_file(tmp_path / 'edm.pkl', pfgmpp=True, D=2048, ncsnpp=True, classes=3)
     for size in (16, 32):
         pixels = np.random.default_rng(0).integers(0, 256, (20, size, size, 3), dtype=np.uint8)
         np.savez(tmp_path / {16: 'large.npz', 32: '32.npz'}[size], x=pixels)
