@@ -25,14 +25,27 @@ from launch import BadInput, fingerprint, step_seed, wait, watch, write
 SHARD, PAIR_NFE = 1000, 40  # pairs a file, and calls of the teacher for each, by unipc
 
 
-class PFGM:
-    """The Poisson field of charges, as what a network is trained on. It predicts the field itself,
-    so that nothing is between it and the solvers."""
+class PFGM(torch.nn.Module):
+    """The Poisson field of charges, predicted by the network itself. Where it is followed |v_x| and
+    v_z are kept within what data in [-1, 1] allow, |E_x| within sqrt(N) of |x|: far out v_z is all
+    but 0, and where little was learned lines would lead anywhere."""
     unit = 1.0
 
-    def __init__(self, args):
-        self.how = {k: args[k] for k in ('M', 'sigma', 'tau', 'm_draws')}
-        self.gamma = args['gamma']
+    def __init__(self, net, args):
+        super().__init__()
+        self.net, self.gamma = net, args['gamma']
+        self.how = {k: args.get(k) for k in ('M', 'sigma', 'tau', 'm_draws')}
+
+    def forward(self, x, z, labels=None):
+        v_x, v_z = self.net(x, z) if labels is None else self.net(x, z, labels)
+        if self.net.training:
+            return v_x, v_z
+        root_N, r = math.sqrt(x[0].numel()), x.flatten(1).norm(dim=1)
+        E_x = torch.stack([(r - root_N).clamp_min(0), r + root_N])  # the least and the most
+        scale = root_N / (torch.hypot(E_x, z) + self.gamma)
+        norm = v_x.flatten(1).norm(dim=1).clamp_min(1e-30)
+        kept = norm.clamp(*(scale * E_x)) / norm
+        return v_x * pfgm.column(kept, v_x), v_z.clamp(*(-scale * z))
 
     def perturb(self, x, generator=None):
         return pfgm.perturb(x, **self.how, generator=generator)
@@ -50,10 +63,9 @@ class Denoiser(torch.nn.Module):
 
     The noise level is sigma = z / sqrt(D), for D = inf z. Student-t tails make |x| of any size at
     small D, and no c_in of sigma alone bounds it; so where |x| shows that the noise is larger,
-    sigma is what it shows, sqrt((|x|^2 - N + z^2) / (N + D)) (no data has |y|^2 > N). So |c_in x|^2
-    stays below max(N / sigma_data^2, N + D), and at D = inf sigma is always EDM's own."""
-    mean, std = -1.2, 1.2  # of ln sigma in training
-    low, high = 0.002, 80.0  # sigma in sampling
+    sigma is what it shows, sqrt((|x|^2 - N + z^2) / (N + D)) (no data has |y|^2 > N), so that
+    |c_in x|^2 < max(N / sigma_data^2, N + D). At D = inf sigma is always EDM's own."""
+    mean, std, low, high = -1.2, 1.2, 0.002, 80.0  # of ln sigma in training; sigma in sampling
     only = None  # the z of training, where it is one: of a student of one call
 
     def __init__(self, net, D=math.inf, sigma_data=0.5):
@@ -212,7 +224,7 @@ class RectifiedFlow(VP):
 
 
 DIVERGED = 'it has diverged: give another one, or train it again with a lower --lr'
-METHODS = dict(pfgm=None, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=RectifiedFlow)
+METHODS = dict(pfgm=PFGM, pfgmpp=Denoiser, vp=VP, subvp=SubVP, ddpm=DDPM, rf=RectifiedFlow)
 
 
 def as_flow(net, args):
@@ -220,9 +232,11 @@ def as_flow(net, args):
     method = EDM if args.get('edm') else METHODS[args['method']]
     if args.get('source') and args['method'] != 'rf':
         raise BadInput(f'--source {args["source"]}: belongs to --method rf, not {args["method"]}')
-    if method is None and args.get('consistency'):
+    if method is PFGM and args.get('consistency'):
         raise BadInput('--consistency: trains a denoiser, not a field of pfgm; give --D 1')
-    flow = net if method is None else method(net, args['D'], args['sigma_data'])
+    if method is PFGM:
+        return net if args.get('official') else PFGM(net, args)
+    flow = method(net, args['D'], args['sigma_data'])
     if args.get('distill'):
         flow.only = args['z_max']
     if args.get('consistency'):  # which needs the high levels more
@@ -233,9 +247,8 @@ def as_flow(net, args):
 # ---------------------------------------------------------------- target, loss, update
 
 def at_lower_level(flow, clean, moved, z, stage, labels):
-    """What the network itself, stopped and without dropout, makes of the same noise at a lower
-    level, and that level's share of z (B,), which is 1 - (1 + 8 sigmoid(-sigma)) / 2^stage: the
-    targets of consistency training made easy, arXiv 2406.14548 Section 3, by a kernel of any D."""
+    """What the network itself, stopped and without dropout, makes of the same noise at a share of
+    its level (B,), 1 - (1 + 8 sigmoid(-sigma)) / 2^stage. arXiv 2406.14548 Section 3, for any D."""
     share = (1 - (1 + 8 * torch.sigmoid(-z / flow.unit)) / 2 ** stage).clamp_min(0)
     lower = clean + pfgm.column(share, clean) * (moved - clean)
     flow.eval()
@@ -246,10 +259,10 @@ def at_lower_level(flow, clean, moved, z, stage, labels):
 
 
 def training_point(flow, clean, generator, mine, charges=None, kinds=None, eps=(), stage=0):
-    """(moved, z, target_x, target_z, weight[, labels]) for the rows `mine` of clean (B, ...): the
-    same on every process, from the generator alone. kinds: the classes of clean and of the charges,
-    (B,) and (K,), of which the network does not see a tenth; eps: (the noise of clean,) or ();
-    stage: 1 and up of consistency training, where the image is what a lower level leads to."""
+    """(moved, z, target_x, target_z, weight[, labels]) for the rows `mine` of clean (B, ...), from
+    the generator alone. kinds: the classes of clean and of the charges, (B,) and (K,), of which the
+    network does not see a tenth; eps: (the noise of clean,) or (); stage: 1 and up of consistency
+    training, where the image is what a lower level leads to."""
     labels, among = [], None
     if kinds:
         dropped = torch.rand(len(clean), generator=generator, device=clean.device) < 0.1
@@ -270,12 +283,6 @@ def field_loss(net, reduce, moved, z, target_x, target_z, weight, *labels):
     v_x, v_z = net(moved, z, *labels)
     error = (v_x - target_x).square().flatten(1).sum(1) * weight + (v_z - target_z).square()
     return error / 2 if reduce == 'sum' else error / (moved[0].numel() + 1)
-
-
-def learning_rate(args, step):
-    """Of step 1 ... --steps: up in --warmup steps, and down in the last part --decay of all."""
-    down = (args.steps + 1 - step) / max(args.decay * args.steps, 1)
-    return args.lr * min(step / max(args.warmup, 1), down, 1)
 
 
 def orthogonal(G):
@@ -333,8 +340,7 @@ def update(net, ema, opt, clip, decay):
 # ---------------------------------------------------------------- following them
 
 def ancestral(eta, noise):
-    """A solver: DDIM with eta = 0, ancestral sampling of DDPM with 1. arXiv 2010.02502 Eq. 12.
-
+    """A solver: DDIM with eta = 0, ancestral sampling of DDPM with 1, arXiv 2010.02502 Eq. 12.
     noise(i): the normal draws, like x, of step i."""
     def solver(f, x, grid, calls):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
@@ -360,8 +366,8 @@ def restoring(flow, part, image, noise):
 
 
 def renewing(noise):
-    """A solver: xhat and, on the next plane, noise anew, noise(i) of step i: consistency models',
-    arXiv 2303.01469 Algorithm 1; in restoring() a line set out for a wrong image can still turn."""
+    """A solver: xhat and, on the next plane, noise anew, noise(i) of step i: arXiv 2303.01469
+    Algorithm 1. In restoring() a line set out for a wrong image can so turn."""
     def solver(f, x, grid, calls):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
             x = x - f(x, pfgm.like(z, x)) + pfgm.column(z_next, x) * pfgm.like(noise(i), x)
@@ -387,8 +393,7 @@ class Flow(types.SimpleNamespace):
     def labels_of(self, indices, device):
         """The classes (b,) of images `indices`, or None for none."""
         if self.classes and len(indices):
-            turns = len(self.classes)
-            return torch.tensor([self.classes[i % turns] for i in indices], device=device)
+            return torch.tensor([self.classes[i % len(self.classes)] for i in indices]).to(device)
 
     def noise_of(self, indices):
         """noise(step) like x, the prior's but at z = 1, each image from a generator of its own."""
@@ -430,8 +435,8 @@ class Flow(types.SimpleNamespace):
     @torch.no_grad()
     def follow(self, x, device, indices=(), up=False, callback=None, known=None):
         """x down from z_max to z_min (and z = 0), or up -> (x, nfe), in float32 (float64 for an
-        exact field or EDM). indices: which images these are, for their classes and fresh noise;
-        known: (part, image) of restoring(), of solvers of fixed steps."""
+        exact field or EDM). indices: of the images, for classes and fresh noise; known: (part,
+        image) of restoring()."""
         labels = self.labels_of(indices, device)
         solver = self.solver
         if solver == 'ddim':
@@ -464,8 +469,7 @@ class Flow(types.SimpleNamespace):
         return x, nfe * (1 + twice)
 
     def images(self, indices, batch_size, device, rank=0, starts=None):
-        """Yield (indices, x, nfe) of a list of indices, a batch at a time, with progress. starts
-        (n, C, H, W) replaces the prior's draws."""
+        """Yield (indices, x, nfe), a batch at a time. starts (n, C, H, W) replaces the prior's."""
         nfe, batches = 0, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         for batch in watch(batches, len(indices), lambda: f'{self.solver} nfe {nfe}', rank):
             x = self.prior(batch) if starts is None else starts[batch]
@@ -488,9 +492,8 @@ def flow_of(net, args, **how):
 # ---------------------------------------------------------------- reflow and distillation
 
 def method_of_student(args, teacher):
-    """What --reflow and --distill train, by the args of the teacher: its own method, whose prior is
-    the same. But of pfgm a denoiser of D = 1: a field that far from the data has all but one
-    direction cannot tell in one call where it leads."""
+    """What --reflow and --distill train, by the args of the teacher: its own method, and of pfgm a
+    denoiser of D = 1: far out a field cannot tell in one call where it leads."""
     flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
     if args.reflow and args.distill or args.consistency:
         raise BadInput(f'{flag}: --reflow, --distill and --consistency are two runs; give one')
@@ -501,9 +504,8 @@ def method_of_student(args, teacher):
 
 def make_pairs(teacher, args, device, rank=0, world=1):
     """The Pairs of reflow: args.pairs draws x of the prior of `teacher`, a Flow, and the images y
-    where it leads them, as eps = (x - y) / z_max and y in --out_dir/pairs: the straight line
-    between the two is y + z eps. arXiv 2209.03003 Section 2.2. Shards of before, made by the same
-    network from the same seed, are kept; the others are shared out among the processes."""
+    where it leads them, as eps = (x - y) / z_max and y in --out_dir/pairs: the line between the two
+    is y + z eps. arXiv 2209.03003 Section 2.2. Shards there of that network and seed are kept."""
     folder, mark = os.path.join(args.out_dir, 'pairs'), fingerprint(
         teacher.net.state_dict().values(), args.seed)
     shards = [range(args.pairs)[first:first + SHARD] for first in range(0, args.pairs, SHARD)]
@@ -542,13 +544,11 @@ def straightness(net, x, labels=None, steps=50):
                     callback=lambda z, x: path.append(pfgm.column(net.alpha(z), x) * x))
     path = torch.stack(path).flatten(2)
     whole = path[-1] - path[0]
-    error = (whole - steps * path.diff(dim=0)).square().sum(2).mean(0)
-    return error / whole.square().sum(1)
+    return (whole - steps * path.diff(dim=0)).square().sum(2).mean(0) / whole.square().sum(1)
 
 
 def pairs_of_teacher(teacher, args, step, device, rank, world):
-    """The Pairs to train on, made by the teacher, a Flow; a line on what is trained and, where it
-    has a time, one on how straight the teacher's own lines are."""
+    """The Pairs of a teacher, a Flow; lines on what is trained, and how straight its lines are."""
     if rank == 0:
         print(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its '
               f'teacher, {teacher.method}', flush=True)

@@ -118,8 +118,7 @@ def kernel(shape, z, D=1, generator=None):
 
 
 def chunk(x):
-    """How many charges are taken to float64 at a time for points x (B, ...): 25 MB of them, or on a
-    GPU, which more work at once keeps busy, 256 MB."""
+    """How many charges go to float64 at a time for points x (B, ...): 25 MB, on a GPU 256 MB."""
     return max(1, (2 ** 25 if x.is_cuda else 3 * 2 ** 20) // x[0].numel())
 
 
@@ -163,8 +162,7 @@ def posterior_mean(x, z, charges, D=1, among=None):
 
 def deciding_z(charges, D=1, nats=0.02, points=128):
     """The z below which a line is bound for one charge, a float: where the entropy of the weights,
-    ln K far away, has fallen to `nats`, on average over points at the distance of z from a charge:
-    the last plane of schedule 'radius' for the exact field."""
+    ln K far away, has fallen to `nats`, averaged over points at the distance of z from a charge."""
     generator = torch.Generator().manual_seed(0)
     y = charges[torch.randint(len(charges), (points,), generator=generator).to(charges.device)]
     noise = like(torch.randn(y.shape, generator=generator, dtype=torch.float64), y)
@@ -189,8 +187,7 @@ def poisson_field(x, z, charges, gamma=5.0, D=1, among=None):
 
 
 class ExactField:
-    """The field of given charges (K, ...), called like a network: no training, no error, and its
-    samples are the charges themselves."""
+    """The field of given charges (K, ...), called like a network; its samples are the charges."""
 
     def __init__(self, charges, gamma=5.0, D=1):
         self.charges, self.gamma, self.D = charges, gamma, D
@@ -217,8 +214,8 @@ def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu
 
 def prior_logp(x, z_max, D=1):
     """log density (B,), float64, in nats, of the unclipped prior at x (B, ...). PFGM Section 3.2.
-    D = 1: 2 z_max / (S_N(1) (|x|^2 + z_max^2)^((N+1)/2)), S_N(1) = 2 pi^((N+1)/2) / Gamma((N+1)/2)
-    the area of the unit sphere in R^(N+1) (the published code took that of R^N)."""
+    D = 1: 2 z_max / (S_N(1) (|x|^2 + z_max^2)^((N+1)/2)), S_N(1) = 2 pi^((N+1)/2) / Gamma((N+1)/2),
+    the unit sphere in R^(N+1) (the published code took R^N's)."""
     N, r2 = x[0].numel(), float64(x.flatten(1)).square().sum(1)
     if D == math.inf:
         return -r2 / (2 * z_max ** 2) - N / 2 * math.log(2 * math.pi * z_max ** 2)
@@ -248,8 +245,10 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidanc
         if small_z == 'official':
             s, known = torch.hypot(gamma * n / (1 - n), z), z < z_exp
         else:  # (1 - n^2) s^2 - 2 n^2 gamma s - (n^2 gamma^2 + z^2) = 0 has a root only if n < 1
+            known = (z < z_exp) & (n < 1)
+            n = torch.where(known, n, 0)  # else the other branch's NaN enters the gradient
             root = torch.sqrt((gamma * n) ** 2 + (1 - n * n) * z * z)
-            s, known = (gamma * n * n + root) / (1 - n * n), (z < z_exp) & (n < 1)
+            s = (gamma * n * n + root) / (1 - n * n)
         v_z = torch.where(known, -math.sqrt(N) * z / (s + gamma), v_z)
     if small_z == 'official':
         v_z = v_z + 1e-5
@@ -257,13 +256,13 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidanc
 
 
 def last_plane(z_min, nfe, D=1):
-    """Where the last of `nfe` calls on a network is made, to go on by xhat: 5 sqrt(D) / nfe^2, and
-    at D = 1 from 5 calls on 25 / nfe^3, near the best of each nfe on our own networks (glyphs and
-    MNIST), and not below z_min."""
+    """Where the last of `nfe` calls on a network is made, to go on by xhat: 5 sqrt(D) / nfe^2, at
+    D = 1 from 5 calls on 25 / nfe^3, near the best on our own networks, and not below z_min."""
     return max(z_min, 5 * unit(D) / nfe ** 2 * (min(1, 5 / nfe) if D == 1 else 1))
 
 
 SCHEDULES = ('log', 'rho7', 'radius')
+CALL_LIMIT = 10_000  # of RK45, which would follow a badly learned field for days
 
 
 def schedule(name, x, z_from, z_to, steps, D=1):
@@ -347,7 +346,6 @@ def along_polynomial(x, z, z_next, nodes, xhats):
 def multistep(f, x, grid, calls, order=3, correct=False):
     """Exponential Adams-Bashforth, xhat interpolated in log z through the last `order` calls:
     DPM-Solver++(3M), arXiv 2211.01095, its integrals exact.
-
     `correct`, UniPC-3, arXiv 2302.04867: every step is made again, to order 4, once the call at its
     end is known, at no further call; where the grid has one step more than `calls`, its first is
     made with xhat = 0 and then corrected."""
@@ -379,6 +377,8 @@ def rk45(f, x, z_from, z_to, rtol, atol, callback=None):
         slope = float64(f(y, y.new_full((len(y),), math.exp(log_z)))).cpu().numpy().ravel()
         if np.isnan(slope).any() or nfe == 1 and np.isinf(slope).any():  # scipy would go on forever
             raise SolverError(f'RK45 stopped at z = {math.exp(log_z):.4g}: the network gives NaN')
+        if nfe > CALL_LIMIT:
+            raise SolverError(f'RK45 stopped at z = {math.exp(log_z):.4g}: its steps are too small')
         return slope
     nfe, span = 0, (math.log(z_from), math.log(z_to))
     solution = solve_ivp(flat, span, float64(x).cpu().numpy().ravel(), method='RK45', rtol=rtol,
@@ -435,7 +435,7 @@ def rk45_each(f, x, z_from, z_to, rtol, atol, callback=None):
     K[0] = slope_0
     while len(rows):
         least = 10 * (torch.nextafter(t, t + way) - t).abs()
-        stuck = h.isnan() | again & (h < least)
+        stuck = h.isnan() | again & (h < least) | (calls > CALL_LIMIT)
         if stuck.any():
             raise SolverError(f'RK45 stopped at z = {float(t[stuck][0].exp()):.4g}: ' + (
                 'the network gives NaN' if h.isnan().any() else 'its steps became too small'))

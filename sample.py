@@ -71,6 +71,18 @@ def special_starts(args, flow, latents=None):
     return x.flatten(0, 1).float()
 
 
+def given_starts(args, flow, device):
+    """(the starts of --interpolate and --rescale, or None: the prior's; the images between which
+    --interpolate goes)."""
+    if args.interpolate:
+        C, size, _ = flow.shape
+        ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
+                for path in args.interpolate]
+        latents, _ = flow.follow(datasets.to_float(torch.stack(ends)), device, (0, 0), up=True)
+        return special_starts(args, flow, latents.cpu()), ends
+    return special_starts(args, flow) if args.interpolate is not None or args.rescale else None, []
+
+
 def write_flow_gif(flow, args, device):
     """The same images at every step on the way down, as an animated GIF."""
     frames = []
@@ -275,15 +287,7 @@ def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
     device, rank, world = place
-    special, ends = None, []
-    if args.interpolate:
-        C, size, _ = flow.shape
-        ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
-                for path in args.interpolate]
-        latents, _ = flow.follow(datasets.to_float(torch.stack(ends)), device, (0, 0), up=True)
-        special = special_starts(args, flow, latents.cpu())
-    elif args.interpolate is not None or args.rescale:
-        special = special_starts(args, flow)
+    special, ends = given_starts(args, flow, device)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
     source = getattr(flow.net, 'source', None)

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -231,6 +232,38 @@ def test_exact_small_z_follows_the_true_flow():
     close(x, ref['ref64_true_flow'], atol=1e-7)
 
 
+def test_a_field_that_is_followed_stays_within_what_data_in_the_cube_allow():
+    """An exact field is not touched, on a charge and far out. What has learned nothing leads no
+    farther than a field can, has a divergence, and is trained on as it is."""
+    y = torch.rand(40, 3, 4, 4, generator=seeded(), dtype=F64) * 2 - 1
+    noise = torch.randn(y.shape, generator=seeded(1), dtype=F64)
+    args = dict(M=9, sigma=0.01, tau=0.03, m_draws=1, gamma=5.0, method='pfgm')
+
+    def following(of):
+        net = torch.nn.Identity()
+        net.forward = of
+        return baselines.as_flow(net, args), net.eval()
+    flow, _ = following(ExactField(y))
+    for scale, z in itertools.product((0, 1e-2, 1, 30, 1e4), (1e-4, 1e-2, 1, 4.9, 300)):
+        x, z = y + scale * noise, torch.full((40,), z, dtype=F64)
+        for got, want in zip(flow(x, z), ExactField(y)(x, z)):
+            close(got, want, rtol=1e-9)
+    for n, v_z in itertools.product((0.0, 0.9, 1.0, 1.2), (0.3, -1e-9, -99.0)):
+        def learned(x, z):
+            return -n * math.sqrt(48) * pfgm.column(1 / x.flatten(1).norm(dim=1), x) * x, v_z + 0 * z
+        flow, net = following(learned)
+        for z in (0.1, 30.0):
+            x, z = (500 * noise).requires_grad_(), torch.full((40,), z, dtype=F64)
+            slope = pfgm.drift(flow, x, z, z_exp=3)
+            ratio = slope.detach().flatten(1).norm(dim=1) / x.detach().flatten(1).norm(dim=1)
+            assert n == 0 or (ratio > 0.99).all() and (ratio < 1.01).all()
+            assert torch.autograd.grad(slope.sum(), x)[0].isfinite().all()
+        net.train()
+        for got, want in zip(flow(x, z), learned(x, z)):
+            close(got, want, rtol=0)
+    assert baselines.as_flow(net, {**args, 'official': True}) is net  # as published
+
+
 def images_net(N, h=2.0):
     """The field of the planar density c h / (|x|^2 + h^2)^((N+1)/2): a point charge at (0, -h)."""
     def net(x, z):
@@ -306,6 +339,14 @@ def test_nfe_is_the_number_of_network_calls(solver, nfe, to_data):
     close(seen[-1], [0.0 if to_data else 0.1] * 2, rtol=1e-7)
     if to_data and nfe > 1:
         close(calls[-1], [0.1] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize('each', [False, True])
+def test_rk45_of_a_field_that_leads_nowhere_ends(monkeypatch, each):
+    monkeypatch.setattr(pfgm, 'CALL_LIMIT', 200)
+    with pytest.raises(pfgm.SolverError, match='RK45 stopped at z = [.0-9]+: its steps'):
+        pfgm.sample_ode(lambda x, z: (torch.sin(1e5 * z.log())[:, None] * 1e3 + 0 * x, -z),
+                        torch.zeros(2, 3), 1e-3, 40.0, z_exp=0, each=each)
 
 
 @pytest.mark.parametrize('solver, order', [('euler', 1), ('heun', 2), ('dpm2m', 2), ('dpm3m', 2),
@@ -697,7 +738,7 @@ def test_pruned_and_averaged_checkpoints_load(trained, tmp_path, monkeypatch):
     script(['checkpoint.py', trained / 'ckpt.pt', '--out', 'ema.pt'])
     script(['checkpoint.py', trained / 'ckpt.pt', 'b.pt', '--out', 'mean.pt'])
     for path, shift in (('ema.pt', 0.0), ('mean.pt', 0.5)):
-        for k, v in checkpoint.load_checkpoint(path)[0].state_dict().items():
+        for k, v in checkpoint.load_checkpoint(path)[0].net.state_dict().items():
             close(v, a['ema'][k] + shift, atol=1e-6)
     assert os.path.getsize('ema.pt') < 0.4 * os.path.getsize('b.pt')
     refuses(['sample.py', '--ckpt', 'ema.pt', '--weights', 'raw'], 'holds the EMA only')
@@ -758,13 +799,15 @@ def test_patches_are_channels_inside_and_pixels_outside(tmp_path):
         unet.UNet(20, 3, 8, (1, 1), 1, (4,), 0, patch=4)
 
 
-def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path):
+def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path, monkeypatch):
     """assets/before.zip: a run of 30 steps made by commit f651589, the losses of the three that it
-    made then, and its samples."""
+    made then, and its samples, by a network whose field was followed as it is."""
     with zipfile.ZipFile(HERE / 'assets' / 'before.zip') as archive:
         archive.extractall(tmp_path)
     then = json.loads((tmp_path / 'then.json').read_text())
-    made = sampled(tmp_path / 's.npz', '--ckpt', tmp_path / 'ckpt.pt', '--n', 4, '--nfe', 6)
+    with monkeypatch.context() as m:
+        m.setattr(baselines.PFGM, 'forward', lambda self, x, z: self.net(x, z))
+        made = sampled(tmp_path / 's.npz', '--ckpt', tmp_path / 'ckpt.pt', '--n', 4, '--nfe', 6)
     assert np.abs(made - then['samples']).max() <= 1
     script(['train.py', '--image_size', 8, '--steps', 33, '--log_every', 1, '--device', 'cpu',
             '--no-bf16', '--out_dir', tmp_path])  # all else is the run's own
@@ -774,7 +817,7 @@ def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path):
 
 
 def test_a_run_of_before_a_flag_goes_on_without_it(trained, tmp_path, capsys):
-    assert checkpoint.load_checkpoint(trained / 'ckpt.pt')[0].patch == 2
+    assert checkpoint.load_checkpoint(trained / 'ckpt.pt')[0].net.patch == 2
     command = ['train.py', *TINY, '--out_dir', tmp_path]
     script([*command, '--patch', 1, '--m_draws', 1, '--no-muon', '--steps', 1])
     saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
@@ -788,7 +831,7 @@ def test_a_run_of_before_a_flag_goes_on_without_it(trained, tmp_path, capsys):
     other = ['train.py', *TINY, '--init_from', tmp_path / 'ckpt.pt', '--out_dir', tmp_path / 'b']
     refuses([*other, '--muon'], '--muon True: .* has False; give --no-muon')
     refuses([*other, '--patch', 2], '--patch 2: .* has 1; give --patch 1')
-    assert checkpoint.load_checkpoint(tmp_path / 'ckpt.pt')[0].patch == 1
+    assert checkpoint.load_checkpoint(tmp_path / 'ckpt.pt')[0].net.patch == 1
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_0_at_the_last_step(tmp_path, capsys):

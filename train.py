@@ -10,7 +10,6 @@ Writes ckpt.pt, log.jsonl and sample grids to --out_dir; the same command again 
 import argparse
 import contextlib
 import copy
-import functools
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import data as datasets
-from baselines import (METHODS, PAIR_NFE, PFGM, Muon, Pairs, as_flow, field_loss, learning_rate,
+from baselines import (METHODS, PAIR_NFE, Muon, Pairs, as_flow, field_loss,
                        method_of_student, pairs_of_teacher, training_point, update)
 from bench import sample_grid
 from checkpoint import (ARCHITECTURE, build, flow_flags, for_classes, in_folder, load_flow,
@@ -148,8 +147,7 @@ def resolve(args, images, saved, resumed, world):
     sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
     by_size = next(name for size, name in sizes if images.image_size <= size)
     name = args.preset or args.dataset
-    teacher = args.reflow or args.distill
-    old = saved['args'] if saved else {}
+    teacher, old = args.reflow or args.distill, saved['args'] if saved else {}
     args.edm = old.get('edm', False)
     given = old if args.init_from or args.edm or teacher else {}  # where no flag says
     row = dict(PRESETS[name if name in PRESETS else by_size])
@@ -245,26 +243,30 @@ def check_origin(args, old, flag, path):
     return fresh
 
 
-# ---------------------------------------------------------------- the data of a step
+# ---------------------------------------------------------------- a step
 
-def images_of(args, n, step):
-    """Their numbers: the charges of a step, its points among them, first."""
-    count = args.batch_size if args.field_batch == 'all' else max(args.batch_size, args.field_batch)
-    return next(datasets.image_order(n, count, args.seed, step - 1))
+def learning_rate(args, step):
+    """Of step 1 ... --steps: up in --warmup steps, and down in the last part --decay of all."""
+    down = (args.steps + 1 - step) / max(args.decay * args.steps, 1)
+    return args.lr * min(step / max(args.warmup, 1), down, 1)
+
+
+def images_a_step(args):
+    """How many are read: the charges, and among them, first, the points."""
+    return args.batch_size if args.field_batch == 'all' else max(args.batch_size, args.field_batch)
 
 
 def training_steps(images, flow, args, step, place):
     """Endless training_point()s for this process. images may be the Pairs of --reflow."""
     device, rank, world = place
-    B, all_charges = args.batch_size, args.field_batch == 'all'
+    B = args.batch_size
     mine = slice(rank * B // world, (rank + 1) * B // world)
     charges = kinds = None
-    if all_charges:
+    if args.field_batch == 'all':
         charges = datasets.charges_of(images, '--field_batch all', device, args.flip)
         kinds = images.labels.to(device).repeat(1 + args.flip) if args.classes else None
-    count = B if all_charges else max(B, args.field_batch)
     blocks = (datasets.shuffled_pairs(images, args, step, device) if isinstance(images, Pairs) else
-              datasets.shuffled_images(images, count, args, step, device, rank, world))
+              datasets.shuffled_images(images, images_a_step(args), args, step, *place))
     for done, (x, kind, generator, *eps) in enumerate(blocks, step):
         if args.field_batch not in ('all', 1):
             charges, kinds = x, kind
@@ -358,8 +360,7 @@ def main(args):
 
     # model
     raw, ema = networks(args, saved, origin, device)
-    net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
-    flow = PFGM(vars(args)) if args.method == 'pfgm' else net
+    flow = net = as_flow(torch.compile(raw) if args.compile else raw, vars(args))
     if args.source:
         other = datasets.load(args.source, args.data_dir, args.image_size, args.channels,
                               flag='--source')
@@ -418,8 +419,8 @@ def main(args):
                                 (args.log_every, args.sample_every, args.save_every))
         saves = saves or asked == 'save'
         if logs or samples or saves:
-            stop_if_bad(meter, args, functools.partial(images_of, args, len(images)), rank, world,
-                        path)
+            stop_if_bad(meter, args, lambda bad: next(datasets.image_order(
+                len(images), images_a_step(args), args.seed, bad - 1)), rank, world, path)
         if logs:
             if world > 1:
                 dist.all_reduce(meter['sums'])
