@@ -4,6 +4,7 @@ the tables, plots and lines of results that show it. Run by its flags --solver_b
 """
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from typing import NamedTuple, Optional
+import zlib
 
 import numpy as np
 import torch
@@ -21,11 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as datasets
 import pfgm
 from baselines import as_flow, field_loss, flow_of, update
-from files import ENTRY_LIMIT, open_entry
-from launch import BadInput, first_of_its_machine, peak_memory, speed_up, write
+from launch import (BadInput, first_of_its_machine, keep_freed_memory, peak_memory, speed_up, watch,
+                    write)
 from unet import UNet
 
-POOL = 2048  # features an image
 INCEPTION = 'pt_inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}'
 
@@ -125,46 +125,6 @@ def features(net, pixels, resize='tf1'):
     return torch.cat(rows)
 
 
-class Measured(NamedTuple):
-    n: Optional[int]                  # images; None where a statistics file does not say
-    mu: torch.Tensor                  # (2048,) float64
-    sigma: torch.Tensor               # (2048, 2048) float64, ddof 1
-    features: Optional[torch.Tensor]  # (n, 2048) float32, where asked for
-    pixels: Optional[torch.Tensor]    # (n, C, H, W) uint8, where asked for
-
-
-def read_stats(path, convention):
-    """Measured from a statistics file, whose `pool_3` are the features (score_sde), or None for a
-    .npz that is none: images."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
-            found = {k: np.lib.format.read_array(open_entry(file.zip, f'{k}.npy', limit))
-                     for k in ('mu', 'sigma', 'n', 'convention', 'pool_3') if k in file.files}
-        n, features = int(found['n']) if 'n' in found else None, found.pop('pool_3', None)
-        if features is not None and not {'mu', 'sigma'} & found.keys():
-            n, features = len(features), torch.from_numpy(features).float()
-            parts = [part.double() for part in features.split(4096)]
-            mu = sum(part.sum(0) for part in parts) / n
-            sigma = sum((part - mu).T @ (part - mu) for part in parts) / (n - 1)
-            found.update(mu=mu.numpy(), sigma=sigma.numpy())
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        raise BadInput(f'--ref {path}: cannot be read ({error}); accepted: a folder, .zip or .npz '
-                       'of images, or a .npz of mu and sigma') from error
-    if not {'mu', 'sigma'} & found.keys():
-        return None
-    shapes = [found[k].shape if k in found else None for k in ('mu', 'sigma')]
-    if shapes != [(POOL,), (POOL, POOL)] or not all(
-            found[k].dtype.kind == 'f' and np.isfinite(found[k]).all() for k in ('mu', 'sigma')):
-        raise BadInput(f'--ref {path}: mu {shapes[0]}, sigma {shapes[1]}, or not finite; accepted: '
-                       f'({POOL},) and ({POOL}, {POOL}), as --save_stats writes')
-    if str(found.get('convention', convention)) != convention:
-        raise BadInput(f'--ref {path}: made with {found["convention"]}, not {convention}; give the '
-                       'same --resize and --inception, or make it again with --save_stats')
-    mu, sigma = (torch.from_numpy(found[k]).double() for k in ('mu', 'sigma'))
-    return Measured(n, mu, sigma, features if torch.is_tensor(features) else None, None)
-
-
 # ---------------------------------------------------------------- distances between sets
 
 def frechet(mu1, sigma1, mu2, sigma2):
@@ -250,6 +210,85 @@ def nearest(x, train, device='cpu'):
             closer = d2 < best
             best[closer], found[closer] = d2[closer], side[which[closer]]
     return best.sqrt().cpu() / 127.5, found.cpu()
+
+
+# ---------------------------------------------------------------- a judge, where images have labels
+
+JUDGE_STEPS, JUDGE_BATCH = 1000, 128
+
+
+def judge_net(channels, classes):
+    """A small classifier of x (B, channels, S, S) in [-1, 1]; all but its last layer: (B, 128)."""
+    from torchvision.ops import Conv2dNormActivation as Conv
+    widths, strides = (channels, 32, 32, 64, 128, 128), (1, 2, 1, 2, 1)
+    layers = [Conv(*pair, 3, stride) for *pair, stride in zip(widths, widths[1:], strides)]
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                               torch.nn.Linear(128, classes))
+
+
+def train_judge(images, classes, device):
+    """The classifier after JUDGE_STEPS batches of a labelled training set, from seed 0."""
+    keep_freed_memory()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = judge_net(images.channels, classes).to(device, memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(net.parameters())
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, JUDGE_STEPS)
+    order = [*itertools.islice(datasets.image_order(len(images), JUDGE_BATCH, 0, 0), JUDGE_STEPS)]
+    batches = datasets.batches(images, order, device, workers=4)
+    for index, batch in zip(watch(order, JUDGE_STEPS * JUDGE_BATCH, 'judge', 0), batches):
+        logits = net(datasets.to_float(batch))
+        F.cross_entropy(logits, images.labels[index].to(device)).backward()
+        opt.step()
+        rate.step()
+        opt.zero_grad(set_to_none=True)
+    return net
+
+
+@torch.no_grad()
+def judged(net, pixels, device):
+    """uint8 (n, C, S, S) -> features (n, 128) and probabilities (n, K), float64, on the CPU."""
+    with pfgm.full_float32(device):
+        found = torch.cat([net[:-1](datasets.to_float(x.to(device))) for x in pixels.split(512)])
+        return found.cpu().double(), net[-1](found).cpu().double().softmax(1)
+
+
+@functools.cache
+def judge_of(train, test, data_dir, device):
+    """(the classifier of a labelled data set, kept in data_dir; the features of up to 10,000 of its
+    test images; a line on how well it reads them). BadInput where there are no labels."""
+    device, classes = torch.device(device), train.class_count('--judge')
+    mark = zlib.crc32(repr((train.identity, train.image_size, train.channels)).encode())
+    path, net = os.path.join(data_dir, f'judge-{mark:08x}.pt'), judge_net(train.channels, classes)
+    try:
+        net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
+        net.to(device)
+    except Exception as error:  # a damaged file can fail in any way
+        if os.path.exists(path):
+            print(f'{path}: cannot be read ({str(error)[:80]}); it is made anew', flush=True)
+        net = train_judge(train, classes, device)
+        os.makedirs(data_dir, exist_ok=True)
+        write('--data_dir', path, lambda file: torch.save(net.state_dict(), file))
+    net.eval()
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:10_000]
+    real, p = judged(net, test[order.tolist()].cpu(), device)
+    right = (p.argmax(1) == test.labels[order]).double().mean()
+    note = f'the judge is right on {right:.1%} of {len(real)} images of {test.name}, and reads '
+    return net, real, note + f'{(p.amax(1) >= 0.9).double().mean():.1%}'
+
+
+def of_judge(made, ref, args, home):
+    """The metric: the Frechet distance to the test images in the judge's features, that of as many
+    training images, the share of samples that it gives 0.9 to one class, precision and recall."""
+    net, real, note = judge_of(ref.train, ref.test or ref.train, args.data_dir, home)
+    found, p = judged(net, made.pixels, torch.device(home))
+    train, _ = judged(net, pick(ref.train, made.n, args.seed), torch.device(home))
+    distance, of_real = (frechet(x.mean(0), x.T.cov(), real.mean(0), real.T.cov())
+                         for x in (found, train))
+    inside = precision_recall(found, real, home)
+    yield f'{made.n} images; {note}', dict(
+        judge_fd=distance, judge_fd_of_real=of_real, judge_precision=inside[0],
+        judge_recall=inside[1], legible=(p.amax(1) >= 0.9).double().mean().item())
 
 
 # ---------------------------------------------------------------- solvers, without a network

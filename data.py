@@ -293,15 +293,15 @@ class Images(torch.utils.data.Dataset):
             self.skipped += 1
         raise BadInput(f'{self.given}: no image can be read (last: {problem})')
 
-    def class_count(self):
-        """How many classes its labels are, for --classes; BadInput where they do for none."""
+    def class_count(self, flag='--classes'):
+        """How many classes its labels are, for a flag; BadInput where they do for none."""
         if self.labels is None:
-            raise BadInput(f'--classes: {self.name} has {self.unlabelled}; give a folder with one '
+            raise BadInput(f'{flag}: {self.name} has {self.unlabelled}; give a folder with one '
                            'folder a class, or one integer an image, or leave it out')
         labels = self.labels.unique().tolist()
         without = [name for k, name in enumerate(self.classes or ()) if k not in labels]
         if len(labels) > CLASS_LIMIT or labels != list(range(len(labels))) or without:
-            raise BadInput(f'--classes: {len(labels)} labels from {labels[0]} to {labels[-1]}'
+            raise BadInput(f'{flag}: {len(labels)} labels from {labels[0]} to {labels[-1]}'
                            + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
                            f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
         return len(labels)

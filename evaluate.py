@@ -7,10 +7,8 @@
     python evaluate.py --bpd --repeats 5              # likelihood of the test split
     python evaluate.py --fid --sweep nfe=5,10,20,50 --solvers euler,unipc # a table, a plot
     python evaluate.py --compare out/*/ckpt.pt        # the same for several networks, and a strip
-    python evaluate.py --dataset cifar10 --save_stats cifar10.npz        # for pytorch-fid, EDM
+    python evaluate.py --judge --n 512                # by a classifier of the labelled training set
     python evaluate.py --solver_bench --dataset images.zip               # solvers, no network
-    python evaluate.py --bench                                           # speed
-    python evaluate.py --curves out/*/log.jsonl                          # loss against images seen
 
 Every result is also a line of results.jsonl. FID: arXiv 1706.08500, IS: 1606.03498, KID:
 1801.01401, precision and recall: 1904.06991, sliced Wasserstein: Bonneel et al. 2015.
@@ -29,16 +27,13 @@ import bench
 import data as datasets
 import pfgm
 from baselines import DIVERGED, Flow, straightness
-from bench import (Measured, frechet, inception_score, kid, nearest, pick, precision_recall,
-                   read_stats, sliced_wasserstein)
+from bench import (frechet, inception_score, kid, nearest, of_judge, pick, precision_recall,
+                   sliced_wasserstein)
 from checkpoint import flow_flags, in_folder, load_flow, place_for, read_checkpoint
+from files import POOL, Measured, read_stats
 from launch import BadInput, Parser, above, all_rows, run, share, step_seed, wait, watch, write
 
 SOLVERS = ('rk45', *pfgm.SOLVERS)
-
-
-def sweep_range(text):
-    return [above(0, int)(part) for part in text.removeprefix('nfe=').split(',')]
 
 
 def parse_args(argv=None):
@@ -68,7 +63,8 @@ def parse_args(argv=None):
                    'published; pytorch: as in pytorch-fid (default: tf1)')
     p.add_argument('--repeats', type=above(0, int), default=1, help='of --bpd, each with noise '
                    'and a Hutchinson probe of its own (default: 1)')
-    p.add_argument('--sweep', type=sweep_range, metavar='nfe=5,10,20', help='network calls')
+    p.add_argument('--sweep', metavar='nfe=5,10,20', help='network calls', type=lambda text: [
+        above(0, int)(part) for part in text.removeprefix('nfe=').split(',')])
     p.add_argument('--compare', nargs='+', type=in_folder, metavar='CKPT', help='sweep these side '
                    'by side, with a strip of samples from the same seeds (default: --swd --bpd, '
                    'nfe=5,10,20,50; bits/dim of up to 256 images)')
@@ -122,8 +118,7 @@ def check_flags(args, asked):
         folder = os.path.dirname(path)
         if folder and not os.path.isdir(folder):
             raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
-    home = '' if (args.samples or args.exact or args.compare
-                  or alone) else os.path.dirname(args.ckpt)
+    home = '' if args.samples or args.exact or args.compare or alone else os.path.dirname(args.ckpt)
     args.results = args.results or os.path.join(home, 'results.jsonl')
     name = ('solvers' if args.solver_bench else 'compare' if args.compare else 'curves' if
             args.curves else 'sweep' if args.sweep else 'neighbours')
@@ -137,7 +132,7 @@ def check_counts(asked, n, n_ref):
         least, of_ref = METRICS[name].least, needing([name], 'statistics')
         for count, what in ((n, '--n'), (n_ref if of_ref else None, 'the reference: n')):
             if count is not None and count < least:
-                why = f' (the covariance of {bench.POOL} features)' if name == 'fid' else ''
+                why = f' (the covariance of {POOL} features)' if name == 'fid' else ''
                 raise BadInput(f'{what} {count}: --{name} needs {least} images or more{why}; '
                                'a metric for few images: --swd')
 
@@ -201,12 +196,11 @@ def held_out(train, args):
 # ---------------------------------------------------------------- one pass over images
 
 def collect(batches, n, net, resize, keep, place):
-    """One pass over this rank's uint8 batches -> Measured over all ranks, on the CPU.
-
-    net None: no features. keep: which of 'features' and 'pixels' to hold on to."""
+    """One pass over this rank's uint8 batches -> Measured over all ranks, on the CPU. net None: no
+    features. keep: which of 'features' and 'pixels' to hold on to."""
     device, rank, world = place
     home = 'cpu' if device.type == 'mps' else device  # MPS has no float64
-    total = torch.zeros(bench.POOL + 1, bench.POOL, dtype=torch.float64, device=home)
+    total = torch.zeros(POOL + 1, POOL, dtype=torch.float64, device=home)
     kept = {'features': [], 'pixels': []}
     for batch in batches:
         kept['pixels'].append(batch.cpu() if 'pixels' in keep else batch[:0])
@@ -229,8 +223,8 @@ def collect(batches, n, net, resize, keep, place):
 
 def bits_per_dim(flow, images, n, args, place):
     """Bits/dim of n evenly spaced images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
-    the flow comes back down from their latents. RK45: few fixed steps would give any number.
-    The noise of an image depends on --seed and its index, the probe on the batch it is in too."""
+    the flow comes back down from their latents. The noise of an image depends on --seed and its
+    index, the probe on the batch it is in too."""
     device, rank, world = place
     net, exact = flow.net, isinstance(flow.net, pfgm.ExactField)
     if not exact:
@@ -303,10 +297,9 @@ def flow_metrics(asked, name, flow, images, split, args, place):
         note = f'({split} images of {images.name})' if 'bpd' in asked else f'({name})'
         print('  '.join(f'{k} {v:.6g}' for k, v in found.items() if v is not None), '', note)
         about = dict(dataset=images.name, split=split) if 'bpd' in asked else {}
-        how = Flow(**{**vars(flow), 'solver': 'rk45', 'tol': args.bpd_tol}).facts()
-        how = how if 'bpd' in asked else {}
+        how = Flow(**{**vars(flow), 'solver': 'rk45', 'tol': args.bpd_tol})
         bench.record(args, device, world, time.time() - clock,
-                     {**how, **found, 'run': name, **about})
+                     {**(how.facts() if about else {}), **found, 'run': name, **about})
     return {k: found[k] for k in OF_FLOWS if k in found}
 
 
@@ -386,6 +379,8 @@ METRICS = {
                   0, of_swd),
     'neighbours': Metric('nearest training images, and a picture of the closest', 'pixels', 0,
                          of_neighbours),
+    'judge': Metric('by a classifier of the labelled training set: Frechet distance of its '
+                    'features, legible share, precision and recall', 'pixels', 129, of_judge),
     'bpd': Metric('bits/dim of the test split, dequantised, by rk45 (--tol: 1e-5)', 'pixels'),
     'straightness': Metric('of the lines of vp, subvp, ddpm, rf in their own time; 0 is straight'),
 }
@@ -416,7 +411,10 @@ def compared_with(args, wanted, train, n, size, channels, place):
     convention = f'{args.resize} resize, {which} Inception'
     test = stats = inception = weight = None
     if args.ref and args.ref.lower().endswith('.npz'):
-        stats = read_stats(args.ref, convention)
+        try:
+            stats = read_stats(args.ref, convention)
+        except ValueError as error:
+            raise BadInput(f'--ref {error}') from error
     paired = needing(METRICS, 'features', 'statistics')  # those with features of the reference
     own = {'fid', 'is'} | (paired if stats and stats.features is not None else set())
     more = stats and (wanted - own or args.save_stats)  # than such a file has, but for its images
@@ -438,6 +436,8 @@ def compared_with(args, wanted, train, n, size, channels, place):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
         test = held_out(train, args)
+        if 'judge' in wanted and rank == 0:  # before any image is made
+            bench.judge_of(train, test or train, args.data_dir, device)
     least = min([n, *(len(images) for images in (train, test) if images)])
     asked = any(vars(args)[name] for name in METRICS)
     check_counts(wanted, n if asked else None, stats.n if stats else train and len(train))

@@ -1,5 +1,6 @@
 """What others have written, read so that nothing in it runs, fills the memory or goes unsaid:
-folders and zips, whatever their layout; labels; arrays; checkpoints. Errors are ValueErrors.
+folders and zips, whatever their layout; labels; arrays; checkpoints; statistics of features.
+Errors are ValueErrors.
 """
 import contextlib
 import io
@@ -12,6 +13,7 @@ import re
 import struct
 import threading
 import zipfile
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ SPLIT = re.compile('(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev
                    'ing)?))[-_ ]?(?:set|split|data|images|imgs)?[-_ ]?[0-9]*', re.I)
 PICTURES = 'images image imgs img jpegimages'.split()  # beside folders that are not to train on:
 ABOUT_THEM = 'labels label masks mask annotations annotation segmentations'.split()
+POOL = 2048  # features an image, of Inception
 ENTRY_LIMIT = 256 << 20  # bytes that a file, or a zip's entry, may have
 # MedMNIST v2, its 2-D sets: channels, and the MD5 of the archives of 28, 64, 128 and 224 pixels as
 # medmnist 3.0.2 has them. arXiv 2110.14795, zenodo record 10519652.
@@ -431,3 +434,45 @@ def edm_names(net, theirs):
     if left:
         raise ValueError(f'{left[0]} does not belong'[:100])
     return names
+
+
+# ---------------------------------------------------------------- statistics
+
+class Measured(NamedTuple):
+    n: Optional[int]                  # images; None where a statistics file does not say
+    mu: torch.Tensor                  # (2048,) float64
+    sigma: torch.Tensor               # (2048, 2048) float64, ddof 1
+    features: Optional[torch.Tensor]  # (n, 2048) float32, where asked for
+    pixels: Optional[torch.Tensor]    # (n, C, H, W) uint8, where asked for
+
+
+def read_stats(path, convention):
+    """Measured from a statistics file, whose `pool_3` are the features (score_sde), or None for a
+    .npz that is none: images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
+            found = {k: np.lib.format.read_array(open_entry(file.zip, f'{k}.npy', limit))
+                     for k in ('mu', 'sigma', 'n', 'convention', 'pool_3') if k in file.files}
+        n, features = int(found['n']) if 'n' in found else None, found.pop('pool_3', None)
+        if features is not None and not {'mu', 'sigma'} & found.keys():
+            n, features = len(features), torch.from_numpy(features).float()
+            parts = [part.double() for part in features.split(4096)]
+            mu = sum(part.sum(0) for part in parts) / n
+            sigma = sum((part - mu).T @ (part - mu) for part in parts) / (n - 1)
+            found.update(mu=mu.numpy(), sigma=sigma.numpy())
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise ValueError(f'{path}: cannot be read ({error}); accepted: a folder, .zip or .npz '
+                         'of images, or a .npz of mu and sigma') from error
+    if not {'mu', 'sigma'} & found.keys():
+        return None
+    shapes = [found[k].shape if k in found else None for k in ('mu', 'sigma')]
+    if shapes != [(POOL,), (POOL, POOL)] or not all(
+            found[k].dtype.kind == 'f' and np.isfinite(found[k]).all() for k in ('mu', 'sigma')):
+        raise ValueError(f'{path}: mu {shapes[0]}, sigma {shapes[1]}, or not finite; accepted: '
+                         f'({POOL},) and ({POOL}, {POOL}), as --save_stats writes')
+    if str(found.get('convention', convention)) != convention:
+        raise ValueError(f'{path}: made with {found["convention"]}, not {convention}; give the '
+                         'same --resize and --inception, or make it again with --save_stats')
+    mu, sigma = (torch.from_numpy(found[k]).double() for k in ('mu', 'sigma'))
+    return Measured(n, mu, sigma, features if torch.is_tensor(features) else None, None)

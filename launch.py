@@ -194,7 +194,8 @@ def fast_bf16(device):
     """Whether bfloat16 products run faster than float32 on this device."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
+    return device.type == 'cpu' and any(getattr(torch.cpu, f'_is_{name}_supported', bool)()
+                                        for name in ('amx_tile', 'avx512_bf16'))
 
 
 def peak_memory(device):

@@ -250,7 +250,8 @@ def test_a_field_that_is_followed_stays_within_what_data_in_the_cube_allow():
             close(got, want, rtol=1e-9)
     for n, v_z in itertools.product((0.0, 0.9, 1.0, 1.2), (0.3, -1e-9, -99.0)):
         def learned(x, z):
-            return -n * math.sqrt(48) * pfgm.column(1 / x.flatten(1).norm(dim=1), x) * x, v_z + 0 * z
+            r = x.flatten(1).norm(dim=1)
+            return -n * math.sqrt(48) * pfgm.column(1 / r, x) * x, v_z + 0 * z
         flow, net = following(learned)
         for z in (0.1, 30.0):
             x, z = (500 * noise).requires_grad_(), torch.full((40,), z, dtype=F64)
@@ -807,7 +808,8 @@ def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path, monke
     then = json.loads((tmp_path / 'then.json').read_text())
     with monkeypatch.context() as m:
         m.setattr(baselines.PFGM, 'forward', lambda self, x, z: self.net(x, z))
-        made = sampled(tmp_path / 's.npz', '--ckpt', tmp_path / 'ckpt.pt', '--n', 4, '--nfe', 6)
+        made = sampled(tmp_path / 's.npz', '--ckpt', tmp_path / 'ckpt.pt', '--n', 4, '--nfe', 6,
+                       '--no-bf16')
     assert np.abs(made - then['samples']).max() <= 1
     script(['train.py', '--image_size', 8, '--steps', 33, '--log_every', 1, '--device', 'cpu',
             '--no-bf16', '--out_dir', tmp_path])  # all else is the run's own
@@ -1306,7 +1308,8 @@ def test_any_teacher_is_distilled_into_one_call(teacher, student, D, tmp_path, m
         return seen[-1]
     monkeypatch.setattr(baselines.Denoiser, 'perturb', kept)
     monkeypatch.setattr(train, 'PAIR_NFE', 4)
-    run = ['train.py', *how, '--distill', path, '--pairs', 8, '--steps', 9, '--out_dir', home]
+    run = ['train.py', *how, '--no-bf16', '--distill', path, '--pairs', 8, '--steps', 9,
+           '--out_dir', home]
     script([*run, '--lr', '1e-2', '--grad_clip', 9, *['--method', 'rf'] * (teacher == 'vp as rf')])
     said = capsys.readouterr().out
     assert f'the student is {student} of D {D:g}' in said and losses(home)[-1] < losses(home)[0]
@@ -1318,7 +1321,7 @@ def test_any_teacher_is_distilled_into_one_call(teacher, student, D, tmp_path, m
     start = pfgm.sample_prior(y.shape, 1.0, None, D)  # its norms, or those that the prior is cut to
     if teacher != 'vp as rf':
         cpu = torch.device('cpu')
-        flow, _ = checkpoint.load_flow(flags_of('--ckpt', path, '--nfe', 4), cpu)
+        flow, _ = checkpoint.load_flow(flags_of('--ckpt', path, '--nfe', 4, '--no-bf16'), cpu)
         start = flow.prior(range(8))
         assert flow.z_max == z_max and flow.upper_norm == args['upper_norm']
         ends, _ = flow.follow(start, cpu, range(8))
@@ -1596,7 +1599,8 @@ def newcomer(tmp_path, monkeypatch):
                                                         False, False, 1))
     for target, value in {
             'torchvision.datasets.MNIST': toy(28, 1), 'torchvision.datasets.CIFAR10': toy(32, 3),
-            'bench.POOL': 32, 'bench.load_inception': lambda *args: (len, weight),
+            'evaluate.POOL': 32, 'files.POOL': 32,
+            'bench.load_inception': lambda *args: (len, weight),
             'bench.features': lambda net, pixels, resize: small(
                 pixels.expand(-1, 3, -1, -1).float()).flatten(1) @ way,
             'bench.BENCH_CHARGES': (64, 128), 'evaluate.check_counts': lambda *args: None}.items():
@@ -1837,18 +1841,46 @@ def test_statistics_and_features(tmp_path, capsys):
     close(got.mu, got.features.double().mean(0), rtol=1e-5, atol=1e-5)
     close(got.sigma, np.cov(got.features.double().numpy().T), atol=1e-5)
     np.savez(tmp_path / 'a.npz', mu=got.mu, sigma=got.sigma)
-    read = evaluate.read_stats(str(tmp_path / 'a.npz'), 'any')
+    read = files.read_stats(str(tmp_path / 'a.npz'), 'any')
     assert read.n is None and torch.equal(read.mu, got.mu) and torch.equal(read.sigma, got.sigma)
     np.savez(tmp_path / 'b.npz', sigma=got.sigma)
-    with pytest.raises(data.BadInput, match='mu None'):
-        evaluate.read_stats(str(tmp_path / 'b.npz'), 'any')
+    with pytest.raises(ValueError, match='mu None'):
+        files.read_stats(str(tmp_path / 'b.npz'), 'any')
 
+
+def test_a_judge_tells_digits_from_noise_and_is_kept(few_glyphs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'JUDGE_STEPS', 60)
+    digits = data.glyphs(split='test')[0][:130]
+    noise = np.random.default_rng(0).integers(0, 256, (130, 16, 16, 1), np.uint8)
+    np.savez(tmp_path / 'digits.npz', arr_0=digits[..., None])
+    np.savez(tmp_path / 'noise.npz', arr_0=noise)
+
+    def judged(name):
+        script(['evaluate.py', '--judge', '--samples', tmp_path / f'{name}.npz', '--dataset',
+                'glyphs', '--device', 'cpu', '--data_dir', tmp_path, '--results',
+                tmp_path / 'r.jsonl'])
+        return rows_of(tmp_path / 'r.jsonl')[-1], capsys.readouterr().out
+    real, said = judged('digits')
+    assert 'judge: 7680/7680' in said and 'the judge is right on ' in said
+    bad, said = judged('noise')
+    assert 'judge: ' not in said  # read from the disk
+    assert real['judge_fd'] < 3 * real['judge_fd_of_real'] < bad['judge_fd'] / 5
+    assert real['judge_precision'] > 0.5 and real['judge_recall'] > 0.1 and not bad['judge_recall']
+    kept, = tmp_path.glob('judge-*.pt')
+    kept.write_bytes(kept.read_bytes()[:999])
+    again, said = judged('digits')
+    assert 'cannot be read' in said and 'judge: 7680/7680' in said
+    close(again['judge_fd'], real['judge_fd'], rtol=1e-4)
+    np.savez(tmp_path / 'plain.npz', arr_0=noise)
+    refuses(['evaluate.py', '--judge', '--samples', tmp_path / 'digits.npz', '--ref',
+             tmp_path / 'plain.npz'], '--judge: .* has no labels')
 
 def test_lines_of_results_say_what_was_measured_and_made_them(trained, few_glyphs, tmp_path):
     common = ['evaluate.py', '--ckpt', trained / 'ckpt.pt', '--device', 'cpu', '--results',
               tmp_path / 'r.jsonl', '--out', tmp_path / 'a.png', '--n', 4, '--swd']
-    changes = ('', '--bf16', '--schedule log', '--no-to_data', '--z_min 0.01', '--solver heun',
-               '--small_z official', '--weights raw', '--seed 3', '--solver rk45 --tol 0.1')
+    changes = ('--no-bf16', '--bf16', '--schedule log', '--no-to_data', '--z_min 0.01',
+               '--solver heun', '--small_z official', '--weights raw', '--seed 3',
+               '--solver rk45 --tol 0.1')
     for flags in changes:
         script([*common, '--nfe', 3, *flags.split()])
     script([*common, '--neighbours', '--bpd', '--nfe', 2, '--tol', '1e-3'])
@@ -2570,12 +2602,12 @@ def test_restored_images_keep_what_is_known_and_are_images_that_fit(tmp_path, mo
 
 def test_references_of_others(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    x, eye = rng.integers(0, 256, (6, 8, 8, 3), np.uint8), np.eye(bench.POOL)
-    np.savez(tmp_path / 'adm.npz', arr_0=x, mu=np.zeros(bench.POOL), sigma=eye,
+    x, eye = rng.integers(0, 256, (6, 8, 8, 3), np.uint8), np.eye(files.POOL)
+    np.savez(tmp_path / 'adm.npz', arr_0=x, mu=np.zeros(files.POOL), sigma=eye,
              mu_s=np.zeros(3), sigma_s=np.eye(3))
-    features = rng.standard_normal((9, bench.POOL)).astype(np.float32)
+    features = rng.standard_normal((9, files.POOL)).astype(np.float32)
     np.savez(tmp_path / 'song.npz', pool_3=features)
-    found = evaluate.read_stats(str(tmp_path / 'song.npz'), 'any')
+    found = files.read_stats(str(tmp_path / 'song.npz'), 'any')
     close(found.mu, features.mean(0), atol=1e-5)
     close(found.sigma, np.cov(features.astype(float).T), atol=1e-5)
     np.save(tmp_path / 's.npy', x)

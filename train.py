@@ -33,14 +33,14 @@ from unet import UNet
 # of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++ with DDPM++, cifar10_ncsnpp
 # with NCSN++. What a row leaves out is as in REST.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
-OURS = 2, 1.0, 3, True  # patch, decay, m_draws, muon
+OURS = 2, 1.0, 4, True  # patch, decay, m_draws, muon
 REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, ncsnpp=False, label_first=False)
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
     'ema_decay', 'steps', 'sample_every', 'loss', *REST),
     (*row, *[*REST.values()][len(row) - 13:]))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1300, 400, 'sum', *OURS),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1700, 500, 'sum', *OURS),
     'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 4000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
