@@ -369,10 +369,8 @@ def said(lost, n, brightest, looked=''):
 
 
 def batches(data, indices, device='cpu', workers=0):
-    """Yields uint8 (b, C, S, S) on `device` for each 1-D int64 CPU tensor of `indices`, in order.
-
-    A small set moves to the device once and stays there; `workers` processes decode a large one.
-    """
+    """Yields uint8 (b, C, S, S) on `device` for each 1-D int64 CPU tensor of `indices`, in order. A
+    small set moves to the device and stays there; `workers` processes decode a large one."""
     if data.pixels is not None:
         data.pixels = data.pixels.to(device)
         for index in indices:
@@ -427,6 +425,14 @@ class Charges:
 
     def split(self, size):
         return (self[index] for index in torch.arange(len(self), device=self.device).split(size))
+
+    def assigned(self, x, generator):
+        """As many images at random as x (B, C, H, W) has, in the order in which the sum of squared
+        distances to x is least: optimal transport in a batch, arXiv 2302.00482."""
+        from scipy.optimize import linear_sum_assignment
+        images = self[torch.randint(len(self), x.shape[:1], generator=generator, device=x.device)]
+        distance = torch.cdist(x.flatten(1), images.flatten(1)).square()
+        return images[torch.from_numpy(linear_sum_assignment(distance.cpu())[1]).to(x.device)]
 
 
 def charges_of(images, flag, device='cpu', mirror=False, dtype=torch.float32):

@@ -36,7 +36,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import integrate, stats
+from scipy import integrate, optimize, stats
 
 import baselines
 import bench
@@ -1403,8 +1403,8 @@ def test_noise_is_renewed_on_every_plane():
 
 
 def test_a_flow_between_two_data_sets(tmp_path, monkeypatch):
-    """x_t = t y + (1 - t) s of images s and y at random; samples start from s; reflow keeps pairs.
-    """
+    """x_t = t y + (1 - t) s of images s and y, drawn at random and paired so that they are near in
+    each batch; samples start from s; reflow keeps the pairs."""
     monkeypatch.chdir(tmp_path)
     s, y = torch.randint(0, 256, (2, 7, 16, 16), generator=seeded()).to(torch.uint8)
     np.save('s.npy', s.numpy()), np.save('y.npy', y.numpy())
@@ -1418,14 +1418,18 @@ def test_a_flow_between_two_data_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.RectifiedFlow, 'perturb', kept)
     run = ['train.py', *TINY_PP, '--dataset', 'y.npy', '--lr', '1e-2', '--sample_every', 30]
     script([*run, '--method', 'rf', '--source', 's.npy', '--steps', 30, '--out_dir', 'a'])
-    pairs = set()
+    pairs, drawn = set(), set()
     for x, z, moved in seen[:30]:
         eps = (moved - x) / z[:, None, None, None]                      # an image of the other set
         near = torch.cdist(eps.flatten(1), s.flatten(1))
         assert (near.amin(1) < 0.05 * (1 + 1 / z)).all()
         ends = torch.cdist(x.flatten(1), y.flatten(1))
-        pairs |= {*zip(near.argmin(1).tolist(), ends.argmin(1).tolist())}
-    assert len(pairs) > 40 and losses('a')[-1] < losses('a')[0]        # any with any
+        a, b = near.argmin(1), ends.argmin(1)
+        cost = torch.cdist(y[b].flatten(1), s[a].flatten(1)).square()
+        close(cost.diagonal().sum(), cost[optimize.linear_sum_assignment(cost)].sum(), rtol=1e-5)
+        pairs |= {*zip(a.tolist(), b.tolist())}
+        drawn |= {tuple(sorted(a.tolist()))}
+    assert 7 < len(pairs) < 49 and len(drawn) > 9 and losses('a')[-1] < losses('a')[0]
     how = ['--nfe', 8, '--device', 'cpu']
     script(['sample.py', '--ckpt', 'a', '--from', 's.npy', *how, '--out', 'strip.png'])
     strip = np.asarray(Image.open('strip.png').convert('L'))

@@ -270,9 +270,8 @@ def training_steps(images, flow, args, step, place):
     for done, (x, kind, generator, *eps) in enumerate(blocks, step):
         if args.field_batch not in ('all', 1):
             charges, kinds = x, kind
-        if args.source and not eps:  # pairs of two at random
-            index = torch.randint(len(flow.source), (B,), generator=generator, device=device)
-            eps = [flow.source[index]]
+        if args.source and not eps:
+            eps = [flow.source.assigned(x[:B], generator)]
         labels = kind is not None and (kind[:B], kind if kinds is None else kinds)
         stage = args.consistency and 1 + 8 * done // args.steps  # the levels ever closer
         yield training_point(flow, x[:B], generator, mine, charges, labels, eps, stage)
