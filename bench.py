@@ -231,7 +231,7 @@ def train_judge(images, classes, device):
     keep_freed_memory()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = judge_net(images.channels, classes).to(device, memory_format=torch.channels_last)
+        net = judge_net(images.channels, classes).to(device)
     opt = torch.optim.AdamW(net.parameters())
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, JUDGE_STEPS)
     order = [*itertools.islice(datasets.image_order(len(images), JUDGE_BATCH, 0, 0), JUDGE_STEPS)]

@@ -1177,6 +1177,60 @@ def workers(p):
     return [int(pid) for pid in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]
 
 
+TOGETHER = {  # flags that may stand together in any way; a space splits a value in two
+    'train': """--method=vp --method=rf --method=pfgm --D=3 --D=inf --classes --flip --image_size=8
+        --channels=3 --batch_size=6 --accum=2 --accum=3 --field_batch=1 --field_batch=all --decay=1
+        --field_batch=9 --patch=2 --muon --ncsnpp --label_first --dropout=0.2 --attn --attn=8,4
+        --ch_mult=1 --nf=7 --loss=mean --m_draws=4 --M=5 --z_max=1 --z_exp=0 --z_min=2 --sigma=.1
+        --gamma=0 --warmup=0 --ema_decay=0 --consistency --init_from=run --init_from=pp
+        --distill=run --reflow=pp --pairs=5 --source=photos.npy --seed=7 --sample_every=1 --lr=9
+        --bf16 --preset=mnist --keep=1 --steps=1 --dataset=photos.npy""",
+    'sample': """--ckpt=pp --ckpt=vp --exact --solver=euler --solver=rk45 --solver=renew --solver=ddim
+        --eta=1 --nfe=3 --schedule=time --schedule=log --z_min=.5 --to_data --no-to_data --tol=.1
+        --guidance=2 --classes=1,2 --classes=none --small_z=official --weights=raw --bf16 --gif
+        --n=9 --interpolate --rescale --encode=photos.npy --inpaint=photos.npy --mask=mask.png
+        --colorize=photos.npy --from=photos.npy --field_lines --out=a.npz --out=folder --seed=3""",
+    'evaluate': """--ckpt=pp --ckpt=vp --exact --swd --bpd --neighbours --straightness --judge --fid
+        --sweep=1,2 --solvers=euler,rk45 --compare=run --n=3 --n=140 --ref=photos.npy --nfe=2
+        --samples=photos.npy --dataset=photos.npy --solver=heun --repeats=2 --tol=.1 --out=a.png
+        --save_stats=s.npz --guidance=2 --classes=1 --schedule=rho7 --seed=2 --curves=run/log.jsonl
+        """}
+
+
+@pytest.mark.slow
+def test_any_flags_together_end_well_or_in_one_line(trained, few_glyphs, tmp_path, monkeypatch,
+                                                    capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, 'JUDGE_STEPS', 2)
+    shutil.copytree(trained, 'run')
+    script(['train.py', *TINY_PP, '--D', 3, '--steps', 2, '--out_dir', 'pp'])
+    script(['train.py', *TINY_PP, '--method', 'vp', '--classes', '--steps', 2, '--out_dir', 'vp'])
+    np.save('photos.npy', np.arange(9 * 256, dtype=np.int64).astype(np.uint8).reshape(9, 16, 16))
+    Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save('mask.png')
+    rng, ended, count = np.random.default_rng(0), [], 120
+    for k in range(count):
+        name = [*TOGETHER][k % 3]
+        some = rng.choice(TOGETHER[name].split(), rng.integers(1, 5), replace=False)
+        words = [word for flag in some
+                 for word in re.split('[=,]' if name == 'train' else '=', flag)]
+        base = (TINY + ['--steps', '2', '--out_dir', f'o{k}'] if name == 'train' else
+                '--ckpt run --device cpu --data_dir . --batch_size 70'.split())
+        base += ['--inception', 'random'] * (name == 'evaluate') + ['--n', '2'] * (name != 'train')
+        command = [f'{name}.py', *base, *words]
+        capsys.readouterr()
+        try:
+            script(command)
+            ended.append(0)
+        except SystemExit as stop:
+            said = capsys.readouterr().err.splitlines()
+            assert stop.code == 2 and len(said) == 1, (command, said)
+            ended.append(2)
+        except Exception as error:
+            raise AssertionError(' '.join(command)) from error
+    assert ended.count(0) > count / 4 and ended.count(2) > count / 9
+    print(f'{count} commands, {ended.count(0)} ended well, {ended.count(2)} refused')
+
+
 @pytest.mark.slow
 def test_killed_ranks_are_restarted_and_the_loss_goes_on(tmp_path):
     command = [*TINY, '--steps', 60, '--dropout', 0, '--save_every', 5]
@@ -1607,7 +1661,8 @@ def newcomer(tmp_path, monkeypatch):
             'bench.load_inception': lambda *args: (len, weight),
             'bench.features': lambda net, pixels, resize: small(
                 pixels.expand(-1, 3, -1, -1).float()).flatten(1) @ way,
-            'bench.BENCH_CHARGES': (64, 128), 'evaluate.check_counts': lambda *args: None}.items():
+            'bench.BENCH_CHARGES': (64, 128), 'bench.JUDGE_STEPS': 2,
+            'evaluate.check_counts': lambda *args: None}.items():
         monkeypatch.setattr(target, value)
     os.mkdir('photos')
     with zipfile.ZipFile('images.zip', 'w') as file:
@@ -1621,6 +1676,7 @@ def newcomer(tmp_path, monkeypatch):
                         ('edm-cifar10-32x32-uncond-vp', {})):
         edm_file(f'{name}.pkl', **flags)
     np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
+    np.savez('bold.npz', arr_0=data.glyphs()[0][:20, ..., None])
 
 
 @pytest.mark.parametrize('count', [7, pytest.param(1000, marks=pytest.mark.slow)])
@@ -3425,6 +3481,7 @@ train.py TINY --steps 2 --dropout 0.1 --out_dir o
 sample.py --ckpt o/ckpt.pt --nfe 4 --n 3
 sample.py --ckpt o/ckpt.pt --solver rk45 --tol 0.1 --n 3 --out digits
 evaluate.py --ckpt o/ckpt.pt --bpd --swd --neighbours --n 2 --nfe 2 --tol 0.1
+evaluate.py --ckpt o/ckpt.pt --judge --n 129 --nfe 1
 train.py TINY --steps 4 --sample_every 2 --dropout 0.1 --out_dir o
 sample.py --exact --dataset large.npz --n 2
 train.py TINY_PP --D 128 --dataset large.npz --steps 2 --workers 1 --accum 2 --out_dir pp
@@ -3451,7 +3508,8 @@ sample.py --ckpt edm.pkl --n 2 --classes 1
 DRIVER = """
 import sys
 sys.path.insert(0, {here!r})
-import data, evaluate, launch, sample, train
+import bench, data, evaluate, launch, sample, train
+bench.JUDGE_STEPS = 2
 for line in open('modes'):
     data.MEMORY_LIMIT = 1 if '--workers' in line else 2 << 30
     name, *words = line.split()
@@ -3466,7 +3524,7 @@ pretended = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize('kind, count', [
-    pytest.param('cuda', 6, marks=pretended), pytest.param('mps', 6, marks=pretended),
+    pytest.param('cuda', 7, marks=pretended), pytest.param('mps', 7, marks=pretended),
     *(pytest.param(kind, 99, marks=[pretended, pytest.mark.slow]) for kind in ('cuda', 'mps')),
     pytest.param('real cuda', 99, marks=pytest.mark.cuda)])
 def test_modes_on_a_pretended_device_and_on_a_real_one(kind, count, tmp_path):
