@@ -1186,10 +1186,11 @@ TOGETHER = {  # flags that may stand together in any way; a space splits a value
         --distill=run --reflow=pp --pairs=5 --source=photos.npy --seed=7 --sample_every=1 --lr=9
         --bf16 --preset=mnist --keep=1 --steps=1 --dataset=photos.npy""",
     'sample': """--ckpt=pp --ckpt=vp --exact --solver=euler --solver=rk45 --solver=renew --eta=1
-        --solver=ddim --nfe=3 --schedule=time --schedule=log --z_min=.5 --to_data --no-to_data --tol=.1
-        --guidance=2 --classes=1,2 --classes=none --small_z=official --weights=raw --bf16 --gif
-        --n=9 --interpolate --rescale --encode=photos.npy --inpaint=photos.npy --mask=mask.png
-        --colorize=photos.npy --from=photos.npy --field_lines --out=a.npz --out=folder --seed=3""",
+        --solver=ddim --nfe=3 --schedule=time --schedule=log --z_min=.5 --to_data --no-to_data
+        --tol=.1 --guidance=2 --classes=1,2 --classes=none --small_z=official --weights=raw
+        --bf16 --gif --n=9 --interpolate --rescale --encode=photos.npy --inpaint=photos.npy
+        --mask=mask.png --colorize=photos.npy --from=photos.npy --field_lines --out=a.npz
+        --out=folder --seed=3""",
     'evaluate': """--ckpt=pp --ckpt=vp --exact --swd --bpd --neighbours --straightness --judge --fid
         --sweep=1,2 --solvers=euler,rk45 --compare=run --n=3 --n=140 --ref=photos.npy --nfe=2
         --samples=photos.npy --dataset=photos.npy --solver=heun --repeats=2 --tol=.1 --out=a.png
