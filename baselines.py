@@ -27,8 +27,8 @@ SHARD, PAIR_NFE = 1000, 40  # pairs a file, and calls of the teacher for each, b
 
 class PFGM(torch.nn.Module):
     """The Poisson field of charges, predicted by the network itself. Where it is followed |v_x| and
-    v_z are kept within what data in [-1, 1] allow, |E_x| within sqrt(N) of |x|: far out v_z is all
-    but 0, and where little was learned lines would lead anywhere."""
+    v_z are kept within what data in [-1, 1] allow, |E_x| within sqrt(N) of |x|: far out, where v_z
+    is all but 0 and little was learned, lines would lead anywhere."""
     unit = 1.0
 
     def __init__(self, net, args):
@@ -44,8 +44,8 @@ class PFGM(torch.nn.Module):
         E_x = torch.stack([(r - root_N).clamp_min(0), r + root_N])  # the least and the most
         scale = root_N / (torch.hypot(E_x, z) + self.gamma)
         norm = v_x.flatten(1).norm(dim=1).clamp_min(1e-30)
-        kept = norm.clamp(*(scale * E_x)) / norm
-        return v_x * pfgm.column(kept, v_x), v_z.clamp(*(-scale * z))
+        v_x = v_x * pfgm.column(norm.clamp(*(scale * E_x)) / norm, v_x)
+        return v_x, v_z.clamp(*(-scale * z))
 
     def perturb(self, x, generator=None):
         return pfgm.perturb(x, **self.how, generator=generator)
@@ -120,8 +120,7 @@ class Denoiser(torch.nn.Module):
 
 
 class EDM(Denoiser):
-    """As EDM and PFGM++ published it: sigma is z / sqrt(D) whatever |x|, and x may be of more
-    digits than the network. Sampled in float64 by default, by Heun on the planes of 'rho7'."""
+    """As EDM and PFGM++ published it: sigma is z / sqrt(D) whatever |x|, and x may be float64."""
 
     def sigma(self, x, z):
         return z / self.unit
@@ -392,8 +391,8 @@ class Flow(types.SimpleNamespace):
 
     def labels_of(self, indices, device):
         """The classes (b,) of images `indices`, or None for none."""
-        if self.classes and len(indices):
-            return torch.tensor([self.classes[i % len(self.classes)] for i in indices]).to(device)
+        if turns := len(indices) and len(self.classes):
+            return torch.tensor([self.classes[i % turns] for i in indices], device=device)
 
     def noise_of(self, indices):
         """noise(step) like x, the prior's but at z = 1, each image from a generator of its own."""
@@ -492,14 +491,15 @@ def flow_of(net, args, **how):
 # ---------------------------------------------------------------- reflow and distillation
 
 def method_of_student(args, teacher):
-    """What --reflow and --distill train, by the args of the teacher: its own method, and of pfgm a
-    denoiser of D = 1: far out a field cannot tell in one call where it leads."""
+    """What --reflow and --distill train: the teacher's method. But of pfgm a denoiser of D = 1, and
+    --distill of what predicts eps rf: far out neither field nor eps tells where one call leads."""
     flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
     if args.reflow and args.distill or args.consistency:
         raise BadInput(f'{flag}: --reflow, --distill and --consistency are two runs; give one')
     if teacher.get('distill') not in (None, args.distill) or teacher.get('consistency'):
         raise BadInput(f'{flag}: itself a student of one call; give its teacher')
-    return 'pfgmpp' if teacher['method'] == 'pfgm' else teacher['method']
+    of_one_call = dict.fromkeys(('vp', 'subvp', 'ddpm'), 'rf') if args.distill else {}
+    return {'pfgm': 'pfgmpp', **of_one_call}.get(teacher['method'], teacher['method'])
 
 
 def make_pairs(teacher, args, device, rank=0, world=1):
