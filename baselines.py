@@ -365,8 +365,7 @@ def restoring(flow, part, image, noise):
 
 
 def renewing(noise):
-    """A solver: xhat and, on the next plane, noise anew, noise(i) of step i: arXiv 2303.01469
-    Algorithm 1. In restoring() a line set out for a wrong image can so turn."""
+    """A solver: xhat and, on the next plane, fresh noise(i). arXiv 2303.01469 Algorithm 1."""
     def solver(f, x, grid, calls):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
             x = x - f(x, pfgm.like(z, x)) + pfgm.column(z_next, x) * pfgm.like(noise(i), x)
@@ -498,8 +497,9 @@ def method_of_student(args, teacher):
         raise BadInput(f'{flag}: --reflow, --distill and --consistency are two runs; give one')
     if teacher.get('distill') not in (None, args.distill) or teacher.get('consistency'):
         raise BadInput(f'{flag}: itself a student of one call; give its teacher')
-    of_one_call = dict.fromkeys(('vp', 'subvp', 'ddpm'), 'rf') if args.distill else {}
-    return {'pfgm': 'pfgmpp', **of_one_call}.get(teacher['method'], teacher['method'])
+    if args.distill and not teacher.get('distill') and teacher['method'] in ('vp', 'subvp', 'ddpm'):
+        return 'rf'  # and a run that goes on stays what it is
+    return 'pfgmpp' if teacher['method'] == 'pfgm' else teacher['method']
 
 
 def make_pairs(teacher, args, device, rank=0, world=1):

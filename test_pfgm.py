@@ -1387,6 +1387,11 @@ def test_any_teacher_is_distilled_into_one_call(teacher, student, D, tmp_path, m
             assert (near < 1e-4 * start.flatten(1).norm(dim=1).max()).all()
     script(['sample.py', '--ckpt', home, '--n', 3, '--device', 'cpu', '--out', tmp_path / 's.npz'])
     assert 'nfe 1 ' in capsys.readouterr().out
+    if teacher == 'vp':  # a run of before, whose student is its own, goes on as that
+        own = [*run[:-1], tmp_path / 'c', '--lr', '1e-2', '--grad_clip', 9]
+        script([*own, '--method', 'vp'])
+        script([*own, '--steps', 10])
+        assert loaded(tmp_path / 'c')['args']['method'] == 'vp' and len(losses(tmp_path / 'c')) > 9
 
 
 @pytest.mark.parametrize('flags', [['--D', 2], ['--D', 'inf', '--classes'], ['--method', 'vp']])
