@@ -291,17 +291,17 @@ def orthogonal(G):
         return orthogonal(G.mT).mT
     G = G / G.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-30)
     S, one = G @ G.mT, torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
-    turn = one
-    for _ in range(5):  # every step multiplies G by a polynomial p(S), hence S by p(S)^2
+    turn = p = 3.4445 * one - 4.775 * S + 2.0315 * S @ S
+    for _ in range(4):  # every step multiplies G by a polynomial p(S), hence S by p(S)^2
+        S = p @ p @ S
         p = 3.4445 * one - 4.775 * S + 2.0315 * S @ S
-        turn, S = p @ turn, p @ p @ S
+        turn = p @ turn
     return turn @ G
 
 
 class Muon(torch.optim.Adam):
     """Adam, but a weight of two or more dimensions inside the network moves along its averaged
-    gradient made orthogonal, by as much as Adam would: Muon, arXiv 2502.16982 Eq. 4. Its state is
-    Adam's."""
+    gradient made orthogonal, by as much as Adam would: Muon, arXiv 2502.16982 Eq. 4."""
 
     def __init__(self, net, lr, **how):
         ends = (getattr(net, name, None) for name in ('embed', 'label', 'conv_in', 'conv_out'))

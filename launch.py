@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
 try:
     import resource
@@ -34,7 +35,6 @@ except ImportError:  # Windows
 SIZE_LIMIT = 1024  # pixels a side
 CLASS_LIMIT = 10_000  # classes of labels
 Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
-
 
 
 # ---------------------------------------------------------------- errors, files, seeds
@@ -486,53 +486,37 @@ def restore(opt, saved, device, rank):
 # ---------------------------------------------------------------- what only CPUs need
 
 def speed_up(net):
-    """net, its group norms and dropouts replaced in place by those below; freed memory is kept."""
+    """net, its group norms, dropouts and attention replaced in place by those below; freed memory
+    is kept."""
     keep_freed_memory()
     faster = {nn.GroupNorm: GroupNorm, nn.Dropout: Dropout}
     for layer in net.modules():
         layer.__class__ = faster.get(type(layer), type(layer))
+        if hasattr(layer, 'attend'):
+            layer.attend = attend
     return net
 
 
-class NormLast(torch.autograd.Function):
-    """Group norm whose gradient stays channels last, as x is, in four sweeps of it. With
-    x^ = (x - mean) rstd and y = w x^ + b, averages over a group:
-    dx = rstd (w dy - <w dy> - x^ <w dy x^>)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        B, C, H, W = x.shape
-        y, *moments = torch.native_group_norm(x, weight, bias, B, C, H * W, groups, eps)
-        ctx.save_for_backward(x, weight, *moments)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, mean, rstd = ctx.saved_tensors                             # moments (B, G)
-        mean, rstd, w = mean[..., None], rstd[..., None], weight.view(mean.shape[1], -1)
-        db, ds = (a.sum((2, 3)).to(w.dtype).view(len(x), *w.shape) for a in (dy, dy * x))
-        dw = (ds - mean * db) * rstd                                          # (B, G, C/G)
-        n = w.shape[1] * x.shape[2] * x.shape[3]
-        p, q = ((w * a).sum(2, keepdim=True) / n for a in (db, dw))           # <w dy>, <w dy x^>
-        of_x, rest, of_dy = (a.expand_as(db).reshape(*x.shape[:2], 1, 1).to(x.dtype) for a in
-                             (-rstd * rstd * q, rstd * (rstd * mean * q - p), rstd * w))
-        dx = torch.addcmul(rest, x, of_x).addcmul_(dy, of_dy)
-        return dx, dw.sum(0).flatten(), db.sum(0).flatten(), None, None
+def attend(q, k, v):
+    """Attention (B, L, c). On a CPU the gradient of PyTorch's own is slow, most so in bfloat16."""
+    if q.device.type == 'cpu' and q.requires_grad and q.shape[1] <= 256:
+        return (q @ k.mT * q.shape[2] ** -0.5).softmax(2).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class GroupNorm(nn.GroupNorm):
-    """On a CPU PyTorch's kernel is slow where the channels are last, which is what the
-    convolutions want: backward (hence NormLast), and forward on small images in small groups, where
-    two copies are cheaper."""
+    """On a CPU PyTorch's kernel is slow where the channels are last, which is what the convolutions
+    want: backward always, and forward on small images in small groups. Two copies cost less."""
 
     def forward(self, x):
         fast = x.shape[2] * x.shape[3] >= 1024 or x.shape[1] >= 16 * self.num_groups
         if x.device.type != 'cpu' or fast and not torch.is_grad_enabled():
             return super().forward(x)
-        if fast:
-            return NormLast.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        last = functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
+        x = x.contiguous()
+        if x.requires_grad and not torch.compiler.is_compiling():
+            x.register_hook(last)  # a sum of gradients of different strides is slow
+        return last(super().forward(x))
 
 
 class Dropout(nn.Dropout):

@@ -661,6 +661,20 @@ def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dt
         assert (a - b).norm() <= tolerance * b.norm()
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.bfloat16, 2e-2)])
+def test_attention_on_a_cpu_has_the_values_and_gradients_of_attention(dtype, tolerance):
+    q, k, v, dy = (torch.randn(5, 49, 24, generator=seeded(k), dtype=F64) for k in range(4))
+
+    def grads(attend, *rows):
+        rows = [row.clone().requires_grad_(True) for row in rows]
+        return [y := attend(*rows), *torch.autograd.grad(y, rows, dy.to(y.dtype))]
+    layer = launch.speed_up(unet.Attention(24))
+    assert layer.attend is not unet.Attention.attend
+    for a, b in zip(grads(layer.attend, *(row.to(dtype) for row in (q, k, v))),
+                    grads(unet.Attention.attend, q, k, v)):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
 @golden
 @pytest.mark.parametrize('name, kw', [('cifar10', {}), ('celeba64', dict(image_size=64))])
 def test_parameters_are_in_the_published_order_and_law(name, kw):

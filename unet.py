@@ -72,6 +72,7 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """One head over all pixels, (B, c, H, W) -> the same. The embedding is not used."""
+    attend = staticmethod(F.scaled_dot_product_attention)  # scale c^-1/2
 
     def __init__(self, c):
         super().__init__()
@@ -81,7 +82,7 @@ class Attention(nn.Module):
 
     def forward(self, x, emb):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, c)
-        h = F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))  # scale c^-1/2
+        h = self.attend(self.q(h), self.k(h), self.v(h))
         return (x + self.out(h).transpose(1, 2).reshape(x.shape)) * math.sqrt(0.5)
 
 
