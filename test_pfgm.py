@@ -1697,6 +1697,9 @@ def newcomer(tmp_path, monkeypatch):
         edm_file(f'{name}.pkl', **flags)
     np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
     np.savez('bold.npz', arr_0=data.glyphs()[0][:20, ..., None])
+    os.mkdir('data')
+    cells = np.random.default_rng(1).integers(0, 256, (20, 28, 28, 3)).astype(np.uint8)
+    np.savez('data/bloodmnist.npz', train_images=cells, test_images=cells)
 
 
 @pytest.mark.parametrize('count', [7, pytest.param(1000, marks=pytest.mark.slow)])

@@ -1,6 +1,6 @@
 """Train a Poisson flow on images.
 
-    python train.py                                # digits drawn on the spot, 5 minutes on 2 cores
+    python train.py                                # digits drawn on the spot, 3 minutes on 2 cores
     python train.py --dataset photos/              # a folder, .zip, .npy or .npz of images
     torchrun --nproc_per_node=8 train.py --dataset cifar10         # the published CIFAR-10 run
 
