@@ -1448,6 +1448,8 @@ def test_consistency_training_and_its_sampler(flags, tmp_path, monkeypatch, caps
         assert f'solver renew  nfe {(nfe or [0, 1])[1]} ' in capsys.readouterr().out
     refuses(['sample.py', '--ckpt', 'b', '--encode', 'glyphs', '--device', 'cpu'],
             '--solver renew.*fresh noise cannot be encoded')
+    script([*words, '--steps', 17])
+    assert '): the levels of --consistency lie further apart' in capsys.readouterr().out
     refuses(['train.py', *TINY, '--consistency', '--out_dir', 'c'], '--consistency: trains')
     refuses(['train.py', *TINY_PP, '--distill', 'b', '--out_dir', 'c'], 'itself a student')
 

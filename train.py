@@ -220,9 +220,10 @@ def check_resume(args, old):
                differing(args, old, (*TUNED, 'dataset'))]
     if changed:
         say(f'going on with {", ".join(changed)}')
-    if args.decay and args.steps > old['steps']:
-        say(f'--steps {args.steps} (it was {old["steps"]}): the learning rate falls to 0 there '
-            'only; it rises again')
+    rises = ['the learning rate falls to 0 there only; it rises again'] * bool(args.decay) + [
+        'the levels of --consistency lie further apart again'] * args.consistency
+    if rises and args.steps > old['steps']:
+        say(f'--steps {args.steps} (it was {old["steps"]}): {"; ".join(rises)}')
 
 
 def check_origin(args, old, flag, path):
