@@ -1698,7 +1698,8 @@ def newcomer(tmp_path, monkeypatch):
                         ('edm-cifar10-32x32-uncond-vp', {})):
         edm_file(f'{name}.pkl', **flags)
     np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
-    np.savez('bold.npz', arr_0=data.glyphs()[0][:20, ..., None])
+    for name in ('bold', 'digits'):
+        np.savez(f'{name}.npz', arr_0=data.glyphs()[0][:20, ..., None])
     os.mkdir('data')
     cells = np.random.default_rng(1).integers(0, 256, (20, 28, 28, 3)).astype(np.uint8)
     np.savez('data/bloodmnist.npz', train_images=cells, test_images=cells)
