@@ -371,8 +371,10 @@ def main(args):
         args.n = min(args.n, len(source))
     if args.interpolate and flow.solver == 'renew':
         raise BadInput('--interpolate: not by --solver renew, whose noise is fresh; give another')
-    if args.interpolate:  # both ways with the same label, or without
-        flow.classes = flow.classes[:1] if args.classes else []
+    if (args.interpolate or known) and not args.classes:
+        flow.classes = []  # images that are given may be of any class
+    if rows:  # each of one class; images that are given have one way between them
+        flow.classes = [k for k in flow.classes[:1 if args.interpolate else None] for _ in range(8)]
     if rank == 0:
         facts = {**vars(flow), 'schedule': flow.spacing()}
         print('  '.join(f'{k} {v}' for k, v in facts.items() if k != 'net'), flush=True)

@@ -907,7 +907,7 @@ def test_m_draws_gather_m_about_the_middle_and_1_is_the_published_law():
 SCRIPTS = dict(train=train, sample=sample, evaluate=evaluate, checkpoint=checkpoint)
 data.glyphs = functools.lru_cache(data.glyphs)  # drawn once for all tests
 TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
-       '--sample_every 0 --device cpu --no-bf16 --lr 2e-3 --decay 0'.split()
+       '--sample_every 0 --device cpu --no-bf16 --lr 2e-3 --decay 0 --no-classes'.split()
 TINY_PP = TINY[:TINY.index('--field_batch')] + TINY[TINY.index('--field_batch') + 2:]
 
 
@@ -1283,6 +1283,38 @@ def test_a_run_keeps_its_d_and_its_classes(D, charges, tmp_path):
             '--classes 10: the network knows 0 to 9')
     labels = baselines.Flow(classes=[0, 3, 7]).labels_of(range(2, 6), 'cpu')
     assert labels.tolist() == [7, 0, 3, 7]
+
+
+def test_our_own_sets_are_trained_on_their_labels_and_what_is_given_may_be_of_any_class(
+        tmp_path, monkeypatch, capsys):
+    """glyphs (and mnist), unless flag or run say otherwise; other data by --classes alone."""
+    monkeypatch.chdir(tmp_path)
+    words = ['train.py', *TINY[:-1], '--steps']
+    photos = classes_of(tmp_path / 'photos', 'a', 'b')
+    for more, known in (([], 10), (['--no-classes'], 0), (['--dataset', photos], 0),
+                        (['--dataset', photos, '--classes'], 2),
+                        (['--method', 'rf', '--field_batch', 1, '--source', 'glyphs'], 0)):
+        shutil.rmtree('out', ignore_errors=True)
+        script([*words, 1, *more])
+        assert checkpoint.load_checkpoint('out/ckpt.pt')[1]['classes'] == known
+        if more == ['--no-classes']:  # a run, and what goes on from it, stays what it is
+            script([*words, 2])
+            script([*words, 3, '--init_from', 'out', '--out_dir', 'more'])
+            assert checkpoint.load_checkpoint('more/ckpt.pt')[1]['classes'] == 0
+    shutil.rmtree('out')
+    script([*words, 1])
+    glyph = Image.fromarray(data.load('glyphs').pixels[0, 0].numpy())
+    glyph.save('0.png')
+    capsys.readouterr()
+    for more, labels in (
+            ([], [*range(10)]), (['--classes', '3,4'], [3, 4]),
+            (['--rescale'], [k for k in range(10) for _ in range(8)]),
+            (['--interpolate', '0.png', '0.png'], []),
+            (['--interpolate', '0.png', '0.png', '--classes', '3,4'], 8 * [3]),
+            (['--inpaint', '0.png', '--mask', '0.png'], []),
+            (['--inpaint', '0.png', '--mask', '0.png', '--classes', '3,4'], [3, 4])):
+        script(['sample.py', '--device', 'cpu', '--nfe', 1, '--n', 8, *more])
+        assert f'  classes {labels}  ' in capsys.readouterr().out
 
 
 @pytest.fixture(scope='session')

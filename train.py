@@ -30,27 +30,27 @@ from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
-# of the official code (with data.OFFICIAL), cifar10_pp EDM's for PFGM++ with DDPM++, cifar10_ncsnpp
-# with NCSN++. What a row leaves out is as in REST.
+# of the official code (with data.OFFICIAL), the two after them EDM's. What a row leaves out: REST.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
-OURS = 2, 1.0, 4, True  # patch, decay, m_draws, muon
-REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, ncsnpp=False, label_first=False)
+EDM = .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum'
+OURS = 2, 1.0, 4, True, True  # patch, decay, m_draws, muon, classes
+REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, classes=False, ncsnpp=False,
+            label_first=False)
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
     'ema_decay', 'steps', 'sample_every', 'loss', *REST),
     (*row, *[*REST.values()][len(row) - 13:]))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1700, 500, 'sum', *OURS),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1300, 500, 'sum', *OURS),
     'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 5000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
     'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean'),
-    'cifar10_pp':   (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
-                     'sum'),
-    'cifar10_ncsnpp': (128, S[1:], 4, (16,), .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000,
-                       'sum', 1, 0.0, 1, False, True, True),
+    'cifar10_pp':   (128, S[1:], 4, (16,), *EDM),
+    'cifar10_ncsnpp': (128, S[1:], 4, (16,), *EDM, 1, 0.0, 1, False, False, True, True),
 }.items()}
+BY_SIZE = {28: 'mnist', 32: 'cifar10', 64: 'celeba64', math.inf: 'lsun_bedroom'}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # with --init_from by the file
 TUNED = 'lr warmup decay grad_clip batch_size accum workers'.split()  # may change on resume
@@ -70,7 +70,7 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('channels', int, None, 'grey or colour (default: as the data is)', dict(choices=(1, 3))),
     ('method', str, None, 'default: pfgm, with --D or --ncsnpp pfgmpp', dict(choices=METHODS)),
     ('D', unless('inf', math.inf, above(1 - 1e-9)), None, '1 or more, or inf (default: 128)'),
-    ('classes', None, False, 'train on the labels too; a tenth is left out, for --guidance'),
+    ('classes', None, None, 'train on the labels too; a tenth is left out, for --guidance'),
     ('flip', None, None, 'mirror half of the images (default: as the data is)'),
     ('source', str, None, 'of rf: these images into those of --dataset, not noise'),
     ('reflow', in_folder, None, 'straighten this checkpoint: train on pairs it makes'),
@@ -144,13 +144,12 @@ def parse_args(argv=None):
 
 def resolve(args, images, saved, resumed, world):
     """Fill the flags left open, from the checkpoint, the preset row or the data, and check them."""
-    sizes = ((28, 'mnist'), (32, 'cifar10'), (64, 'celeba64'), (math.inf, 'lsun_bedroom'))
-    by_size = next(name for size, name in sizes if images.image_size <= size)
     name = args.preset or args.dataset
     teacher, old = args.reflow or args.distill, saved['args'] if saved else {}
     args.edm = old.get('edm', False)
     given = old if args.init_from or args.edm or teacher else {}  # where no flag says
-    row = dict(PRESETS[name if name in PRESETS else by_size])
+    row = dict(PRESETS[name if name in PRESETS else next(
+        preset for size, preset in BY_SIZE.items() if images.image_size <= size)])
     kept = row if resumed else (*ARCHITECTURE, 'muon')  # rows may have changed since
     row.update({k: old[k] for k in kept if k in old})
     ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
@@ -186,7 +185,9 @@ def resolve(args, images, saved, resumed, world):
         args.classes, row['z_exp'] = old['classes'] > 0, 0.0  # a denoiser's v_z is exact
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
-    args.classes = images.class_count() if args.classes else 0
+    known = images.labels is not None and not args.source and (saved or args.dataset in PRESETS)
+    wanted = args.classes or args.classes is None and row['classes'] and known
+    args.classes = images.class_count() if wanted else 0
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -281,7 +282,7 @@ def training_steps(images, flow, args, step, place):
 # ---------------------------------------------------------------- the run
 
 def prepare(args, images, place):
-    """The flags, filled in and checked, and where to start: (checkpoint or None, its path)."""
+    """The flags, filled in and checked, and where to start: (checkpoint or None, path, step)."""
     args.data, args.class_names = images.identity, images.classes
     saved, resumed = open_run(args)
     resolve(args, images, saved, resumed, place[2])
@@ -307,7 +308,7 @@ def prepare(args, images, place):
     if start >= args.steps:
         raise BadInput(f'--steps {args.steps}: {origin} has {start} already; give more, or sample '
                        f'from it with: python sample.py --ckpt {origin}')
-    return saved, origin
+    return saved, origin, start
 
 
 def networks(args, saved, origin, device):
@@ -354,9 +355,8 @@ def main(args):
 
     # data, and the checkpoint to go on from
     images = datasets.load(args.dataset, args.data_dir, args.image_size, args.channels)
-    saved, origin = prepare(args, images, place)
+    saved, origin, start = prepare(args, images, place)
     path = os.path.join(args.out_dir, 'ckpt.pt')
-    start = saved['step'] if saved else 0
 
     # model
     raw, ema = networks(args, saved, origin, device)
