@@ -26,21 +26,27 @@ SHARD, PAIR_NFE = 1000, 40  # pairs a file, and calls of the teacher for each, b
 
 
 class PFGM(torch.nn.Module):
-    """The Poisson field of charges, predicted by the network itself. Where it is followed |v_x| and
-    v_z are kept within what data in [-1, 1] allow, |E_x| within sqrt(N) of |x|: far out, where v_z
-    is all but 0 and little was learned, lines would lead anywhere."""
+    """The Poisson field of charges, predicted by the network itself; with --skip the network adds,
+    where the noise is large, to the field of one charge at 0, and the less the farther away.
+    Where it is followed |v_x| and v_z are kept within what data in [-1, 1] allow, |E_x| within
+    sqrt(N) of |x|: far out, where v_z is all but 0, lines would lead anywhere."""
     unit = 1.0
 
     def __init__(self, net, args):
         super().__init__()
-        self.net, self.gamma = net, args['gamma']
+        self.net, self.gamma, self.skip = net, args['gamma'], args.get('skip')
         self.how = {k: args.get(k) for k in ('M', 'sigma', 'tau', 'm_draws')}
 
     def forward(self, x, z, labels=None):
         v_x, v_z = self.net(x, z) if labels is None else self.net(x, z, labels)
+        root_N, r = math.sqrt(x[0].numel()), x.flatten(1).norm(dim=1)
+        if self.skip:  # c^2 = 1 / (1 + the noise that |x| shows beyond data of spread 1/2)
+            c = ((r * r + z * z) / (root_N ** 2 + 1) - 0.25).clamp_min(0).add(1).rsqrt()
+            at_0 = (c * c - 1) * root_N / (torch.hypot(r, z) + self.gamma)
+            v_x = pfgm.column(c, x) * v_x + pfgm.column(at_0, x) * x
+            v_z = c * v_z + at_0 * z
         if self.net.training:
             return v_x, v_z
-        root_N, r = math.sqrt(x[0].numel()), x.flatten(1).norm(dim=1)
         E_x = torch.stack([(r - root_N).clamp_min(0), r + root_N])  # the least and the most
         scale = root_N / (torch.hypot(E_x, z) + self.gamma)
         norm = v_x.flatten(1).norm(dim=1).clamp_min(1e-30)
@@ -339,12 +345,13 @@ def update(net, ema, opt, clip, decay):
 # ---------------------------------------------------------------- following them
 
 def ancestral(eta, noise):
-    """A solver: DDIM with eta = 0, ancestral sampling of DDPM with 1, arXiv 2010.02502 Eq. 12.
+    """A solver: DDIM with eta = 0, ancestral sampling of DDPM with 1, arXiv 2010.02502 Eq. 12; with
+    None all noise is new: xhat and, on the next plane, fresh noise, arXiv 2303.01469 Algorithm 1.
     noise(i): the normal draws, like x, of step i."""
     def solver(f, x, grid, calls):
         for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
             towards = f(x, pfgm.like(z, x))                               # x - xhat = z eps
-            fresh = eta * z_next * (1 - (z_next / z) ** 2).sqrt()
+            fresh = z_next if eta is None else eta * z_next * (1 - (z_next / z) ** 2).sqrt()
             kept = (z_next ** 2 - fresh ** 2).clamp_min(0).sqrt() / z  # rounding
             x = x + pfgm.column(kept - 1, x) * towards
             x = x + pfgm.column(fresh, x) * pfgm.like(noise(i), x)
@@ -362,15 +369,6 @@ def restoring(flow, part, image, noise):
                              labels, flow.guidance)
         return part(towards - x + image) - towards, -z
     return net
-
-
-def renewing(noise):
-    """A solver: xhat and, on the next plane, fresh noise(i). arXiv 2303.01469 Algorithm 1."""
-    def solver(f, x, grid, calls):
-        for i, (z, z_next) in enumerate(zip(grid[:-1], grid[1:])):
-            x = x - f(x, pfgm.like(z, x)) + pfgm.column(z_next, x) * pfgm.like(noise(i), x)
-            yield x
-    return solver
 
 
 class Flow(types.SimpleNamespace):
@@ -436,11 +434,9 @@ class Flow(types.SimpleNamespace):
         exact field or EDM). indices: of the images, for classes and fresh noise; known: (part,
         image) of restoring()."""
         labels = self.labels_of(indices, device)
-        solver = self.solver
-        if solver == 'ddim':
-            solver = ancestral(self.eta, self.noise_of(indices)) if self.eta else 'euler'
-        if solver == 'renew':
-            solver = renewing(self.noise_of(indices))
+        solver = 'euler' if self.solver == 'ddim' and not self.eta else self.solver
+        if solver in ('ddim', 'renew'):
+            solver = ancestral(self.eta if solver == 'ddim' else None, self.noise_of(indices))
         to_data, z_last = self.ending()
         ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)
         wide = isinstance(self.net, (pfgm.ExactField, EDM)) and device.type != 'mps'  # has none

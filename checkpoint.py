@@ -29,7 +29,8 @@ from unet import UNet
 ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
                 'classes', 'patch', 'ncsnpp', 'label_first')
 BEFORE_D = dict(classes=0, method='pfgm', D=1.0, sigma_data=0.5, patch=1, m_draws=1, muon=False,
-                decay=0.0, ncsnpp=False, label_first=False, edm=False)  # of files that do not say
+                skip=False, decay=0.0, ncsnpp=False, label_first=False,
+                edm=False)  # of files that do not say
 
 
 def load_checkpoint(path, weights='ema'):

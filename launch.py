@@ -118,6 +118,11 @@ def above(low, kind=float, below=2 ** 31):
     return convert
 
 
+def unless(word, value, kind):
+    """An argparse type: the value for that word, else of that kind."""
+    return lambda text: value if text == word else kind(text)
+
+
 # ---------------------------------------------------------------- beginning and end
 
 AT_THE_END = contextlib.ExitStack()  # of run(), however main ends

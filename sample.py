@@ -66,7 +66,7 @@ def special_starts(args, flow, latents=None):
     if args.rescale:
         x = a * norm * (1 / 3 + 5 / 3 * t)
     else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b
-        w = (a * b).sum((2, 3, 4), keepdim=True).acos()
+        w = (a * b).sum((2, 3, 4), keepdim=True).clamp_max(1).acos().clamp_min(1e-6)  # not 0 / 0
         x = norm * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
     return x.flatten(0, 1).float()
 

@@ -232,6 +232,24 @@ def test_exact_small_z_follows_the_true_flow():
     close(x, ref['ref64_true_flow'], atol=1e-7)
 
 
+def test_with_skip_the_network_is_alone_near_the_data_and_a_charge_at_0_far_away():
+    args, net = dict(gamma=5.0, skip=True), torch.nn.Identity()
+    net.forward = lambda x, z: (torch.full_like(x, 0.25), torch.full_like(z, -0.5))
+    near = torch.full((3, 1, 8, 8), 0.5)                   # no noise shows beyond data of spread 1/2
+    for x, z, noise in ((near, 0.01, 0), (32 * near, 40.0, 20), (3200 * near, 4000.0, 2000)):
+        flow, z = baselines.PFGM(net, args).train(), torch.full((3,), z)
+        v_x, v_z = flow(x, z)
+        at_0 = pfgm.poisson_field(x, z, torch.zeros(1, 1, 8, 8), 5.0)
+        s2 = max((x[0].square().sum() + z[0] ** 2).item() / 65 - 0.25, 0)
+        c2 = 1 / (1 + s2)                                  # by itself alone, and not at all
+        close(v_x, c2 ** 0.5 * 0.25 + (1 - c2) * at_0[0], rtol=1e-5, atol=1e-6)
+        close(v_z, c2 ** 0.5 * -0.5 + (1 - c2) * at_0[1], rtol=1e-5, atol=1e-6)
+        assert s2 >= 0.2 * noise ** 2
+    assert (v_x - at_0[0]).abs().max() < 1e-3
+    args['skip'] = False
+    assert torch.equal(baselines.PFGM(net, args).train()(x, z)[0], torch.full_like(x, 0.25))
+
+
 def test_a_field_that_is_followed_stays_within_what_data_in_the_cube_allow():
     """An exact field is not touched, on a charge and far out. What has learned nothing leads no
     farther than a field can, has a divergence, and is trained on as it is."""
@@ -1499,7 +1517,7 @@ def test_noise_is_renewed_on_every_plane():
     """x = xhat, then noise of the kernel anew: of one charge, the charge and that noise."""
     y, D = torch.randn(1, 6, generator=seeded(), dtype=F64), 3
     u = pfgm.kernel((2, 1000, 6), torch.ones(2, dtype=F64), math.inf, seeded(1))
-    solver = baselines.renewing(lambda i: u[i])
+    solver = baselines.ancestral(None, lambda i: u[i])
     x, path = 9 * u[0], []
     end, nfe = pfgm.sample_ode(
         ExactField(y, D=D), x, 9.0, 0.5, solver, 3, z_exp=0, D=D, to_data=True,

@@ -26,29 +26,29 @@ from checkpoint import (ARCHITECTURE, build, flow_flags, for_classes, in_folder,
                         open_run, save)
 from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16, fingerprint,
                     heard, keep_older, listen, new_meter, observe, open_log, progress, restore,
-                    rng_state, run, say, setup, speed_up, step_seed, stop_if_bad)
+                    rng_state, run, say, setup, speed_up, step_seed, stop_if_bad, unless)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
 # of the official code (with data.OFFICIAL), the two after them EDM's. What a row leaves out: REST.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
 EDM = .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum'
-OURS = 2, 1.0, 4, True, True  # patch, decay, m_draws, muon, classes
-REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, classes=False, ncsnpp=False,
+OURS = 2, 1.0, 4, True, True, True  # patch, decay, m_draws, muon, skip, classes
+REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, skip=False, classes=False, ncsnpp=False,
             label_first=False)
 PRESETS = {name: dict(zip((
     'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout', 'batch_size', 'field_batch', 'lr', 'warmup',
     'ema_decay', 'steps', 'sample_every', 'loss', *REST),
     (*row, *[*REST.values()][len(row) - 13:]))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1300, 500, 'sum', *OURS),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1400, 500, 'sum', *OURS),
     'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 5000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
     'lsun_bedroom': (128, L, 2, (16,), 0, 32, 32, 2e-5, 5000, .9999, 2400000, 5000, 'mean'),
     'cifar10_pp':   (128, S[1:], 4, (16,), *EDM),
-    'cifar10_ncsnpp': (128, S[1:], 4, (16,), *EDM, 1, 0.0, 1, False, False, True, True),
+    'cifar10_ncsnpp': (128, S[1:], 4, (16,), *EDM, 1, 0.0, 1, False, False, False, True, True),
 }.items()}
 BY_SIZE = {28: 'mnist', 32: 'cifar10', 64: 'celeba64', math.inf: 'lsun_bedroom'}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
@@ -56,11 +56,6 @@ OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # with --init_f
 TUNED = 'lr warmup decay grad_clip batch_size accum workers'.split()  # may change on resume
 FREE_ON_RESUME = {*TUNED, *'out_dir data_dir steps device bf16 compile log_every sample_every '
                   'save_every keep timeout init_from dataset data class_names'.split()}
-
-
-def unless(word, value, kind):
-    """An argparse type: the value for that word, else of that kind."""
-    return lambda text: value if text == word else kind(text)
 
 
 FLAGS = (  # name, type (None: yes or no), default, help, what else argparse takes
@@ -88,6 +83,7 @@ FLAGS = (  # name, type (None: yes or no), default, help, what else argparse tak
     ('num_blocks', above(0, int, 33), None, 'residual blocks a level'),
     ('attn', above(0, int), None, 'image sizes with attention', dict(nargs='*')),
     ('patch', above(0, int, 65), None, 'pixels a side that the network takes as one'),
+    ('skip', None, None, 'of pfgm: far from the data add to the field of a charge at 0'),
     ('dropout', above(-1e-9, below=1), None, 'in residual blocks'),
     ('ncsnpp', None, None, 'NCSN++: Fourier features of the noise, FIR filters, a pyramid'),
     ('label_first', None, None, 'labels join the noise before the first linear layer'),
@@ -150,7 +146,7 @@ def resolve(args, images, saved, resumed, world):
     given = old if args.init_from or args.edm or teacher else {}  # where no flag says
     row = dict(PRESETS[name if name in PRESETS else next(
         preset for size, preset in BY_SIZE.items() if images.image_size <= size)])
-    kept = row if resumed else (*ARCHITECTURE, 'muon')  # rows may have changed since
+    kept = row if resumed else (*ARCHITECTURE, 'muon', 'skip')  # rows may have changed since
     row.update({k: old[k] for k in kept if k in old})
     ncsnpp = row['ncsnpp'] if args.ncsnpp is None else args.ncsnpp
     own = method_of_student(args, old) if teacher else given.get('method')
@@ -229,7 +225,7 @@ def check_resume(args, old):
 
 def check_origin(args, old, flag, path):
     """A flag that contradicts the checkpoint whose network is taken; is it of other classes?"""
-    for key, a, b in differing(args, old, ('method', 'muon', *sorted(
+    for key, a, b in differing(args, old, ('method', 'muon', 'skip', *sorted(
             {*ARCHITECTURE} - {'attn', 'dropout', 'classes'}))):
         mend = ('no-' * (not b) + key if isinstance(b, bool) else
                 ' '.join(map(str, [key, *(b if isinstance(b, list) else [b])])))
