@@ -1866,7 +1866,7 @@ class KMNIST:
 torchvision.datasets.KMNIST = KMNIST
 def script(module, words):
     module.main(module.parse_args([*words.split(), '--device', 'cpu', '--no-bf16']))
-script(train, '--dataset kmnist --steps 1 --out_dir pfgm')
+script(train, '--dataset kmnist --no-skip --steps 1 --out_dir pfgm')
 for method in ('weightless', 'cosine'):
     script(train, f'--dataset ramps --method {method} --steps 2 --log_every 1 --out_dir {method}')
 how = '--ckpt cosine/ckpt.pt --solver euler_log --nfe 5 --n 4'
