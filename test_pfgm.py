@@ -235,7 +235,7 @@ def test_exact_small_z_follows_the_true_flow():
 def test_with_skip_the_network_is_alone_near_the_data_and_a_charge_at_0_far_away():
     args, net = dict(gamma=5.0, skip=True), torch.nn.Identity()
     net.forward = lambda x, z: (torch.full_like(x, 0.25), torch.full_like(z, -0.5))
-    near = torch.full((3, 1, 8, 8), 0.5)                   # no noise shows beyond data of spread 1/2
+    near = torch.full((3, 1, 8, 8), 0.5)  # no noise shows beyond data of spread 1/2
     for x, z, noise in ((near, 0.01, 0), (32 * near, 40.0, 20), (3200 * near, 4000.0, 2000)):
         flow, z = baselines.PFGM(net, args).train(), torch.full((3,), z)
         v_x, v_z = flow(x, z)
@@ -1211,9 +1211,9 @@ def workers(p):
 
 TOGETHER = {  # flags that may stand together in any way; a space splits a value in two
     'train': """--method=vp --method=rf --method=pfgm --D=3 --D=inf --classes --flip --image_size=8
-        --channels=3 --batch_size=6 --accum=2 --accum=3 --field_batch=1 --field_batch=all --decay=1
-        --field_batch=9 --patch=2 --muon --ncsnpp --label_first --dropout=0.2 --attn --attn=8,4
-        --ch_mult=1 --nf=7 --loss=mean --m_draws=4 --M=5 --z_max=1 --z_exp=0 --z_min=2 --sigma=.1
+        --no-skip --channels=3 --batch_size=6 --accum=2 --accum=3 --field_batch=1 --field_batch=all
+        --decay=1 --field_batch=9 --patch=2 --muon --ncsnpp --label_first --dropout=0.2 --attn
+        --attn=8,4 --ch_mult=1 --nf=7 --loss=mean --m_draws=4 --M=5 --z_max=1 --z_exp=0 --z_min=2 --sigma=.1
         --gamma=0 --warmup=0 --ema_decay=0 --consistency --init_from=run --init_from=pp
         --distill=run --reflow=pp --pairs=5 --source=photos.npy --seed=7 --sample_every=1 --lr=9
         --bf16 --preset=mnist --keep=1 --steps=1 --dataset=photos.npy""",
