@@ -1213,8 +1213,8 @@ TOGETHER = {  # flags that may stand together in any way; a space splits a value
     'train': """--method=vp --method=rf --method=pfgm --D=3 --D=inf --classes --flip --image_size=8
         --no-skip --channels=3 --batch_size=6 --accum=2 --accum=3 --field_batch=1 --field_batch=all
         --decay=1 --field_batch=9 --patch=2 --muon --ncsnpp --label_first --dropout=0.2 --attn
-        --attn=8,4 --ch_mult=1 --nf=7 --loss=mean --m_draws=4 --M=5 --z_max=1 --z_exp=0 --z_min=2 --sigma=.1
-        --gamma=0 --warmup=0 --ema_decay=0 --consistency --init_from=run --init_from=pp
+        --attn=8,4 --ch_mult=1 --nf=7 --loss=mean --m_draws=4 --M=5 --z_max=1 --z_exp=0 --z_min=2
+        --sigma=.1 --gamma=0 --warmup=0 --ema_decay=0 --consistency --init_from=run --init_from=pp
         --distill=run --reflow=pp --pairs=5 --source=photos.npy --seed=7 --sample_every=1 --lr=9
         --bf16 --preset=mnist --keep=1 --steps=1 --dataset=photos.npy""",
     'sample': """--ckpt=pp --ckpt=vp --exact --solver=euler --solver=rk45 --solver=renew --eta=1
