@@ -40,8 +40,10 @@ class PFGM(torch.nn.Module):
     def forward(self, x, z, labels=None):
         v_x, v_z = self.net(x, z) if labels is None else self.net(x, z, labels)
         root_N, r = math.sqrt(x[0].numel()), x.flatten(1).norm(dim=1)
-        if self.skip:  # c^2 = 1 / (1 + the noise that |x| shows beyond data of spread 1/2)
-            c = ((r * r + z * z) / (root_N ** 2 + 1) - 0.25).clamp_min(0).add(1).rsqrt()
+        if self.skip:
+            # s, the noise that |x| shows if the data's spread is 1/2; c, the share of the network
+            s2 = ((r * r + z * z) / (root_N ** 2 + 1) - 1 / 4).clamp_min(0)
+            c = (1 + s2).rsqrt()
             at_0 = (c * c - 1) * root_N / (torch.hypot(r, z) + self.gamma)
             v_x = pfgm.column(c, x) * v_x + pfgm.column(at_0, x) * x
             v_z = c * v_z + at_0 * z

@@ -182,7 +182,7 @@ def resolve(args, images, saved, resumed, world):
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
     known = images.labels is not None and not args.source and (saved or args.dataset in PRESETS)
-    wanted = args.classes or args.classes is None and row['classes'] and known
+    wanted = args.classes or args.classes is None and row['classes'] and known  # or a file's
     args.classes = images.class_count() if wanted else 0
     for key, value in row.items():
         if getattr(args, key) is None:
