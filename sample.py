@@ -331,7 +331,9 @@ def make_images(flow, images, args, place):
         pixels = pixels.permute(0, 3, 1, 2)
         if source and special is None:
             pixels = beside_their_starts(flow, pixels)
-        picture = datasets.grid_of(pixels, None if special is None else 8)
+        turns = len(flow.classes)  # one column a class, where they fill the rows
+        picture = datasets.grid_of(pixels, 8 if special is not None else
+                                   turns if 1 < turns <= 16 and n % turns == 0 else None)
         write('--out', args.out, lambda file: picture.save(file, 'PNG'))
     if single:
         shutil.rmtree(folder)

@@ -1333,6 +1333,8 @@ def test_our_own_sets_are_trained_on_their_labels_and_what_is_given_may_be_of_an
             (['--inpaint', '0.png', '--mask', '0.png', '--classes', '3,4'], [3, 4])):
         script(['sample.py', '--device', 'cpu', '--nfe', 1, '--n', 8, *more])
         assert f'  classes {labels}  ' in capsys.readouterr().out
+    script(['sample.py', '--device', 'cpu', '--nfe', 1, '--n', 20])  # a column a class
+    assert Image.open('samples.png').size == (10 * 68 + 4, 2 * 68 + 4)
 
 
 @pytest.fixture(scope='session')
