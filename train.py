@@ -41,7 +41,7 @@ PRESETS = {name: dict(zip((
     'ema_decay', 'steps', 'sample_every', 'loss', *REST),
     (*row, *[*REST.values()][len(row) - 13:]))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1700, 500, 'sum', *OURS),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1600, 500, 'sum', *OURS),
     'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 5000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
