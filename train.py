@@ -33,7 +33,8 @@ from unet import UNet
 # of the official code (with data.OFFICIAL), the two after them EDM's. What a row leaves out: REST.
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
 EDM = .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum'
-OURS = 2, 1.0, 4, True  # patch, decay, m_draws, muon; after them skip, classes
+OURS = 2, 1.0, 4, True, True, True  # patch, decay, m_draws, muon, skip, classes
+TINY = 2, 1.0, 4, True, False, True
 REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, skip=False, classes=False, ncsnpp=False,
             label_first=False)
 PRESETS = {name: dict(zip((
@@ -41,10 +42,8 @@ PRESETS = {name: dict(zip((
     'ema_decay', 'steps', 'sample_every', 'loss', *REST),
     (*row, *[*REST.values()][len(row) - 13:]))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1400, 500, 'sum', *OURS,
-                     False, True),
-    'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 5000, 1000, 'sum', *OURS,
-                     True, True),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1400, 500, 'sum', *TINY),
+    'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 5000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'celeba64':     (128, S, 4, (16,), .1, 128, 512, *LONG, 1300000, 5000, 'sum'),
