@@ -40,17 +40,19 @@ class PFGM(torch.nn.Module):
     def forward(self, x, z, labels=None):
         v_x, v_z = self.net(x, z) if labels is None else self.net(x, z, labels)
         root_N, r = math.sqrt(x[0].numel()), x.flatten(1).norm(dim=1)
+
+        def share(E_x):  # |v| / |E|
+            return root_N / (torch.hypot(E_x, z) + self.gamma)
         if self.skip:
-            # s, the noise that |x| shows if the data's spread is 1/2; c, the share of the network
+            # s, the noise that |x| shows if the data's spread is 1/2; c, the network's weight
             s2 = ((r * r + z * z) / (root_N ** 2 + 1) - 1 / 4).clamp_min(0)
-            c = (1 + s2).rsqrt()
-            at_0 = (c * c - 1) * root_N / (torch.hypot(r, z) + self.gamma)
+            c, at_0 = (1 + s2).rsqrt(), -s2 / (1 + s2) * share(r)
             v_x = pfgm.column(c, x) * v_x + pfgm.column(at_0, x) * x
             v_z = c * v_z + at_0 * z
         if self.net.training:
             return v_x, v_z
         E_x = torch.stack([(r - root_N).clamp_min(0), r + root_N])  # the least and the most
-        scale = root_N / (torch.hypot(E_x, z) + self.gamma)
+        scale = share(E_x)
         norm = v_x.flatten(1).norm(dim=1).clamp_min(1e-30)
         v_x = v_x * pfgm.column(norm.clamp(*(scale * E_x)) / norm, v_x)
         return v_x, v_z.clamp(*(-scale * z))

@@ -302,8 +302,9 @@ class Images(torch.utils.data.Dataset):
         without = [name for k, name in enumerate(self.classes or ()) if k not in labels]
         if len(labels) > CLASS_LIMIT or labels != list(range(len(labels))) or without:
             raise BadInput(f'{flag}: {len(labels)} labels from {labels[0]} to {labels[-1]}'
-                           + f', no image of {", ".join(without)}' * bool(without) + '; accepted: '
-                           f'0, 1, 2, ... with none left out, at most {CLASS_LIMIT}')
+                           + f', no image of {", ".join(without)}' * bool(without)
+                           + f'; accepted: 0, 1, 2, ... with none left out, at most {CLASS_LIMIT}'
+                           + '; or give --no-classes' * (flag == '--classes'))
         return len(labels)
 
     def decode(self, k):
@@ -473,7 +474,6 @@ def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
 
 def grid_of(pixels, nrow=None):
     """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more."""
-    from PIL import Image
     from torchvision.utils import make_grid
     pixels = pixels.cpu().repeat_interleave(k := -(-64 // pixels.shape[-1]), 2)
     grid = make_grid(pixels.repeat_interleave(k, 3), nrow or int(np.ceil(len(pixels) ** 0.5)),

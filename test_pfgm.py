@@ -1595,7 +1595,8 @@ def test_labels_with_a_gap_are_refused_and_a_class_has_one_number_in_both_splits
     x = np.zeros((8, 8, 8), np.uint8)
     np.savez(tmp_path / 'a.npz', x=x, y=np.array([1, 2] * 4))
     refuses(['train.py', *TINY_PP, '--dataset', tmp_path / 'a.npz', '--D', 2, '--classes',
-             '--out_dir', tmp_path / 'o'], '--classes: 2 labels from 1 to 2; accepted: 0, 1')
+             '--out_dir', tmp_path / 'o'],
+            '--classes: 2 labels from 1 to 2; accepted: 0, 1.*; or give --no-classes')
     for name in ('train/a', 'train/b', 'train/c', 'test/b', 'test/c'):
         (tmp_path / 'f' / name).mkdir(parents=True)
         Image.fromarray(x[0]).save(tmp_path / 'f' / name / '0.png')
@@ -3555,12 +3556,12 @@ def test_words_as_flags(name, every):
 
 PRETEND = HERE.parent / 'shared' / 'tools' / 'pretend_cuda.py'
 MODES = """
-train.py TINY --steps 2 --dropout 0.1 --out_dir o
+train.py TINY --skip --steps 2 --dropout 0.1 --out_dir o
 sample.py --ckpt o/ckpt.pt --nfe 4 --n 3
 sample.py --ckpt o/ckpt.pt --solver rk45 --tol 0.1 --n 3 --out digits
 evaluate.py --ckpt o/ckpt.pt --bpd --swd --neighbours --n 2 --nfe 2 --tol 0.1
 evaluate.py --ckpt o/ckpt.pt --judge --n 129 --nfe 1
-train.py TINY --steps 4 --sample_every 2 --dropout 0.1 --out_dir o
+train.py TINY --skip --steps 4 --sample_every 2 --dropout 0.1 --out_dir o
 sample.py --exact --dataset large.npz --n 2
 train.py TINY_PP --D 128 --dataset large.npz --steps 2 --workers 1 --accum 2 --out_dir pp
 train.py TINY_PP --method rf --classes --steps 2 --out_dir rf

@@ -34,7 +34,7 @@ from unet import UNet
 S, L, LONG = (1, 2, 2, 2), (1, 1, 2, 2, 4, 4), (2e-4, 5000, .9999)
 EDM = .13, 512, 4096, 1e-3, 19531, .99929, 390625, 5000, 'sum'
 OURS = 2, 1.0, 4, True, True, True  # patch, decay, m_draws, muon, skip, classes
-TINY = 2, 1.0, 4, True, False, True
+NO_SKIP = *OURS[:4], False, True
 REST = dict(patch=1, decay=0.0, m_draws=1, muon=False, skip=False, classes=False, ncsnpp=False,
             label_first=False)
 PRESETS = {name: dict(zip((
@@ -42,7 +42,7 @@ PRESETS = {name: dict(zip((
     'ema_decay', 'steps', 'sample_every', 'loss', *REST),
     (*row, *[*REST.values()][len(row) - 13:]))) for name, row in {
     # name         nf  mult  bl attn drop batch field lr warm-up ema  steps  grids  loss
-    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1400, 500, 'sum', *TINY),
+    'glyphs':       (64, (1, 1), 1, (4,), 0, 64, 1024, 1e-2, 50, .98, 1400, 500, 'sum', *NO_SKIP),
     'mnist':        (64, (1, 1), 1, (7, 8), 0, 64, 4096, 1e-2, 50, .98, 5000, 1000, 'sum', *OURS),
     'cifar10':      (128, S, 4, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
     'cifar10_deep': (128, S, 8, (16,), .1, 128, 4096, *LONG, 1300000, 5000, 'sum'),
@@ -182,9 +182,10 @@ def resolve(args, images, saved, resumed, world):
         args.classes, row['z_exp'] = old['classes'] > 0, 0.0  # a denoiser's v_z is exact
     args.image_size, args.channels = images.image_size, images.channels
     args.flip = images.flip if args.flip is None else args.flip
-    known = images.labels is not None and not args.source and (saved or args.dataset in PRESETS)
-    wanted = args.classes or args.classes is None and row['classes'] and known  # or a file's
-    args.classes = images.class_count() if wanted else 0
+    if args.classes is None:  # as the file has it, else the row, of a set that has a row
+        args.classes = row['classes'] and (saved or args.dataset in PRESETS) and (
+            images.labels is not None and not args.source)
+    args.classes = images.class_count() if args.classes else 0
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
