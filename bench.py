@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as datasets
 import pfgm
 from baselines import as_flow, field_loss, flow_of, update
-from launch import (BadInput, first_of_its_machine, keep_freed_memory, peak_memory, speed_up, watch,
-                    write)
+from launch import (BadInput, first_of_its_machine, keep_freed_memory, peak_memory, say, speed_up,
+                    watch, write)
 from unet import UNet
 
 INCEPTION = 'pt_inception-2015-12-05-6726825d.pth'
@@ -31,19 +31,6 @@ URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{I
 
 
 # ---------------------------------------------------------------- Inception features
-
-def random_weights(net):
-    """He-normal weights from seed 0 under norms that do nothing: images keep features apart."""
-    generator, state = torch.Generator().manual_seed(0), {}
-    for name, like in net.state_dict().items():
-        if like.dim() > 1:
-            noise = torch.randn(like.shape, generator=generator)
-            state[name] = noise * math.sqrt(2 / like[0].numel())
-        else:
-            one = name.endswith(('bn.weight', 'running_var'))
-            state[name] = torch.full(like.shape, int(one), dtype=like.dtype)
-    return state
-
 
 def inception_file(path, rank):
     """The weights' path: as given, or torch hub's copy, downloaded once a machine if absent."""
@@ -77,17 +64,20 @@ def load_inception(path, device, rank=0):
     torchvision's network with the pooling of the TensorFlow graph: averages over what lies inside
     the image and, in the last block, a maximum (a slip, it seems, but every published FID's)."""
     from torchvision.models import Inception3
-    with torch.device('meta'):
+    with torch.device('cpu' if path == 'random' else 'meta'):
         net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    if path == 'random' and rank == 0:
-        print('random Inception weights: the numbers mean nothing outside this run')
-    file = path if path == 'random' else inception_file(path, rank)
-    try:
-        net.load_state_dict(random_weights(net) if path == 'random' else
-                            torch.load(file, map_location='cpu', weights_only=True), assign=True)
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        raise BadInput(f'--inception {file}: not the weights in {INCEPTION} '
-                       f'({" ".join(str(error).split())[:150]}); get {URL}') from error
+    if path == 'random':  # under norms that do nothing such weights keep images apart
+        say('random Inception weights: the numbers mean nothing outside this run')
+        generator = torch.Generator().manual_seed(0)
+        for weight in (p for p in net.parameters() if p.dim() > 1):
+            torch.nn.init.kaiming_normal_(weight, generator=generator)
+    else:
+        file = inception_file(path, rank)
+        try:
+            net.load_state_dict(torch.load(file, map_location='cpu', weights_only=True), assign=True)
+        except Exception as error:  # a damaged or hostile file can fail in any way
+            raise BadInput(f'--inception {file}: not the weights in {INCEPTION} '
+                           f'({" ".join(str(error).split())[:150]}); get {URL}') from error
     inside = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
                                count_include_pad=False)
     for name in ('5b', '5c', '5d', '6b', '6c', '6d', '6e', '7b'):

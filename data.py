@@ -60,7 +60,7 @@ class Found(NamedTuple):
     unlabelled: str = 'no labels'        # what there is instead
     notes: list = []                     # what was decided for the user
     paths: Optional[list] = None         # what layout() leaves of the names
-    as_before: bool = True               # labels as in versions whose checkpoints name no classes
+    apart: bool = True                   # of a test split: whether it is not the training images
 
 
 def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train',
@@ -94,7 +94,7 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
     if not 1 <= size <= SIZE_LIMIT:
         raise BadInput(f'--image_size {size}: of {flag} {dataset}; accepted: 1 to {SIZE_LIMIT}')
     data = Images(dataset, *found[:4], size, channels or depth, flip, flag)
-    data.unlabelled, data.as_before = found.unlabelled, found.as_before
+    data.unlabelled, data.apart = found.unlabelled, found.apart
     told = (found.source[::-(-len(data) // 16)].tobytes() if found.root is None else
             '\n'.join(found.paths or found.source).encode(errors='surrogateescape'))
     labels = b'' if found.labels is None else found.labels.tobytes()
@@ -123,11 +123,11 @@ def find(dataset, data_dir, image_size, split):
         return Found(None, np.asarray(found.data), np.asarray(found.targets), found.classes)
     if os.path.isdir(path) or file and ending == '.zip':
         found = list_images(path, split)
-        return found if path == dataset else Found(*found[:2])  # LSUN's folders: no classes
+        return found if path == dataset else Found(*found[:2], apart=found.apart)  # LSUN
     if file and ending in ('.npy', '.npz'):
         return read_arrays(path, split)
     if file and ending in IMAGE_EXTENSIONS:
-        return Found(os.path.dirname(path) or '.', [os.path.basename(path)])
+        return Found(os.path.dirname(path) or '.', [os.path.basename(path)], apart=False)
     missing = f'there is no {path}' if dataset in SETS else 'no such data set, file or folder'
     raise ValueError(missing if not os.path.lexists(path) else 'is of another kind' if file else
                      'neither a file nor a folder')
@@ -170,8 +170,9 @@ def list_images(root, split):
         raise ValueError(f'holds {" and ".join(counts)}, but nothing to train on')
     served = next(kind for kind in (split, 'val', 'train', '') if counts[kind] or not kind)
     others = ' or '.join(f'{kind} ({k})' for kind, k in counts.items() if kind != served)
+    apart = served in ('test', 'val')
     notes += [f'its {served} split{", not " * bool(others)}{others}'] * bool(splits) + [
-        'no test split in it: these images serve'] * (split == 'test' and served in ('train', ''))
+        'no test split in it: these images serve'] * (split == 'test' and not apart)
     chosen = [name for name in paths if splits.get(name, '') == served]
     base = [name for name in paths if splits.get(name, 'train') == 'train'] or chosen
     folder = {name: path[0] if len(path) > 1 else None for name, path in paths.items()}
@@ -181,15 +182,14 @@ def list_images(root, split):
               [folder[name] for name in chosen])
     labels, classes, why = as_labels(values, chosen, [folder[name] for name in base] if not tables
                                      else [word for word in values if isinstance(word, str)])
-    plain = all(parts[k][0] == kind != 'val' for k, kind in splits.items()) if splits else (
-        len(paths) == len(parts))
     return Found(root, chosen, labels, classes, why, notes, ['/'.join(paths[k]) for k in chosen],
-                 plain and classes == sorted(classes or ()))
+                 apart)
 
 
 def read_arrays(path, split):
     """The Found of a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
-    array, values, notes = np.load(path, mmap_mode='r', allow_pickle=False), 'no labels', []
+    array = np.load(path, mmap_mode='r', allow_pickle=False)
+    values, notes, apart = 'no labels', [], False
     if isinstance(array, np.lib.npyio.NpzFile):
         archive, files = array.zip, array.files
         limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
@@ -210,11 +210,11 @@ def read_arrays(path, split):
         array = member(key)  # and with it the archive is closed
         others = ' or '.join(k for k in files if k.endswith('_images') and k != key)
         notes = [f'its {key}, not {others}'] * bool(others)
-        split = split if '_images' not in key or key == 'train_images' else ''
-    notes += ['no test split in it: these images serve'] * (split == 'test')
+        apart = key in ('test_images', 'val_images')
+    notes += ['no test split in it: these images serve'] * (split == 'test' and not apart)
     array, clipped = as_uint8(in_rows(array))
     labels, _, why = as_labels(values, range(len(array)))
-    return Found(None, array, labels, None, why, notes + clipped)
+    return Found(None, array, labels, None, why, notes + clipped, apart=apart)
 
 
 def probe(root, source, channels):

@@ -31,7 +31,7 @@ from bench import (frechet, inception_score, kid, nearest, of_judge, pick, preci
                    sliced_wasserstein)
 from checkpoint import flow_flags, in_folder, load_flow, place_for, read_checkpoint
 from files import POOL, Measured, read_stats
-from launch import BadInput, Parser, above, all_rows, run, share, step_seed, wait, watch, write
+from launch import BadInput, Parser, above, everywhere, run, share, step_seed, wait, watch, write
 
 SOLVERS = ('rk45', *pfgm.SOLVERS)
 
@@ -184,13 +184,7 @@ def held_out(train, args):
     """The test split beside a training set, or None for a path that has none."""
     test = datasets.load(train.name, args.data_dir, train.image_size, train.channels, 'test',
                          train.flag)
-    if train.pixels is None or test.pixels is None:
-        same = train.pixels is test.pixels and len(train) == len(test) and (
-            list(train.source) == list(test.source) if train.root else
-            all(map(np.array_equal, train.source, test.source)))
-    else:
-        same = torch.equal(train.pixels.cpu(), test.pixels)
-    return None if same else test
+    return test if test.apart else None
 
 
 # ---------------------------------------------------------------- one pass over images
@@ -215,7 +209,7 @@ def collect(batches, n, net, resize, keep, place):
         dist.all_reduce(total)
     mu = total[0] / n
     sigma = (total[1:] - n * torch.outer(mu, mu)) / max(n - 1, 1)
-    rows = {k: all_rows(torch.cat(kept[k]), n, device, world) if k in keep else None for k in kept}
+    rows = {k: torch.cat(everywhere(torch.cat(kept[k]))) if k in keep else None for k in kept}
     return Measured(n, mu.cpu(), sigma.cpu(), **rows)
 
 
@@ -265,7 +259,7 @@ def bits_per_dim(flow, images, n, args, place):
             calls = torch.full((len(x),), float(up.nfe), dtype=torch.float64)
             repeats.append(torch.stack([up.bpd.cpu(), error.mean(1), error.amax(1), calls], 1))
         rows.append(torch.stack(repeats, 1))                                 # (b, repeats, 4)
-    bpd, error, worst, calls = all_rows(torch.cat(rows), n, device, world).unbind(2)
+    bpd, error, worst, calls = torch.cat(everywhere(torch.cat(rows))).unbind(2)
     each = bpd.mean(1)  # the repeats of an image are no further images
     return dict(bpd=each.mean().item(), bpd_se=(each.std() / n ** 0.5).item() if n > 1 else None,
                 n=n, repeats=args.repeats, nfe=calls.mean().item(),

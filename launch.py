@@ -251,7 +251,7 @@ def first_of_its_machine():
 
 
 def everywhere(value):
-    """The value of every process, in rank order. By pickle: for small things."""
+    """The value of every process, in rank order: by pickle, through main memory."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
@@ -271,20 +271,6 @@ def agree(flag, mend, **facts):
 
 def share(n, rank, world):
     return range(n * rank // world, n * (rank + 1) // world)
-
-
-def all_rows(rows, n, device, world):
-    """The rows (n, ...) of all ranks on the CPU, from each rank's share of them."""
-    if world == 1:
-        return rows.cpu()
-    wait()
-    most = -(-n // world)
-    mine = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=device)
-    mine[:len(rows)] = rows.to(device)
-    whole = mine.new_empty(world * most, *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, mine)
-    parts = enumerate(whole.cpu().split(most))
-    return torch.cat([part[:len(share(n, r, world))] for r, part in parts])
 
 
 # ---------------------------------------------------------------- signals
@@ -491,12 +477,11 @@ def restore(opt, saved, device, rank):
 # ---------------------------------------------------------------- what only CPUs need
 
 def speed_up(net):
-    """net, its group norms, dropouts and attention replaced in place by those below; freed memory
-    is kept."""
+    """net, its group norms and attention replaced in place by those below; freed memory is kept."""
     keep_freed_memory()
-    faster = {nn.GroupNorm: GroupNorm, nn.Dropout: Dropout}
     for layer in net.modules():
-        layer.__class__ = faster.get(type(layer), type(layer))
+        if type(layer) is nn.GroupNorm:
+            layer.__class__ = GroupNorm
         if hasattr(layer, 'attend'):
             layer.attend = attend
     return net
@@ -523,22 +508,6 @@ class GroupNorm(nn.GroupNorm):
         if x.requires_grad and not torch.compiler.is_compiling():
             x.register_hook(last)  # a sum of gradients of different strides is slow
         return last(super().forward(x))
-
-
-class Dropout(nn.Dropout):
-    """On a CPU, where PyTorch's draws and comparisons are slow, from 16 bits an element of a
-    generator seeded by PyTorch's."""
-
-    def forward(self, h):
-        p = self.p
-        if (not self.training or h.device.type != 'cpu' or not 2 ** -16 < p < 1 - 2 ** -16
-                or torch.compiler.is_compiling()):
-            return super().forward(h)
-        draw = np.random.SFC64(int(torch.randint(2 ** 62, ()))).random_raw
-        bits = torch.from_numpy(draw((h.numel() + 3) // 4).view(np.int16))[:h.numel()]
-        low = round(p * 2 ** 16) - 2 ** 15 - 1
-        keep = bits.clamp_(low, low + 1).sub_(low).as_strided(h.shape, h.stride())  # 0 or 1
-        return h * (keep.to(h.dtype) * (1 / (1 - p)))
 
 
 def keep_freed_memory():

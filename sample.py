@@ -195,10 +195,9 @@ def check_out(out, single):
     folder = os.path.dirname(out.rstrip('/'))
     if folder and not os.path.isdir(folder):
         raise BadInput(f'--out {out}: no folder {folder}; make it with: mkdir -p {folder}')
-    if not single and os.path.splitext(out)[1]:
+    other = os.path.splitext(out)[1] or os.path.lexists(out) and not os.path.isdir(out)
+    if other and not single:
         raise BadInput(f'--out {out}: must end in .png, .gif or .npz, or be a folder')
-    if not single and os.path.lexists(out) and not os.path.isdir(out):
-        raise BadInput(f'--out {out}: a file; must end in .png, .gif or .npz, or be a folder')
     try:
         if single:
             with open(f'{out}.part', 'wb'):

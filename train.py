@@ -287,10 +287,9 @@ def prepare(args, images, place):
     origin = (os.path.join(args.out_dir, 'ckpt.pt') if resumed else
               args.reflow or args.distill or args.init_from)
     if resumed:
-        if args.classes and 'data' not in saved['args'] and not images.as_before:
-            raise BadInput(f'--classes: the classes of {images.name} are numbered in natural order '
-                           f'now, 2 before 10, so not as in the run in --out_dir {args.out_dir}; '
-                           'give another --out_dir')
+        if args.classes and images.root and 'data' not in saved['args']:
+            raise BadInput(f'--classes: folders are numbered in natural order now, 2 before 10, and '
+                           f'were not in the run in --out_dir {args.out_dir}; give another')
         check_resume(args, saved['args'])
     elif saved:
         flag = next(k for k in ('reflow', 'distill', 'init_from') if getattr(args, k))
