@@ -74,7 +74,8 @@ def load_inception(path, device, rank=0):
     else:
         file = inception_file(path, rank)
         try:
-            net.load_state_dict(torch.load(file, map_location='cpu', weights_only=True), assign=True)
+            state = torch.load(file, map_location='cpu', weights_only=True)
+            net.load_state_dict(state, assign=True)
         except Exception as error:  # a damaged or hostile file can fail in any way
             raise BadInput(f'--inception {file}: not the weights in {INCEPTION} '
                            f'({" ".join(str(error).split())[:150]}); get {URL}') from error

@@ -489,10 +489,10 @@ def speed_up(net):
 
 
 def attend(q, k, v):
-    """Attention (B, L, c). On a CPU the gradient of PyTorch's own is slow, most so in bfloat16."""
-    short = q.shape[1] <= (256 if q.dtype == torch.bfloat16 else 64)  # longer: no faster
+    """Attention (B, 1, L, c). On a CPU PyTorch's own has a slow gradient, most so in bfloat16."""
+    short = q.shape[2] <= (256 if q.dtype == torch.bfloat16 else 64)  # longer: no faster
     if q.device.type == 'cpu' and q.requires_grad and short:
-        return (q @ k.mT * q.shape[2] ** -0.5).softmax(2).to(v.dtype) @ v
+        return (q @ k.mT * q.shape[3] ** -0.5).softmax(3).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -681,7 +681,7 @@ def test_group_norm_with_channels_last_has_the_gradients_of_group_norm(shape, dt
 
 @pytest.mark.parametrize('dtype, tolerance', [(F64, 1e-13), (torch.bfloat16, 2e-2)])
 def test_attention_on_a_cpu_has_the_values_and_gradients_of_attention(dtype, tolerance):
-    q, k, v, dy = (torch.randn(5, 49, 24, generator=seeded(k), dtype=F64) for k in range(4))
+    q, k, v, dy = (torch.randn(5, 1, 49, 24, generator=seeded(k), dtype=F64) for k in range(4))
 
     def grads(attend, *rows):
         rows = [row.clone().requires_grad_(True) for row in rows]

@@ -288,7 +288,7 @@ def prepare(args, images, place):
               args.reflow or args.distill or args.init_from)
     if resumed:
         if args.classes and images.root and 'data' not in saved['args']:
-            raise BadInput(f'--classes: folders are numbered in natural order now, 2 before 10, and '
+            raise BadInput('--classes: folders are numbered in natural order now, 2 before 10, and '
                            f'were not in the run in --out_dir {args.out_dir}; give another')
         check_resume(args, saved['args'])
     elif saved:
