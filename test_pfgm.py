@@ -2,7 +2,6 @@
 
 Reference numbers of the authors' code are read from ../shared/golden where that folder exists.
 """
-import argparse
 import contextlib
 import copy
 import copyreg
@@ -22,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import warnings
 import zipfile
@@ -254,14 +254,6 @@ def test_a_field_that_is_followed_stays_within_what_data_in_the_cube_allow():
     assert baselines.as_flow(net, {**args, 'official': True}) is net  # as published
 
 
-def images_net(N, h=2.0):
-    """The field of the planar density c h / (|x|^2 + h^2)^((N+1)/2): a point charge at (0, -h)."""
-    def net(x, z):
-        scale = -math.sqrt(N) / (torch.hypot(x.flatten(1).norm(dim=1), z + h) + 5)
-        return x * pfgm.column(scale, x), (z + h) * scale
-    return net
-
-
 @pytest.mark.parametrize('D', [1, 3, 128, math.inf])
 def test_likelihood_of_charges_is_the_mixture_of_their_kernels(D):
     y, z_min, z_max = randn(6, 1, 5, 1), 0.5 * pfgm.unit(D), 20 * pfgm.unit(D)
@@ -404,6 +396,14 @@ def test_stochastic_samplers_have_the_mean_and_variance_of_a_gaussian(method, et
                            schedule_name=getattr(flow, 'planes', 'rho7'))
     close(x.mean(), m, atol=4 * s / n ** 0.5)
     close(x.var() / (s ** 2 + flow.low ** 2), 1, atol=4 * (2 / n) ** 0.5)
+
+
+@pytest.mark.parametrize('eta, fresh', [(0.0, 0.0), (0.5, 0.5 * 3 * 7 ** 0.5 / 4), (None, 3.0)])
+def test_a_step_of_ancestral_sampling_renews_what_eta_says_of_the_noise(eta, fresh):
+    solver = baselines.ancestral(eta, lambda i: torch.ones(1, 2, dtype=F64))
+    x, grid = torch.full((1, 2), 5.0, dtype=F64), torch.tensor([[4.0], [3.0]], dtype=F64)
+    end, = solver(lambda x, z: x, x, grid, 1)  # data at 0: all of x is noise
+    close(end, torch.full((1, 2), 5 / 4 * (9 - fresh ** 2) ** 0.5 + fresh), rtol=1e-12)
 
 
 @pytest.mark.parametrize('solver, order', [('euler', 1), ('heun', 2), ('dpm2m', 2), ('dpm3m', 2),
@@ -682,19 +682,23 @@ def test_the_learning_rate_rises_stays_and_falls_to_0_at_the_last_step(trained, 
 def test_muon_moves_matrices_by_their_orthogonal_average_and_the_rest_as_adam():
     torch.manual_seed(0)
     net = unet.UNet(8, 1, 8, (1, 2), 1, (8,), 0).double()
-    before, adam = copy.deepcopy(net), copy.deepcopy(net)
-    for model, opt in ((net, baselines.Muon(net, 0.01)),
-                       (adam, torch.optim.Adam(adam.parameters(), 0.01, (0.9, 0.99)))):
-        for p in model.parameters():
-            p.grad = randn(*p.shape, seed=p.numel())
-        opt.step()
+    adam = copy.deepcopy(net)
+    opts = baselines.Muon(net, 0.01), torch.optim.Adam(adam.parameters(), 0.01, (0.9, 0.99))
+    for step in range(2):
+        before = copy.deepcopy(net)
+        for model, opt in zip((net, adam), opts):
+            for p in model.parameters():
+                p.grad = randn(*p.shape, seed=p.numel() + step)
+            opt.step()
     for (name, p), other, old in zip(net.named_parameters(), adam.parameters(),
                                      before.parameters()):
         if p.dim() == 1 or name.split('.')[0] in ('embed', 'conv_in', 'conv_out'):
             assert torch.equal(p, other)
             continue
-        move, grad = (a.detach().flatten(1) for a in (old - p, p.grad))
-        U, S, V = torch.linalg.svd(grad, full_matrices=False)
+        first = randn(*p.shape, seed=p.numel())
+        average = 0.05 * (0.95 * first + p.grad)  # of Nesterov: once more with the gradient
+        move, ahead = (a.detach().flatten(1) for a in (old - p, 0.05 * p.grad + 0.95 * average))
+        U, S, V = torch.linalg.svd(ahead, full_matrices=False)
         turned = U.mT @ move @ V.mT / (0.002 * max(move.shape) ** 0.5)  # the same singular vectors
         close(turned, turned.diag().diag(), atol=1e-9)
         large = turned.diag()[S > 0.1 * S.max()]
@@ -1598,6 +1602,14 @@ def test_lines_of_results_say_what_was_measured_and_made_them(trained, few_glyph
     assert len(told) == len(rows) == len(changes)
     assert of_flow['round_trip_mean'] < 0.3 and of_flow['nfe'] > 10
     assert of_samples['swd'] > 0 and of_samples['samples_min'] > 0
+
+
+def images_net(N, h=2.0):
+    """The field of the planar density c h / (|x|^2 + h^2)^((N+1)/2): a point charge at (0, -h)."""
+    def net(x, z):
+        scale = -math.sqrt(N) / (torch.hypot(x.flatten(1).norm(dim=1), z + h) + 5)
+        return x * pfgm.column(scale, x), (z + h) * scale
+    return net
 
 
 def test_bits_per_dim_of_a_known_flow():
@@ -2885,6 +2897,15 @@ def test_modes_on_a_pretended_device_and_on_a_real_one(kind, count, tmp_path):
     assert out.endswith('all modes ran\n') and f'1 x {kind.split()[-1]}' in out
 
 
+def test_cuda_alone_is_its_first_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device: None)
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda precision: None)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    device, rank, world = launch.setup('cuda')
+    assert chosen == [device] and (device.index, rank, world) == (0, 0, 1)
+
+
 def test_without_the_modules_that_windows_lacks(tmp_path):
     out = python('import sys\nsys.modules.update(resource=None, fcntl=None)\n'
                  'import evaluate, sample, train\n'
@@ -3127,3 +3148,12 @@ def test_cuda_one_rank_of_nccl_follows_the_loss_of_none(cuda_run, tmp_path):
     p = start([*TINY, '--device', 'cuda', *flags, tmp_path / 'nccl'], 1)
     assert 'saved' in p.communicate()[0]
     close(losses(tmp_path / 'nccl'), losses(tmp_path / 'none'), rtol=1e-4)
+
+
+@pytest.mark.cuda
+def test_cuda_memory_stays_flat(cuda_run, tmp_path, monkeypatch):
+    observe, held = train.observe, []
+    monkeypatch.setattr(train, 'observe', lambda *args: (
+        observe(*args), held.append(torch.cuda.memory_allocated())))
+    cuda_run('--steps', 300, '--log_every', 50, '--out_dir', tmp_path)
+    assert held[-1] < held[50] + 2 ** 20
