@@ -403,7 +403,7 @@ def test_a_step_of_ancestral_sampling_renews_what_eta_says_of_the_noise(eta, fre
     solver = baselines.ancestral(eta, lambda i: torch.ones(1, 2, dtype=F64))
     x, grid = torch.full((1, 2), 5.0, dtype=F64), torch.tensor([[4.0], [3.0]], dtype=F64)
     end, = solver(lambda x, z: x, x, grid, 1)  # data at 0: all of x is noise
-    close(end, torch.full((1, 2), 5 / 4 * (9 - fresh ** 2) ** 0.5 + fresh), rtol=1e-12)
+    close(end, [[5 / 4 * (9 - fresh ** 2) ** 0.5 + fresh] * 2], rtol=1e-12)
 
 
 @pytest.mark.parametrize('solver, order', [('euler', 1), ('heun', 2), ('dpm2m', 2), ('dpm3m', 2),
