@@ -63,18 +63,18 @@ def blank(args, tensors, path):
 def build(state, args, path):
     """The UNet of `args` with the tensors of `state`; BadInput names the first that differ."""
     net = blank(args, len(state), path)
-    check_shapes({k: v.shape for k, v in net.state_dict().items()},
-                 {k: v.shape for k, v in state.items()}, path)
+    check_shapes(net.state_dict(), state, path)
     net.load_state_dict(state, assign=True)
     return speed_up(net).eval()
 
 
 def check_shapes(expected, found, path):
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
-    wrong = [k for k in expected.keys() & found.keys() if expected[k] != found[k]]
-    faults = ([f'{k} is missing' for k in sorted(missing)] +
-              [f'{k} does not belong' for k in sorted(extra)] +
-              [f'{k} is {tuple(found[k])}, expected {tuple(expected[k])}' for k in sorted(wrong)])
+    """BadInput unless found, {name: tensor}, has the names and shapes of expected."""
+    faults = ([f'{k} is missing' for k in sorted(expected.keys() - found.keys())] +
+              [f'{k} does not belong' for k in sorted(found.keys() - expected.keys())] +
+              [f'{k} is {tuple(found[k].shape)}, expected {tuple(expected[k].shape)}'
+               for k in sorted(expected.keys() & found.keys())
+               if found[k].shape != expected[k].shape])
     if faults:
         more = f' and {len(faults) - 3} more' if len(faults) > 3 else ''
         raise BadInput(f'--ckpt {path}: not the architecture it claims: '
@@ -154,23 +154,23 @@ def save(path, checkpoint):
 
 # ---------------------------------------------------------------- the authors' files
 
-def official_architecture(shapes, path):
+def official_architecture(model, path):
     """UNet arguments from the vectors among the official tensors (a matrix may be transposed)."""
     def width(name):
-        if f'module.all_modules.{name}' not in shapes:
+        if f'module.all_modules.{name}' not in model:
             raise BadInput(f'--ckpt {path}: module.all_modules.{name} is missing')
-        return shapes[f'module.all_modules.{name}'][0]
-    indices = sorted({int(k.split('.')[2]) for k in shapes if k.startswith('module.all_modules.')})
+        return model[f'module.all_modules.{name}'].shape[0]
+    indices = sorted({int(k.split('.')[2]) for k in model if k.startswith('module.all_modules.')})
     nf, levels = width('2.bias'), [[]]
     c = nf
     for i in indices[3:-2]:
-        if f'module.all_modules.{i}.NIN_0.b' in shapes:
+        if f'module.all_modules.{i}.NIN_0.b' in model:
             levels[-1].append('attention')
             continue
         c_in, c_out = width(f'{i}.GroupNorm_0.weight'), width(f'{i}.Conv_0.bias')
         if c_in != c:  # the first block on concat(h, skip): the way up begins
             break
-        if c_in == c_out and f'module.all_modules.{i}.Conv_2.bias' in shapes:
+        if c_in == c_out and f'module.all_modules.{i}.Conv_2.bias' in model:
             levels.append([])  # it has a shortcut because it halves the image
         else:
             levels[-1].append(c_out // nf)
@@ -191,19 +191,18 @@ def convert_official(saved, path):
     are stored (in, out) there, the transpose of a linear layer's weight."""
     shadow, state = saved['ema']['shadow_params'], saved['optimizer']['state']
     model = {k: v for k, v in saved['model'].items() if k != 'module.sigmas'}
-    args = official_architecture({k: v.shape for k, v in model.items()}, path)
+    args = official_architecture(model, path)
     net = blank(args, len(model), path)
     names = official_names(net)
-    check_shapes({names[k]: v.shape for k, v in net.named_parameters()},  # square, so any way round
-                 {k: v.shape for k, v in model.items()}, path)
-    check_shapes({f'ema.shadow_params[{i}]': v.shape for i, v in enumerate(net.parameters())},
-                 {f'ema.shadow_params[{i}]': v.shape for i, v in enumerate(shadow)}, path)
-    turned = [name.endswith('.W') for name in names.values()]
+    expected = {names[k]: v for k, v in net.named_parameters()}  # square, so any way round
+    check_shapes(expected, model, path)
+    check_shapes({f'ema.shadow_params[{i}]': v for i, v in enumerate(net.parameters())},
+                 {f'ema.shadow_params[{i}]': v for i, v in enumerate(shadow)}, path)
 
     def ours(tensors):
         tensors = dict(zip(names, tensors))
         check_tensors(tensors)
-        return {k: (t.T if turn else t).clone() for (k, t), turn in zip(tensors.items(), turned)}
+        return {k: (t.T if names[k].endswith('.W') else t).clone() for k, t in tensors.items()}
     moments = [ours([state[i][k] for i in range(len(names))]).values() if state else []
                for k in ('exp_avg', 'exp_avg_sq')]
     opt = {'state': {i: dict(step=torch.as_tensor(state[i]['step'], dtype=torch.float32),
@@ -543,12 +542,11 @@ def parse_args(argv=None):
 
 def main(args):
     saved = [read_checkpoint(path) for path in args.ckpt]
-    nets = [build(s['ema'], s['args'], path) for s, path in zip(saved, args.ckpt)]
+    for s, path in zip(saved, args.ckpt):
+        build(s['ema'], s['args'], path)
+        check_shapes(saved[0]['ema'], s['ema'], path)
     if os.path.exists(args.out):
         raise BadInput(f'--out {args.out}: exists; give a new name')
-    for net, path in zip(nets, args.ckpt):
-        check_shapes({k: v.shape for k, v in nets[0].state_dict().items()},
-                     {k: v.shape for k, v in net.state_dict().items()}, path)
     mean = {k: sum(s['ema'][k].double() for s in saved).div(len(saved)).float()
             for k in saved[0]['ema']}
     save(args.out, dict(ema=mean, step=max(s['step'] for s in saved), args=saved[-1]['args']))
