@@ -293,21 +293,19 @@ def in_folder(path):
     return os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
 
 
-def read_given(flag, path):
-    """read_checkpoint() of the whole file, whose complaints name the flag that gave the path."""
+def read_given(flag, path, taught=False):
+    """read_checkpoint() of the whole file that `flag` gave, to go on from it; what is `taught` by
+    it starts from its EMA, at step 0."""
     try:
-        return read_checkpoint(path, whole=True)
+        saved = read_checkpoint(path, whole=True)
     except BadInput as error:
-        raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
-
-
-def complete(flag, path):
-    """The same, if training can go on from it."""
-    saved = read_given(flag, path)
-    if saved['args']['edm']:  # of which a snapshot is the EMA alone
+        raise BadInput(str(error).replace('--ckpt', f'--{flag}', 1)) from error
+    if taught:
+        saved = dict(ema=saved['ema'], step=0, args=saved['args'])
+    if taught or saved['args']['edm']:  # of which a snapshot is the EMA alone
         saved.setdefault('net', {k: v.clone() for k, v in saved['ema'].items()})
     elif not {'net', 'opt'} <= saved.keys():
-        raise BadInput(f'{flag} {path}: holds the EMA only; training needs the whole checkpoint')
+        raise BadInput(f'--{flag} {path}: holds the EMA only; training needs the whole checkpoint')
     return saved
 
 
@@ -345,27 +343,15 @@ def for_classes(saved, count):
     return dict(parts, step=0, args=saved['args'])
 
 
-def taught(args):
-    """What --reflow, --distill and --consistency start from: the teacher's EMA, at step 0."""
-    flag = next(k for k in ('reflow', 'distill', 'init_from') if getattr(args, k))
-    path = getattr(args, flag)
-    saved = read_given(f'--{flag}', path)
-    if flag != 'init_from' and 'dataset' in saved['args']:  # the authors' files do not say
-        check_data(args, saved['args'], f'--{flag} {path} was trained',
-                   f'give --dataset {saved["args"]["dataset"]}')
-    net = {k: v.clone() for k, v in saved['ema'].items()}
-    return dict(net=net, ema=saved['ema'], step=0, args=saved['args'])
-
-
 def open_run(args):
-    """(checkpoint to go on from or None, whether it is this folder's own). A damaged one is named
-    and the one before it is used."""
+    """(checkpoint to go on from, the flag that gave it), or None twice. A damaged one of --out_dir
+    is named and the one before it is used."""
     newest = os.path.join(args.out_dir, 'ckpt.pt')
     older = sorted(glob.glob(os.path.join(glob.escape(args.out_dir), 'ckpt-*.pt')), reverse=True)
     paths = [path for path in (newest, *older) if os.path.exists(path)]
     for path, following in zip(paths, [*paths[1:], None]):
         try:
-            saved = complete('--out_dir', path)
+            saved = read_given('out_dir', path)
         except BadInput as error:
             if following is None:
                 raise
@@ -373,7 +359,7 @@ def open_run(args):
             continue
         check_data(args, saved['args'], f'--out_dir {args.out_dir} holds a run',
                    f'give another --out_dir, with --init_from {path} to go on from its network')
-        return saved, True
+        return saved, 'out_dir'
     kept = os.listdir(args.out_dir) if os.path.isdir(args.out_dir) else []
     kept = [name for name in kept if not any(glob.glob(  # folders of other runs may be in it
         glob.escape(os.path.join(args.out_dir, name)) + f'{deep}/log.jsonl')
@@ -381,9 +367,15 @@ def open_run(args):
     if kept and 'log.jsonl' not in kept:  # a run killed before its first checkpoint left a log
         raise BadInput(f'--out_dir {args.out_dir}: not empty, and not a run of train.py; '
                        'give another --out_dir')
-    if args.reflow or args.distill or args.consistency and args.init_from:
-        return taught(args), False
-    return (complete('--init_from', args.init_from) if args.init_from else None), False
+    flag = next((k for k in ('reflow', 'distill', 'init_from') if getattr(args, k)), None)
+    if flag is None:
+        return None, None
+    path, teacher = getattr(args, flag), flag != 'init_from'
+    saved = read_given(flag, path, taught=teacher or args.consistency)
+    if teacher and 'dataset' in saved['args']:  # the authors' files do not say
+        check_data(args, saved['args'], f'--{flag} {path} was trained',
+                   f'give --dataset {saved["args"]["dataset"]}')
+    return saved, flag
 
 
 # ---------------------------------------------------------------- a flow to follow

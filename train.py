@@ -282,17 +282,15 @@ def training_steps(images, flow, args, step, place):
 def prepare(args, images, place):
     """The flags, filled in and checked, and where to start: (checkpoint or None, path, step)."""
     args.data, args.class_names = images.identity, images.classes
-    saved, resumed = open_run(args)
-    resolve(args, images, saved, resumed, place[2])
-    origin = (os.path.join(args.out_dir, 'ckpt.pt') if resumed else
-              args.reflow or args.distill or args.init_from)
-    if resumed:
+    saved, flag = open_run(args)
+    resolve(args, images, saved, flag == 'out_dir', place[2])
+    origin = flag and in_folder(getattr(args, flag))
+    if flag == 'out_dir':
         if args.classes and images.root and 'data' not in saved['args']:
             raise BadInput('--classes: folders are numbered in natural order now, 2 before 10, and '
                            f'were not in the run in --out_dir {args.out_dir}; give another')
         check_resume(args, saved['args'])
     elif saved:
-        flag = next(k for k in ('reflow', 'distill', 'init_from') if getattr(args, k))
         old = saved['args'] if args.init_from else {**saved['args'], 'method': args.method}
         if check_origin(args, old, f'--{flag}', origin):
             saved = for_classes(saved, args.classes)
