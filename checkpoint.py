@@ -23,7 +23,7 @@ from baselines import EDM, METHODS, Flow, as_flow, flow_of
 from files import (check_archive, check_tensors, edm_names, holds_objects, official_names,
                    open_pickle, tensors_of)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
-                    keep_freed_memory, run, setup, speed_up, write)
+                    keep_freed_memory, run, setup, speed_up, unless, write)
 from unet import UNet
 
 ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
@@ -393,10 +393,6 @@ def place_for(args):
     return device, rank, world
 
 
-def class_list(text):
-    return [] if text == 'none' else text.split(',')
-
-
 def flow_flags(p):
     """The flags that say which flow to follow and how, shared with evaluate.py."""
     p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or one of the '
@@ -425,9 +421,9 @@ def flow_flags(p):
     p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
                    'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
                    'for official checkpoints)')
-    p.add_argument('--classes', type=class_list, default=None, metavar='0,7,...', help='labels of '
-                   'the images or their names (cat,dog), in turn, or none (default: all, of a '
-                   'network trained with them)')
+    p.add_argument('--classes', type=unless('none', [], lambda text: text.split(',')), default=None,
+                   metavar='0,7,...', help='labels of the images or their names (cat,dog), in '
+                   'turn, or none (default: all, of a network trained with them)')
     p.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0, help='classifier-free; '
                    'other than 1 it takes two calls for each (default: 1)')
     p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
