@@ -122,25 +122,21 @@ def read_checkpoint(path, whole=False):
 
 def check_contents(saved):
     """ValueError where something that sampling needs is not there or of the wrong kind."""
-    args, step = saved['args'], saved['step']
+    args, names = {**saved['args'], 'step': saved['step']}, saved['args'].get('class_names') or []
     for part in {'net', 'ema'} & saved.keys():
         check_tensors(saved[part])
-    if type(step) is not int or step < 0:
-        raise ValueError(f'step {step!r}')
-    if args['method'] not in METHODS:
-        raise ValueError(f'method {args["method"]!r}')
-    names, told = (args.get(k) or [] for k in ('class_names', 'data'))
-    if not (isinstance(told, list) and isinstance(names, list)
-            and all(isinstance(name, str) for name in names)):
-        raise ValueError(f'class_names {names!r}, data {told!r}')
-    if not (args['D'] >= 1 and 0 < args['sigma_data'] < 1e9):
-        raise ValueError(f'D {args["D"]!r}, sigma_data {args["sigma_data"]!r}')
+    good = dict(
+        step=type(args['step']) is int and args['step'] >= 0, method=args['method'] in METHODS,
+        class_names=isinstance(names, list) and all(isinstance(name, str) for name in names),
+        data=isinstance(args.get('data') or [], list), D=args['D'] >= 1,
+        sigma_data=0 < args['sigma_data'] < 1e9)
     if not args.get('official'):
-        for key in ('z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma'):
-            if key == 'upper_norm' and args[key] is None:  # a prior that is not clipped
-                continue
-            if not (0 <= args[key] < 1e9 and 0 < args['z_min'] < args['z_max']):
-                raise ValueError(f'{key} {args[key]!r}')
+        norm = args['upper_norm']  # None: a prior that is not clipped
+        good.update({key: 0 <= args[key] < 1e9 for key in ('z_max', 'z_exp', 'gamma')},
+                    z_min=0 < args['z_min'] < args['z_max'],
+                    upper_norm=norm is None or 0 <= norm < 1e9)
+    for key in (key for key in good if not good[key]):
+        raise ValueError(f'{key} {args[key]!r}')
 
 
 def save(path, checkpoint):
