@@ -28,9 +28,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 SIZE_LIMIT = 1024  # pixels a side
 CLASS_LIMIT = 10_000  # classes of labels
@@ -405,21 +406,18 @@ def progress(args, step, meter, images, rate, lr, device):
 
 def claim(folder):
     """Lock the folder for this process (until it ends, however it ends): one run at a time."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there two runs on one folder are the user's own affair
+    if fcntl is None:  # there two runs on one folder are the user's own affair
         return
     held = os.open(folder, os.O_RDONLY)
+    AT_THE_END.callback(os.close, held)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(held)
         raise BadInput(f'--out_dir {folder}: another run is using it; wait for it to end, or give '
                        'another --out_dir') from error
     except OSError as error:  # a network file system without locks
         print(f'--out_dir {folder}: cannot be locked ({error}); let no other run use it',
               file=sys.stderr)
-    AT_THE_END.callback(os.close, held)
 
 
 def keep_older(path, step, keep):
