@@ -133,32 +133,27 @@ def run(main, args):
     """main(args); whatever the user can mend ends in one line on stderr and exit code 2."""
     try:
         main(args)
-    except BadInput as error:
-        if str(error):
-            print(error, file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
-    except RuntimeError as error:
-        line = str(error).splitlines()[0] if str(error) else repr(error)
-        if line.startswith('DataLoader worker'):  # a signal tells of it, whatever main is doing
-            print(reader_lost(error), file=sys.stderr, flush=True)
-            sys.exit(2)
+    except (BadInput, KeyboardInterrupt, RuntimeError) as error:
+        line, code = (str(error) or repr(error)).splitlines()[0], 2
+        if isinstance(error, BadInput):
+            line = str(error)
+        elif isinstance(error, KeyboardInterrupt):
+            line, code = 'interrupted', 128 + signal.SIGINT
+        elif line.startswith('DataLoader worker'):  # a signal tells of it, whatever main is doing
+            line = reader_lost(error)
         # TorchDynamoException, whose import takes a second
-        if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            print(f'--compile: {line}; leave it out', file=sys.stderr, flush=True)
-            sys.exit(2)
-        if dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in line):
-            print(f'another process has ended, or is silent: see what it says ({line[:150]})',
-                  file=sys.stderr, flush=True)
-            sys.exit(1)
-        raise
+        elif type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            line = f'--compile: {line}; leave it out'
+        elif dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in line):
+            line = f'another process has ended, or is silent: see what it says ({line[:150]})'
+            code = 1
+        else:
+            raise
+        if line:
+            print(line, file=sys.stderr, flush=True)
+        sys.exit(code)
     finally:
         AT_THE_END.close()
-        if dist.is_initialized():
-            patient.cache_clear()  # its threads must not outlive it
-            dist.destroy_process_group()
 
 
 def setup(name, timeout=600.0):
@@ -192,6 +187,8 @@ def setup(name, timeout=600.0):
             store = dist.PrefixStore(f'restart {restarts}', store)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
                                 rank=rank, world_size=world, timeout=wait)
+        AT_THE_END.callback(dist.destroy_process_group)
+        AT_THE_END.callback(patient.cache_clear)  # first: its threads must not outlive it
         patient()
     return device, rank, world
 
