@@ -439,9 +439,8 @@ def open_log(args, start):
     lines = open(path).read().splitlines() if os.path.exists(path) else []
     rows = [row for row in (json.loads(line) for line in lines if line.endswith('}'))
             if row['step'] <= start]
-    with open(f'{path}.part', 'w') as file:
-        file.writelines(f'{json.dumps(row)}\n' for row in rows)
-    os.replace(f'{path}.part', path)
+    kept = ''.join(f'{json.dumps(row)}\n' for row in rows)
+    write('--out_dir', path, lambda file: file.write(kept.encode()))
     last = rows[-1] if rows else dict(step=0, images=0)  # --batch_size may have changed since
     seen = last['images'] + (start - last['step']) * args.batch_size
     return open(path, 'a', buffering=1), seen
