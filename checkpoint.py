@@ -88,10 +88,9 @@ def read_checkpoint(path, whole=False):
     if not os.path.isfile(path):
         missing = 'no such file' if not os.path.lexists(path) else 'not a file'
         raise BadInput(f'--ckpt {path}: {missing}; make one with: python train.py')
-    float64, scalar = np.dtype(np.float64), np.float64().__reduce__()[0]
-    numpy_numbers = [np.dtype, type(float64), (codecs.encode, '_codecs.encode'),  # the official lr
-                     (scalar, 'numpy.core.multiarray.scalar'),
-                     (scalar, 'numpy._core.multiarray.scalar')]
+    scalar = np.float64().__reduce__()[0]  # the official lr is one
+    numpy_numbers = [np.dtype, np.dtypes.Float64DType, (codecs.encode, '_codecs.encode'),
+                     *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core'))]
     try:
         check_archive(path)
         if holds_objects(path):
