@@ -484,7 +484,7 @@ def flow_of(net, args, **how):
     names = 'method', 'D', 'z_min', 'z_max', 'upper_norm', 'z_exp', 'gamma'
     return Flow(net=net, shape=(args['channels'], args['image_size'], args['image_size']),
                 known=args['classes'], classes=[*range(args['classes'])],
-                **{k: args[k] for k in names}, **{**SAMPLING, **how})
+                **{k: args[k] for k in names if k in args}, **{**SAMPLING, **how})
 
 
 # ---------------------------------------------------------------- reflow and distillation

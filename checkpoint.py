@@ -19,7 +19,7 @@ import torch
 
 import data as datasets
 import pfgm
-from baselines import EDM, METHODS, Flow, as_flow, flow_of
+from baselines import EDM, METHODS, SAMPLING, as_flow, flow_of
 from files import (check_archive, check_tensors, edm_names, holds_objects, official_names,
                    open_pickle, tensors_of)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
@@ -436,18 +436,17 @@ def load_flow(args, device):
     """(Flow, the images of --exact or None)."""
     if args.solver == 'rk45' and args.nfe:
         print(f'--nfe {args.nfe} is not used: rk45 makes the calls that --tol {args.tol} asks for')
-    images, saved = None, {}
+    images, about = None, {}
     if args.exact:
         images = datasets.load(args.dataset or 'glyphs', args.data_dir, args.image_size)
         keep_freed_memory()
-        flow = datasets.flow_constants(images, args.dataset)
-        del flow['M']
         net = pfgm.ExactField(datasets.charges_of(images, '--exact', device, dtype=torch.float64))
-        flow.update(z_exp=0.0, D=1.0, known=0, student=False,  # its v_z needs no help
-                    shape=tuple(images.pixels.shape[1:]))
+        saved = dict(datasets.flow_constants(images, args.dataset), z_exp=0.0,  # v_z needs no help
+                     D=1.0, classes=0, channels=images.channels, image_size=images.image_size)
     else:
         net, saved = load_checkpoint(args.ckpt, args.weights)
         net.to(device, memory_format=torch.channels_last)
+        about = dict(class_names=saved.get('class_names'), step=saved['step'], weights=args.weights)
         if args.compile:
             net.compile()
         if saved.get('official'):
@@ -460,22 +459,19 @@ def load_flow(args, device):
             start = datasets.load(getattr(args, 'start', None) or saved['source'], args.data_dir,
                                   saved['image_size'], saved['channels'], flag='--from')
             net.source = datasets.charges_of(start, '--from')
-        flow = vars(flow_of(net, saved, class_names=saved.get('class_names'), step=saved['step'],
-                            weights=args.weights,
-                            student=bool(saved.get('distill') or saved.get('consistency'))))
-    official, edm = saved.get('official', False), saved.get('edm', False)
-    nfe = args.nfe or (1 if flow['student'] else EDM_NFE if edm and not args.solver else None)
-    solver = args.solver or ('renew' if saved.get('consistency') else 'rk45' if not nfe else
-                             'heun' if official or edm and nfe >= EDM_NFE else 'unipc')
-    flow.update(net=net, small_z=args.small_z or ('official' if official else 'exact'),
-                solver=solver, nfe=nfe or 100, tol=args.tol, guidance=args.guidance, eta=args.eta,
-                seed=args.seed, schedule=args.schedule or (
-                    'log' if official else None if edm else 'radius'),
-                to_data=False if official and args.to_data is None else args.to_data,
-                z_min=args.z_min or flow['z_min'], z_last=args.z_min)
-    flow['bf16'] = not args.exact and (fast_bf16(device) and not official and not edm
-                                       if args.bf16 is None else args.bf16)
-    flow = Flow(**flow)
+    official, edm, fresh = (saved.get(k, False) for k in ('official', 'edm', 'consistency'))
+    student = bool(fresh or saved.get('distill'))
+    nfe = args.nfe or (1 if student else EDM_NFE if edm and not args.solver else None)
+    how = dict(nfe=nfe or 100, z_last=args.z_min, bf16=fast_bf16(device), solver=(
+        'renew' if fresh else 'rk45' if not nfe else
+        'heun' if official or edm and nfe >= EDM_NFE else 'unipc'))
+    if official:
+        how.update(schedule='log', small_z='official', to_data=False, bf16=False)
+    if edm:
+        how.update(schedule=None, bf16=False)
+    how.update({k: v for k, v in vars(args).items() if k in SAMPLING and v is not None})
+    flow = flow_of(net, saved, **how, **about, student=student)
+    flow.z_min, flow.bf16 = args.z_min or flow.z_min, flow.bf16 and not args.exact
     check_flow(args, flow)
     return flow, images
 
