@@ -215,10 +215,8 @@ def peak_memory(device):
 def rng_state(device):
     """The states of the generators that dropout draws from: the CPU's, and the GPU's."""
     states = [torch.get_rng_state()]
-    if device.type == 'cuda':
-        states.append(torch.cuda.get_rng_state(device))
-    elif device.type == 'mps' and torch.backends.mps.is_built():
-        states.append(torch.mps.get_rng_state())
+    if device.type == 'cuda' or device.type == 'mps' and torch.backends.mps.is_built():
+        states.append(torch.get_device_module(device).get_rng_state())
     return states
 
 
