@@ -275,7 +275,7 @@ def listen():
     """A list to which the numbers of SIGINT, SIGTERM and SIGUSR1 are added. Once asked to leave,
     another SIGINT or SIGTERM ends the process at once: a thread hears it, so even where it waits
     in C for a process that hangs, and where no handler of Python's would run."""
-    heard, (ours, listen.theirs) = [], socket.socketpair()  # kept: closed, it would end the thread
+    heard, (ours, theirs) = [], socket.socketpair()
     leave = signal.SIGINT, signal.SIGTERM
 
     def hear():
@@ -290,17 +290,17 @@ def listen():
                 if os.environ.get('LOCAL_RANK', '0') == '0':
                     print('leaving after this step; once more ends it at once', flush=True)
             heard.append(number)
-    listen.theirs.setblocking(False)
+    theirs.setblocking(False)
     thread = threading.Thread(target=hear, daemon=True)
     thread.start()
     for number in (*leave, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(listen.theirs.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
 
     def stop():
         signal.set_wakeup_fd(-1)
-        listen.theirs.shutdown(socket.SHUT_RDWR)  # forked readers of images hold it open
-        listen.theirs.close()
+        theirs.shutdown(socket.SHUT_RDWR)  # forked readers of images hold it open
+        theirs.close()
         thread.join()
     AT_THE_END.callback(stop)
     return heard
