@@ -404,19 +404,16 @@ OFFICIAL_NAME = dict(norm1='GroupNorm_0', conv1='Conv_0', emb='Dense_0', norm2='
 
 
 def official_names(net):
-    """{our parameter name: official name}, in the order of both."""
-    units = [*net.embed, net.conv_in, *(u for s in net.down for u in s), *net.mid,
-             *(u for s in net.up for u in s), net.norm_out, net.conv_out]
-    index = {id(parameter): (i, name) for i, unit in enumerate(units)
-             for name, parameter in unit.named_parameters()}
-    names = {}
-    for ours, parameter in net.named_parameters():
-        i, name = index[id(parameter)]
-        *layer, leaf = name.split('.')
-        if layer and layer[0] in ('q', 'k', 'v', 'out'):
+    """{our parameter name: official name}, in the order of both. They number the units, which our
+    names have up to their numbers: conv_in, embed.0, down.0.1."""
+    units, names = {}, {}
+    for ours, _ in net.named_parameters():
+        unit, layer, leaf = re.fullmatch(r'([a-z_]+(?:\.\d+)*)\.(?:(\w+)\.)?(\w+)', ours).groups()
+        if layer in ('q', 'k', 'v', 'out'):
             leaf = {'weight': 'W', 'bias': 'b'}[leaf]
-        layer = [OFFICIAL_NAME[k] for k in layer]
-        names[ours] = '.'.join([f'module.all_modules.{i}', *layer, leaf])
+        inside = [OFFICIAL_NAME[layer], leaf] if layer else [leaf]
+        number = units.setdefault(unit, len(units))
+        names[ours] = '.'.join([f'module.all_modules.{number}', *inside])
     return names
 
 
