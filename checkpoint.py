@@ -20,8 +20,8 @@ import torch
 import data as datasets
 import pfgm
 from baselines import EDM, METHODS, SAMPLING, as_flow, flow_of
-from files import (check_archive, check_tensors, edm_names, holds_objects, official_names,
-                   open_pickle, tensors_of)
+from files import (check_tensors, edm_names, holds_objects, official_names, open_pickle,
+                   tensors_of)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
                     keep_freed_memory, run, setup, speed_up, unless, write)
 from unet import UNet
@@ -92,7 +92,6 @@ def read_checkpoint(path, whole=False):
     numpy_numbers = [np.dtype, np.dtypes.Float64DType, (codecs.encode, '_codecs.encode'),
                      *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core'))]
     try:
-        check_archive(path)
         if holds_objects(path):
             saved = read_edm(path, whole)
         else:

@@ -258,21 +258,6 @@ def read_shard(path, shape):
 
 # ---------------------------------------------------------------- checkpoints
 
-def check_archive(path):
-    """ValueError where a zip, which torch.save writes stored, is packed or fails its checksums:
-    torch.load would unpack the one to any size and pass over the other."""
-    with open(path, 'rb') as file:
-        if file.read(2) != b'PK':
-            return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-                or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
-            raise ValueError('its parts claim more bytes than it has')
-        if broken := archive.testzip():
-            raise ValueError(f'{broken} fails its checksum')
-
-
 def check_tensors(tensors):
     """ValueError unless all are float32 and held in full: a stride of 0 makes one number look like
     a terabyte, which the first copy would take."""
@@ -343,12 +328,20 @@ class Reader(pickle._Unpickler):
 
 
 def holds_objects(path):
-    """Whether a file is one for open_pickle(), not for torch.load()."""
+    """Whether a file is one for open_pickle(), not for torch.load(). ValueError where a zip, which
+    torch.save writes stored, is packed or fails its checksums: torch.load would unpack the one to
+    any size and pass over the other."""
     with open(path, 'rb') as file:
         start = file.read(4)
         if start[:2] != b'PK':  # torch.save's own, before it wrote zips, begin with a number
             return start[:1] == b'\x80' and start[2:] != b'\x8a\n'
         with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                    or sum(entry.file_size for entry in entries) > os.path.getsize(path)):
+                raise ValueError('its parts claim more bytes than it has')
+            if broken := archive.testzip():
+                raise ValueError(f'{broken} fails its checksum')
             return any(b'torch_utils.persistence' in archive.read(name)
                        for name in archive.namelist() if name.endswith('data.pkl'))
 
