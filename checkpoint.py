@@ -256,7 +256,8 @@ def read_edm(path, whole):
             raise ValueError('its parts claim more bytes than it has')
         return {k: fitted(k, tensor(parts[name])) for k, name in names.items()}
     claimable = os.path.getsize(path)
-    with open_pickle(path) as (saved, tensor):
+    with open(path, 'rb') as file:
+        saved, tensor = open_pickle(file)
         args = edm_args(saved, path)
         parts = tensors_of(saved['ema'], 'model')
         names = edm_names(blank(args, len(parts), path), parts)

@@ -2,7 +2,6 @@
 folders and zips, whatever their layout; labels; arrays; checkpoints; statistics of features.
 Errors are ValueErrors.
 """
-import contextlib
 import io
 import itertools
 import json
@@ -346,32 +345,31 @@ def holds_objects(path):
                        for name in archive.namelist() if name.endswith('data.pkl'))
 
 
-@contextlib.contextmanager
-def open_pickle(path):
-    """(what a pickle, plain or a zip of torch.save, holds; a function that reads a tensor of it).
-    Raises what it may where the file is damaged, and ValueError where it asks for another name."""
-    with open(path, 'rb') as file:
-        archive = zipfile.ZipFile(file) if file.read(2) == b'PK' else None
-        root = archive and next(name for name in archive.namelist() if name.endswith('data.pkl'))
+def open_pickle(file):
+    """(what a pickle, plain or a zip of torch.save, holds; a function that reads a tensor of it
+    while the file is open). Raises what it may where the file is damaged, and ValueError where it
+    asks for another name."""
+    archive = zipfile.ZipFile(file) if file.read(2) == b'PK' else None
+    root = archive and next(name for name in archive.namelist() if name.endswith('data.pkl'))
 
-        def tensor(t):
-            storage = t['storage']
-            if archive:
-                numbers = archive.read(root.removesuffix('data.pkl') + 'data/' + storage['name'])
-            else:  # torch.save's of one storage: five pickles, a count, the numbers
-                if isinstance(storage, range):
-                    file.seek(storage.start)
-                    storage = file.read(len(storage))
-                packed = io.BytesIO(storage)
-                *_, storage, _ = [Reader(packed).load() for _ in range(5)]
-                numbers = packed.read()[8:]
-            if (len(numbers) != 4 * storage['count'] or math.prod(t['size']) > storage['count']
-                    or 0 in t['stride']):
-                raise ValueError('a tensor is not held in full')
-            numbers = torch.from_numpy(np.frombuffer(numbers, '<f4').copy())
-            return numbers.as_strided(t['size'], t['stride'], t['offset'])
-        file.seek(0)
-        yield Reader(io.BytesIO(archive.read(root)) if archive else file).load(), tensor
+    def tensor(t):
+        storage = t['storage']
+        if archive:
+            numbers = archive.read(root.removesuffix('data.pkl') + 'data/' + storage['name'])
+        else:  # torch.save's of one storage: five pickles, a count, the numbers
+            if isinstance(storage, range):
+                file.seek(storage.start)
+                storage = file.read(len(storage))
+            packed = io.BytesIO(storage)
+            *_, storage, _ = [Reader(packed).load() for _ in range(5)]
+            numbers = packed.read()[8:]
+        if (len(numbers) != 4 * storage['count'] or math.prod(t['size']) > storage['count']
+                or 0 in t['stride']):
+            raise ValueError('a tensor is not held in full')
+        numbers = torch.from_numpy(np.frombuffer(numbers, '<f4').copy())
+        return numbers.as_strided(t['size'], t['stride'], t['offset'])
+    file.seek(0)
+    return Reader(io.BytesIO(archive.read(root)) if archive else file).load(), tensor
 
 
 def tensors_of(module, child):
