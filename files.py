@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import re
-import struct
 import threading
 import zipfile
 from typing import NamedTuple, Optional
@@ -279,8 +278,8 @@ KNOWN = {  # every name that stands in a checkpoint of EDM or PFGM++, and what i
     'torch.storage._load_from_bytes': lambda packed: packed,
     'torch.FloatStorage': 'float32',
     'numpy.dtype': lambda *_: {},  # always float64
-    'numpy.core.multiarray.scalar': lambda dtype, packed: struct.unpack('<d', packed)[0],
-    'numpy._core.multiarray.scalar': lambda dtype, packed: struct.unpack('<d', packed)[0],
+    'numpy.core.multiarray.scalar': lambda dtype, packed: np.frombuffer(packed, '<f8').item(),
+    'numpy._core.multiarray.scalar': lambda dtype, packed: np.frombuffer(packed, '<f8').item(),
     '__builtin__.set': lambda *_: None,
     '_codecs.encode': lambda text, encoding: text.encode('latin1'),
 }
@@ -308,7 +307,7 @@ class Reader(pickle._Unpickler):
         self.stack[-1].update(state if isinstance(state, dict) else {})
 
     def binbytes(self):
-        count, = struct.unpack('<I', self.read(4))
+        count = int.from_bytes(self.read(4), 'little')
         if count < 2 ** 16 or self._unframer.current_frame:
             self.append(self.read(count))
         else:
