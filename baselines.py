@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import pfgm
-from files import Pairs, read_shard
+from files import read_shard
 from launch import BadInput, fingerprint, step_seed, wait, watch, write
 
 SHARD, PAIR_NFE = 1000, 40  # pairs a file, and calls of the teacher for each, by unipc
@@ -503,9 +503,10 @@ def method_of_student(args, teacher):
 
 
 def make_pairs(teacher, args, device, rank=0, world=1):
-    """The Pairs of reflow: args.pairs draws x of the prior of `teacher`, a Flow, and the images y
-    where it leads them, as eps = (x - y) / z_max and y in --out_dir/pairs: the line between the two
-    is y + z eps. arXiv 2209.03003 Section 2.2. Shards there of that network and seed are kept."""
+    """The pairs of reflow: args.pairs draws x of the prior of `teacher`, a Flow, and the images y
+    where it leads them, as eps = (x - y) / z_max and y, float32 (2, C, S, S) each, in --out_dir/
+    pairs: the line between the two is y + z eps. arXiv 2209.03003 Section 2.2. Shards there of that
+    network and seed are kept."""
     folder, mark = os.path.join(args.out_dir, 'pairs'), fingerprint(
         teacher.net.state_dict().values(), args.seed)
     shards = [range(args.pairs)[first:first + SHARD] for first in range(0, args.pairs, SHARD)]
@@ -530,7 +531,7 @@ def make_pairs(teacher, args, device, rank=0, world=1):
     made = [read_shard(path, (len(shard), 2, *teacher.shape)) for shard, path in paths.items()]
     if any(shard is None for shard in made):
         raise BadInput(f'--out_dir {args.out_dir}: every process must see the same folder')
-    return Pairs(made)
+    return torch.utils.data.ConcatDataset(made)
 
 
 @torch.no_grad()
@@ -548,7 +549,7 @@ def straightness(net, x, labels=None, steps=50):
 
 
 def pairs_of_teacher(teacher, args, step, device, rank, world):
-    """The Pairs of a teacher, a Flow; lines on what is trained, and how straight its lines are."""
+    """The pairs of a teacher, a Flow; lines on what is trained, and how straight its lines are."""
     if rank == 0:
         print(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its '
               f'teacher, {teacher.method}', flush=True)

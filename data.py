@@ -529,7 +529,8 @@ def shuffled_images(images, count, args, step, device, rank, world):
 def shuffled_pairs(pairs, args, step, device):
     """Endless (y (B, C, S, S), classes or None, generator, eps like y) of step, step + 1, ..."""
     for order in image_order(len(pairs), args.batch_size, args.seed, step):
-        y, eps = (part.to(device) for part in pairs[order])
+        rows = torch.from_numpy(np.stack([pairs[k] for k in order.tolist()]))
+        eps, y = (part.to(device) for part in rows.unbind(1))
         generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
         yield y, (order % args.classes).to(device) if args.classes else None, generator, eps
         step += 1

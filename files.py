@@ -229,22 +229,6 @@ def as_uint8(array):
                     'clipped'] * (beyond > 0)
 
 
-class Pairs:
-    """Shards of (noise, image) on disk: pairs[indices (b,)] -> (y, eps), float32 (b, C, S, S)."""
-
-    def __init__(self, shards):
-        self.shards = shards
-
-    def __len__(self):
-        return sum(map(len, self.shards))
-
-    def __getitem__(self, indices):
-        size = len(self.shards[0])  # of all but the last
-        rows = [self.shards[i // size][i % size] for i in indices.tolist()]
-        eps, y = torch.from_numpy(np.stack(rows)).unbind(1)
-        return y, eps
-
-
 def read_shard(path, shape):
     """The memory map of a shard; None where it is absent or of another shape."""
     try:

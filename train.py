@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 import data as datasets
-from baselines import (METHODS, PAIR_NFE, Muon, Pairs, as_flow, field_loss,
-                       method_of_student, pairs_of_teacher, training_point, update)
+from baselines import (METHODS, PAIR_NFE, Muon, as_flow, field_loss, method_of_student,
+                       pairs_of_teacher, training_point, update)
 from bench import sample_grid
 from checkpoint import (ARCHITECTURE, build, flow_flags, for_classes, in_folder, load_flow,
                         open_run, save)
@@ -257,7 +257,7 @@ def images_a_step(args):
 
 
 def training_steps(images, flow, args, step, place):
-    """Endless training_point()s for this process. images may be the Pairs of --reflow."""
+    """Endless training_point()s for this process. images may be the pairs of --reflow."""
     device, rank, world = place
     B = args.batch_size
     mine = slice(rank * B // world, (rank + 1) * B // world)
@@ -265,8 +265,9 @@ def training_steps(images, flow, args, step, place):
     if args.field_batch == 'all':
         charges = datasets.charges_of(images, '--field_batch all', device, args.flip)
         kinds = images.labels.to(device).repeat(1 + args.flip) if args.classes else None
-    blocks = (datasets.shuffled_pairs(images, args, step, device) if isinstance(images, Pairs) else
-              datasets.shuffled_images(images, images_a_step(args), args, step, *place))
+    blocks = datasets.shuffled_images(images, images_a_step(args), args, step, *place)
+    if args.reflow or args.distill:
+        blocks = datasets.shuffled_pairs(images, args, step, device)
     for done, (x, kind, generator, *eps) in enumerate(blocks, step):
         if args.field_batch not in ('all', 1):
             charges, kinds = x, kind
