@@ -485,18 +485,17 @@ def grid_of(pixels, nrow=None):
 
 def image_order(n, count, seed, step):
     """Endless indices (count,) of step, step + 1, ...: one shuffle of all n images an epoch."""
-    order, epoch, at = None, None, step * count
+    def shuffled(epoch):
+        generator = torch.Generator().manual_seed(step_seed(seed, 2 ** 32 + epoch))
+        return torch.randperm(n, generator=generator)
+    epoch, at = divmod(step * count, n)
+    order = shuffled(epoch)[at:]
     while True:
-        want = []
-        while sum(map(len, want)) < count:
-            if at // n != epoch:
-                epoch = at // n
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(
-                    step_seed(seed, 2 ** 32 + epoch)))
-            take = order[at % n:][:count - sum(map(len, want))]
-            want.append(take)
-            at += len(take)
-        yield torch.cat(want)
+        while len(order) < count:
+            epoch += 1
+            order = torch.cat([order, shuffled(epoch)])
+        yield order[:count]
+        order = order[count:]
 
 
 def gather(parts):
