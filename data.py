@@ -498,13 +498,6 @@ def image_order(n, count, seed, step):
         order = order[count:]
 
 
-def gather(parts):
-    """Each rank's uint8 images, joined in rank order: every rank reads only its share from disk."""
-    whole = parts.new_empty(dist.get_world_size() * len(parts), *parts.shape[1:])
-    dist.all_gather_into_tensor(whole, parts)
-    return whole
-
-
 def shuffled_images(images, count, args, step, device, rank, world):
     """Endless (x (count, C, S, S) in [-1, 1], classes or None, generator) of step, step + 1, ...,
     mirrored at random: the same on every rank, from seed and step alone."""
@@ -515,24 +508,27 @@ def shuffled_images(images, count, args, step, device, rank, world):
             raise BadInput(f'--field_batch {count}: must be a multiple of {world} processes')
         indices = (block.chunk(world)[rank] for block in indices)
     blocks = batches(images, indices, device, args.workers)
-    for block, order in zip(blocks, image_order(len(images), count, args.seed, step)):
-        x = to_float(gather(block) if split else block)
+    orders = image_order(len(images), count, args.seed, step)
+    for step, (block, order) in enumerate(zip(blocks, orders), step):
+        if split:  # every rank has read only its share, and they are joined in rank order
+            mine, block = block, block.new_empty(count, *block.shape[1:])
+            dist.all_gather_into_tensor(block, mine)
+        x = to_float(block)
         generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
         if args.flip:
             flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
             x = torch.where(flipped, x.flip(-1), x)
         yield x, images.labels[order].to(device) if args.classes else None, generator
-        step += 1
 
 
 def shuffled_pairs(pairs, args, step, device):
     """Endless (y (B, C, S, S), classes or None, generator, eps like y) of step, step + 1, ..."""
-    for order in image_order(len(pairs), args.batch_size, args.seed, step):
+    orders = image_order(len(pairs), args.batch_size, args.seed, step)
+    for step, order in enumerate(orders, step):
         rows = torch.from_numpy(np.stack([pairs[k] for k in order.tolist()]))
         eps, y = (part.to(device) for part in rows.unbind(1))
         generator = torch.Generator(device).manual_seed(step_seed(args.seed, step))
         yield y, (order % args.classes).to(device) if args.classes else None, generator, eps
-        step += 1
 
 
 def glyphs(n=10_000, image_size=16, split='train'):
