@@ -99,8 +99,7 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
             '\n'.join(found.paths or found.source).encode(errors='surrogateescape'))
     labels = b'' if found.labels is None else found.labels.tobytes()
     data.identity = [len(data), zlib.crc32(told), zlib.crc32(labels)]  # at another place the same
-    large = len(data) * data.channels * data.image_size ** 2 > MEMORY_LIMIT
-    notes = [*found.notes, *(data.look_over() if large else data.decode_all())]
+    notes = [*found.notes, *data.fill()]
     if notes and dataset not in SETS and os.environ.get('RANK', '0') == '0':
         print(f'{flag} {dataset}: {"; ".join(notes)}', flush=True)
     return data
@@ -328,45 +327,38 @@ class Images(torch.utils.data.Dataset):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.array(image).reshape(size, size, -1).transpose(2, 0, 1), None, lost
 
-    def look_over(self):
-        """What a few images of a large set lose -> notes."""
-        some = [self.decode(k) for k in sorted({k * len(self) // 64 for k in range(64)})]
-        lost = Counter(word for *_, words in some for word in words)
-        return said(lost, len(some), max(x.max() for x, *_ in some if x is not None), 'looked at ')
-
-    def decode_all(self):
-        """Fills pixels, leaving out (and saying so in one line) what cannot be read -> notes."""
-        n, bad, lost = len(self), {}, Counter()
-        shape = self.image_size, self.image_size, self.channels
-        if self.root is None and (*self.source.shape, 1)[1:4] == shape:  # decode() changes nothing
-            pixels = self.source.reshape(n, *shape).transpose(0, 3, 1, 2)
-            self.pixels, self.source = torch.from_numpy(pixels.copy()), None
-            return said(lost, n, self.pixels.max())
-        pixels = np.empty((n, self.channels, self.image_size, self.image_size), np.uint8)
+    def fill(self):
+        """Fills pixels, leaving out (and saying so in one line) what cannot be read; of a set too
+        large for that looks at 64 images -> notes of what they lose, and of a set next to black."""
+        n, size, bad, lost = len(self), self.image_size, {}, Counter()
+        large = n * self.channels * size ** 2 > MEMORY_LIMIT
+        some = sorted({k * n // 64 for k in range(64)}) if large else range(n)
+        looked = 'looked at ' if large else ''
+        pixels = np.zeros((len(some), self.channels, size, size), np.uint8)
+        fit = self.root is None and (*self.source.shape, 1)[1:4] == (size, size, self.channels)
+        if fit and not large:  # decode() changes nothing
+            pixels[:] = self.source.reshape(n, size, size, -1).transpose(0, 3, 1, 2)
+            some = []
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             # Pillow decodes without the GIL; on tiny images threads lose more by waiting for it.
-            decoded = (pool.map if self.image_size >= 64 else map)(self.decode, range(n))
+            decoded = (pool.map if size >= 64 else map)(self.decode, some)
             for k, (image, problem, words) in enumerate(decoded):
                 lost.update(words)
                 if problem is None:
                     pixels[k] = image
                 else:
                     bad[k] = problem
-        if len(bad) == n:
-            raise BadInput(f'{self.given}: no image can be read (first: {bad[0]})')
-        if bad:
+        if len(bad) == len(pixels):
+            raise BadInput(f'{self.given}: no image {looked}can be read (first: {bad[0]})')
+        if bad and not large:
             print(f'{self.given}: skipped {len(bad)} of {n} images that cannot be read '
                   f'(first: {next(iter(bad.values()))})', file=sys.stderr)
             keep = [k for k in range(n) if k not in bad]
             pixels, self.labels = pixels[keep], None if self.labels is None else self.labels[keep]
-        self.pixels, self.source = torch.from_numpy(pixels), None
-        return said(lost, n, pixels.max())
-
-
-def said(lost, n, brightest, looked=''):
-    """Notes of how many of n images lost what, and of a set that is next to black."""
-    return [f'{k} of {n} images {looked}{word}' for word, k in lost.items()] + [
-        f'nearly black, no value above {brightest} of 255'] * bool(brightest < 64)
+        if not large:
+            self.pixels, self.source = torch.from_numpy(pixels), None
+        return [f'{k} of {len(some)} images {looked}{word}' for word, k in lost.items()] + [
+            f'nearly black, no value above {pixels.max()} of 255'] * bool(pixels.max() < 64)
 
 
 def batches(data, indices, device='cpu', workers=0):

@@ -1853,6 +1853,11 @@ def test_known_sets_are_read_or_said_to_be_fetched_by_hand(tmp_path, monkeypatch
     train_, test = data.load('mnist', tmp_path), data.load('mnist', tmp_path, 32, 3, 'test')
     assert train_.pixels.shape == (4, 1, 28, 28) and test.pixels.shape == (2, 3, 32, 32)
     assert train_.labels.tolist() == [1] * 4 and not test.flip and test.classes == ['a', 'b']
+    (tmp_path / 'lsun_bedroom').mkdir(exist_ok=True)
+    (tmp_path / 'lsun_bedroom' / 'a.webp').write_text('not an image')
+    for limit in (2 << 30, 0):  # a set of that name is not probed first, nor is one that is large
+        with patch.object(data, 'MEMORY_LIMIT', limit):
+            refused('lsun_bedroom: no image .*can be read', 'lsun_bedroom', tmp_path)
     pictures(tmp_path, 'lsun_bedroom/0/a.webp', 'lsun_bedroom/1/a.webp',
              'celeba/img_align_celeba/0.png', side=64)
     set_ = data.load('lsun_bedroom', tmp_path)
