@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pfgm
-from files import (ENTRY_LIMIT, MEDMNIST, MEDMNIST_SIZES, as_labels, as_uint8, files_below, in_rows,
-                   layout, open_entry, read_bytes, table_values)
+from files import (ENTRY_LIMIT, MEDMNIST, MEDMNIST_SIZES, arrays_of, as_labels, as_uint8,
+                   files_below, in_rows, layout, read_bytes, table_values)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, first_of_its_machine, reader_lost,
                     step_seed)
 
@@ -187,31 +187,23 @@ def list_images(root, split):
 
 def read_arrays(path, split):
     """The Found of a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
-    array = np.load(path, mmap_mode='r', allow_pickle=False)
-    values, notes, apart = 'no labels', [], False
-    if isinstance(array, np.lib.npyio.NpzFile):
-        archive, files = array.zip, array.files
-        limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
-
-        def member(key):  # archive[key] would unpack a bomb
-            return np.lib.format.read_array(open_entry(archive, f'{key}.npy', limit))
-        keys = ['test_images', 'val_images'] * (split == 'test') + [
-            'x', 'images', 'train_images', 'arr_0']
-        key = next((key for key in keys if key in files), None)
-        if key is None:
-            raise ValueError(f"holds {files}, none of {', '.join(keys)}")
-        own = [key.replace('images', 'labels')] if '_images' in key else ['y', 'labels']
-        own = next((name for name in own if name in files), None)
-        try:
-            values = member(own) if own else values
-        except Exception as error:  # they may not even be wanted
-            values = f'{own} that cannot be read ({error!r})'
-        array = member(key)  # and with it the archive is closed
-        others = ' or '.join(k for k in files if k.endswith('_images') and k != key)
-        notes = [f'its {key}, not {others}'] * bool(others)
-        apart = key in ('test_images', 'val_images')
+    arrays = arrays_of(path)
+    keys = ['test_images', 'val_images'] * (split == 'test') + [
+        'x', 'images', 'train_images', 'arr_0']
+    key = next((key for key in keys if key in arrays), None)
+    if key is None:
+        raise ValueError(f"holds {[*arrays]}, none of {', '.join(keys)}")
+    own = [key.replace('images', 'labels')] if '_images' in key else ['y', 'labels']
+    own = next((name for name in own if name in arrays), None)
+    try:
+        values = arrays[own]() if own else 'no labels'
+    except Exception as error:  # they may not even be wanted
+        values = f'{own} that cannot be read ({error!r})'
+    others = ' or '.join(k for k in arrays if k.endswith('_images') and k != key)
+    apart = key in ('test_images', 'val_images')
+    notes = [f'its {key}, not {others}'] * bool(others)
     notes += ['no test split in it: these images serve'] * (split == 'test' and not apart)
-    array, clipped = as_uint8(in_rows(array))
+    array, clipped = as_uint8(in_rows(arrays[key]()))
     labels, _, why = as_labels(values, range(len(array)))
     return Found(None, array, labels, None, why, notes + clipped, apart=apart)
 

@@ -2,6 +2,7 @@
 folders and zips, whatever their layout; labels; arrays; checkpoints; statistics of features.
 Errors are ValueErrors.
 """
+import functools
 import io
 import itertools
 import json
@@ -192,6 +193,18 @@ def as_labels(values, names, words=()):
 
 
 # ---------------------------------------------------------------- arrays
+
+def arrays_of(path):
+    """{name: a function that reads it} of the arrays of a .npz, or of the one, x, of a .npy."""
+    stored = np.load(path, mmap_mode='r', allow_pickle=False)
+    if isinstance(stored, np.ndarray):
+        return {'x': lambda: stored}
+    limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
+
+    def read(name):  # stored[name] would unpack a bomb
+        return np.lib.format.read_array(open_entry(stored.zip, f'{name}.npy', limit))
+    return {name: functools.partial(read, name) for name in stored.files}
+
 
 def in_rows(array):
     """Images (n, H, W), (n, H, W, C) or (n, C, H, W) as one of the first two; else ValueError."""
@@ -421,10 +434,8 @@ def read_stats(path, convention):
     """Measured from a statistics file, whose `pool_3` are the features (score_sde), or None for a
     .npz that is none: images."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            limit = max(100 * os.path.getsize(path), ENTRY_LIMIT)
-            found = {k: np.lib.format.read_array(open_entry(file.zip, f'{k}.npy', limit))
-                     for k in ('mu', 'sigma', 'n', 'convention', 'pool_3') if k in file.files}
+        names = 'mu', 'sigma', 'n', 'convention', 'pool_3'
+        found = {name: read() for name, read in arrays_of(path).items() if name in names}
         n, features = int(found['n']) if 'n' in found else None, found.pop('pool_3', None)
         if features is not None and not {'mu', 'sigma'} & found.keys():
             n, features = len(features), torch.from_numpy(features).float()
