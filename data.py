@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import pfgm
-from files import (ENTRY_LIMIT, MEDMNIST, MEDMNIST_SIZES, arrays_of, as_labels, as_uint8,
-                   files_below, in_rows, layout, read_bytes, table_values)
+from files import (MEDMNIST, MEDMNIST_SIZES, arrays_of, as_labels, as_uint8, files_below, in_rows,
+                   layout, read_bytes, table_values)
 from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, first_of_its_machine, reader_lost,
                     step_seed)
 
@@ -229,7 +229,7 @@ def read(root, entry, whole=True):
     whole=False leaves one of a grey mode as it is, not even decoded."""
     try:
         image = Image.fromarray(entry) if root is None else Image.open(
-            io.BytesIO(read_bytes(root, entry, ENTRY_LIMIT)), formats=FORMATS)
+            io.BytesIO(read_bytes(root, entry)), formats=FORMATS)
         if not whole and (image.mode in ('1', 'L', 'LA') or image.mode[0] in 'IF'):
             return image, None
         lost = ['of several frames, the first taken'] * getattr(image, 'is_animated', False)

@@ -93,19 +93,19 @@ def open_entry(archive, name, limit):
     return archive.open(info)
 
 
-def read_bytes(root, entry, limit):
-    """The contents, of up to limit bytes, of a file of a folder or .zip."""
+def read_bytes(root, entry):
+    """The contents, of up to ENTRY_LIMIT bytes, of a file of a folder or .zip."""
     if os.path.isdir(root):
         if not os.path.isfile(os.path.join(root, entry)):  # opening a named pipe waits for ever
             raise ValueError('not a file')
-        if os.path.getsize(os.path.join(root, entry)) > limit:
-            raise ValueError(f'a file of more than {limit} bytes')
+        if os.path.getsize(os.path.join(root, entry)) > ENTRY_LIMIT:
+            raise ValueError(f'a file of more than {ENTRY_LIMIT} bytes')
         with open(os.path.join(root, entry), 'rb') as file:
             return file.read()
     with ZIP_LOCK:
         key = root, os.getpid()
         archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
-        file = open_entry(archive, entry, limit)
+        file = open_entry(archive, entry, ENTRY_LIMIT)
         return b''.join(iter(lambda: file.read(1 << 20), b''))
 
 
@@ -160,7 +160,7 @@ def table_values(root, tables, paths):
     found = {}
     try:
         for name, folder in tables.items():
-            labels = json.loads(read_bytes(root, name, ENTRY_LIMIT))['labels']
+            labels = json.loads(read_bytes(root, name))['labels']
             for image, label in dict(labels or ()).items():
                 found['/'.join([*folder, *re.split(r'[/\\]', image)])] = label
     except Exception as error:  # it may hold anything

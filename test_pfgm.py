@@ -1727,7 +1727,7 @@ def test_the_unreadable_is_skipped_and_labels_follow(tmp_path, capsys, monkeypat
         path.write_bytes(encrypted(zipped([*entries, ('../evil.png', image),
                                            ('/../evil.png', image), ('cat/locked.png', image)])))
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 64 * 64 - 1)  # over it, but not twice: a warning
-    monkeypatch.setattr(data, 'ENTRY_LIMIT', 100_000)
+    monkeypatch.setattr(files, 'ENTRY_LIMIT', 100_000)
     set_, err = data.load(path, image_size=8), capsys.readouterr().err
     assert f'skipped {"6 of 12" if kind == "zip" else "5 of 11"}' in err and err.count('\n') == 1
     assert set_.classes == ['ant', 'cat', 'dog'] and set_.labels.tolist() == [0, 0, 0, 1, 1, 1]
