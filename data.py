@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import pfgm
 from files import (MEDMNIST, MEDMNIST_SIZES, arrays_of, as_labels, as_uint8, files_below, in_rows,
                    layout, read_bytes, table_values)
-from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, first_of_its_machine, reader_lost,
-                    step_seed)
+from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, deaf, fingerprint, first_of_its_machine,
+                    reader_lost, say, step_seed)
 
 SETS = {  # image size, channels, random flips?, torchvision class, what to fetch by hand
     'glyphs':        (16, 1, False, '', ''),
@@ -53,14 +53,14 @@ MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at ea
 
 class Found(NamedTuple):
     """What find() finds."""
-    root: Optional[str]                  # a folder or .zip
-    source: object                       # names in it, or uint8 (n, H, W) or (n, H, W, C)
-    labels: Optional[np.ndarray] = None  # int (n,)
-    classes: Optional[list] = None       # their names
-    unlabelled: str = 'no labels'        # what there is instead
-    notes: list = []                     # what was decided for the user
-    paths: Optional[list] = None         # what layout() leaves of the names
-    apart: bool = True                   # of a test split: whether it is not the training images
+    root: Optional[str]                    # a folder or .zip
+    source: object                         # names in it, or uint8 (n, H, W) or (n, H, W, C)
+    labels: Optional[torch.Tensor] = None  # int64 (n,)
+    classes: Optional[list] = None         # their names
+    unlabelled: str = 'no labels'          # what there is instead
+    notes: list = []                       # what was decided for the user
+    paths: Optional[list] = None           # what layout() leaves of the names
+    apart: bool = True                     # of a test split: whether it is not the training images
 
 
 def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train',
@@ -84,8 +84,7 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
     with first_of_its_machine():
         try:
             found = find(dataset, str(data_dir), image_size, split)
-            size, depth, flip = (SETS.get(dataset) or (
-                *probe(found.root, found.source, channels), None))[:3]
+            size, depth, flip, *_ = SETS.get(dataset) or probe(found.root, found.source, channels)
         except Exception as error:  # a damaged file makes the libraries raise almost anything
             mend = f'accepted: {ACCEPTED}' if dataset not in SETS else (
                 f'fetch by hand {SETS[dataset][4].format(data_dir)}')
@@ -93,15 +92,10 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
     size = size if image_size is None else image_size
     if not 1 <= size <= SIZE_LIMIT:
         raise BadInput(f'--image_size {size}: of {flag} {dataset}; accepted: 1 to {SIZE_LIMIT}')
-    data = Images(dataset, *found[:4], size, channels or depth, flip, flag)
-    data.unlabelled, data.apart = found.unlabelled, found.apart
-    told = (found.source[::-(-len(data) // 16)].tobytes() if found.root is None else
-            '\n'.join(found.paths or found.source).encode(errors='surrogateescape'))
-    labels = b'' if found.labels is None else found.labels.tobytes()
-    data.identity = [len(data), zlib.crc32(told), zlib.crc32(labels)]  # at another place the same
+    data = Images(dataset, flag, found, size, channels or depth, flip)
     notes = [*found.notes, *data.fill()]
-    if notes and dataset not in SETS and os.environ.get('RANK', '0') == '0':
-        print(f'{flag} {dataset}: {"; ".join(notes)}', flush=True)
+    if notes and dataset not in SETS:
+        say(f'{data.given}: {"; ".join(notes)}')
     return data
 
 
@@ -112,14 +106,14 @@ def find(dataset, data_dir, image_size, split):
     ending, file = os.path.splitext(path)[1].lower(), os.path.isfile(path)
     if dataset == 'glyphs':
         pixels, labels = glyphs(image_size=min(image_size or 16, 64), split=split)
-        return Found(None, pixels, labels, list('0123456789'))
+        return Found(None, pixels, torch.from_numpy(labels).long(), list('0123456789'))
     if dataset in SETS and path == dataset:
         from torchvision import datasets  # here, because it takes a second that --help has not
         which = {'split': split} if dataset == 'celeba64' else {'train': split == 'train'}
         found = getattr(datasets, SETS[dataset][3])(data_dir, download=True, **which)
         if dataset == 'celeba64':  # its targets are 40 attributes, not classes
             return Found(f'{data_dir}/celeba/img_align_celeba', found.filename)
-        return Found(None, np.asarray(found.data), np.asarray(found.targets), found.classes)
+        return Found(None, np.asarray(found.data), torch.as_tensor(found.targets), found.classes)
     if os.path.isdir(path) or file and ending == '.zip':
         found = list_images(path, split)
         return found if path == dataset else Found(*found[:2], apart=found.apart)  # LSUN
@@ -209,14 +203,16 @@ def read_arrays(path, split):
 
 
 def probe(root, source, channels):
-    """-> (shorter side of the first readable image, channels or 1 if all are grey, else 3)."""
+    """-> (shorter side of the first readable image, channels or 1 if all are grey, else 3, whether
+    that is 3), as in SETS."""
     found = [read(root, source[k]) for k in sorted({k * len(source) // 64 for k in range(64)})]
     images = [image for image, _ in found if image]
     if not images:
         raise ValueError(f'none of {len(found)} images can be read ({source[0]!r}: {found[0][1]})')
     grey = not channels and not any(map(coloured, images)) and not any(
         coloured(read(root, entry, whole=False)[0]) for entry in source)
-    return min(images[0].size), channels or (1 if grey else 3)
+    channels = channels or (1 if grey else 3)
+    return min(images[0].size), channels, channels == 3
 
 
 def coloured(image):
@@ -253,15 +249,17 @@ def read(root, entry, whole=True):
 class Images(torch.utils.data.Dataset):
     """pixels uint8 (n, C, S, S), or None for a large set, which is decoded at each access; labels
     int64 (n,) or None; classes, a list of names, or None; name, image_size, channels, flip; flag,
-    which gave the name."""
+    which gave the name; identity, the same at another place."""
 
-    def __init__(self, name, root, source, labels, classes, image_size, channels, flip=None,
-                 flag='--dataset'):
-        self.flag, self.given = flag, f'{flag} {name}'
-        self.name, self.root, self.source, self.classes = name, root, source, classes
-        self.image_size, self.channels, self.pixels, self.skipped = image_size, channels, None, 0
-        self.flip = channels == 3 if flip is None else flip
-        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    def __init__(self, name, flag, found, image_size, channels, flip):
+        self.name, self.flag, self.given = name, flag, f'{flag} {name}'
+        self.root, self.source, self.labels, self.classes, self.unlabelled = found[:5]
+        self.image_size, self.channels, self.flip = image_size, channels, flip
+        self.pixels, self.skipped, self.apart = None, 0, found.apart
+        told = (self.source[::-(-len(self) // 16)].tobytes() if self.root is None else
+                '\n'.join(found.paths or self.source).encode(errors='surrogateescape'))
+        labels = [] if self.labels is None else [self.labels]
+        self.identity = [len(self), zlib.crc32(told), fingerprint(labels)]
 
     def __len__(self):
         return len(self.source if self.pixels is None else self.pixels)

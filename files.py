@@ -188,7 +188,7 @@ def as_labels(values, names, words=()):
     except (ValueError, TypeError):  # lists of several lengths, or of words
         return None, None, 'labels that are not all whole numbers'
     if values.size == len(names) and values.dtype.kind in 'iu':
-        return values.reshape(-1).astype(np.int64), classes or None, ''
+        return torch.from_numpy(values.reshape(-1).astype(np.int64)), classes or None, ''
     return None, None, f'{values.dtype} labels {values.shape} for {len(names)} images{hint}'
 
 
