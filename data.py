@@ -93,7 +93,8 @@ def load(dataset='glyphs', data_dir='data', image_size=None, channels=None, spli
     if not 1 <= size <= SIZE_LIMIT:
         raise BadInput(f'--image_size {size}: of {flag} {dataset}; accepted: 1 to {SIZE_LIMIT}')
     data = Images(dataset, flag, found, size, channels or depth, flip)
-    notes = [*found.notes, *data.fill()]
+    alone = ['no test split in it: these images serve'] * (split == 'test' and not data.apart)
+    notes = [*found.notes, *alone, *data.fill()]
     if notes and dataset not in SETS:
         say(f'{data.given}: {"; ".join(notes)}')
     return data
@@ -147,11 +148,11 @@ def list_images(root, split):
     the images below its folder; without it the first folders of what layout() leaves are classes.
     """
     if os.path.isdir(root):
-        names, apart = files_below(root), re.escape(os.sep)
+        names, slash = files_below(root), re.escape(os.sep)
     else:
         with zipfile.ZipFile(root) as archive:
-            names, apart = archive.namelist(), r'[/\\]'  # Windows has programs that write the other
-    parts = {name: [part for part in re.split(apart, name) if part not in ('', '.')]
+            names, slash = archive.namelist(), r'[/\\]'  # Windows has programs that write the other
+    parts = {name: [part for part in re.split(slash, name) if part not in ('', '.')]
              for name in sorted({*names}) if not re.search(r'(^|[/\\])(\.[^/\\]|__MACOSX/)', name)}
     tables = {name: path[:-1] for name, path in parts.items() if path[-1:] == ['dataset.json']}
     parts = {name: path for name, path in parts.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
@@ -163,9 +164,7 @@ def list_images(root, split):
         raise ValueError(f'holds {" and ".join(counts)}, but nothing to train on')
     served = next(kind for kind in (split, 'val', 'train', '') if counts[kind] or not kind)
     others = ' or '.join(f'{kind} ({k})' for kind, k in counts.items() if kind != served)
-    apart = served in ('test', 'val')
-    notes += [f'its {served} split{", not " * bool(others)}{others}'] * bool(splits) + [
-        'no test split in it: these images serve'] * (split == 'test' and not apart)
+    notes += [f'its {served} split{", not " * bool(others)}{others}'] * bool(splits)
     chosen = [name for name in paths if splits.get(name, '') == served]
     base = [name for name in paths if splits.get(name, 'train') == 'train'] or chosen
     folder = {name: path[0] if len(path) > 1 else None for name, path in paths.items()}
@@ -176,7 +175,7 @@ def list_images(root, split):
     labels, classes, why = as_labels(values, chosen, [folder[name] for name in base] if not tables
                                      else [word for word in values if isinstance(word, str)])
     return Found(root, chosen, labels, classes, why, notes, ['/'.join(paths[k]) for k in chosen],
-                 apart)
+                 apart=served in ('test', 'val'))
 
 
 def read_arrays(path, split):
@@ -194,12 +193,11 @@ def read_arrays(path, split):
     except Exception as error:  # they may not even be wanted
         values = f'{own} that cannot be read ({error!r})'
     others = ' or '.join(k for k in arrays if k.endswith('_images') and k != key)
-    apart = key in ('test_images', 'val_images')
     notes = [f'its {key}, not {others}'] * bool(others)
-    notes += ['no test split in it: these images serve'] * (split == 'test' and not apart)
     array, clipped = as_uint8(in_rows(arrays[key]()))
     labels, _, why = as_labels(values, range(len(array)))
-    return Found(None, array, labels, None, why, notes + clipped, apart=apart)
+    return Found(None, array, labels, None, why, notes + clipped,
+                 apart=key.startswith(('test', 'val')))
 
 
 def probe(root, source, channels):
