@@ -455,9 +455,8 @@ def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):
 def grid_of(pixels, nrow=None):
     """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more."""
     from torchvision.utils import make_grid
-    pixels = pixels.cpu().repeat_interleave(k := -(-64 // pixels.shape[-1]), 2)
-    grid = make_grid(pixels.repeat_interleave(k, 3), nrow or int(np.ceil(len(pixels) ** 0.5)),
-                     padding=4, pad_value=128)
+    larger = F.interpolate(pixels.cpu(), scale_factor=-(-64 // pixels.shape[-1]))
+    grid = make_grid(larger, nrow or int(np.ceil(len(pixels) ** 0.5)), padding=4, pad_value=128)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
