@@ -454,7 +454,8 @@ def load_flow(args, device):
             if name not in datasets.OFFICIAL:
                 raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
                                + ', '.join(datasets.OFFICIAL))
-            saved = {**saved, **datasets.flow_constants(None, name)}
+            saved = {**saved, 'dataset': name, **datasets.flow_constants(None, name)}
+        net.dataset = saved.get('dataset')  # the name of what it was trained on
         if saved.get('source'):  # the data set that the flow starts from
             start = datasets.load(getattr(args, 'start', None) or saved['source'], args.data_dir,
                                   saved['image_size'], saved['channels'], flag='--from')

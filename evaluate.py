@@ -29,7 +29,7 @@ import pfgm
 from baselines import DIVERGED, Flow, straightness
 from bench import (frechet, inception_score, kid, nearest, of_judge, pick, precision_recall,
                    sliced_wasserstein)
-from checkpoint import flow_flags, in_folder, load_flow, place_for, read_checkpoint
+from checkpoint import flow_flags, in_folder, load_flow, place_for
 from files import POOL, Measured, read_stats
 from launch import BadInput, Parser, above, everywhere, run, share, step_seed, wait, watch, write
 
@@ -169,15 +169,6 @@ def load_flows(args, device):
             raise BadInput(f'--compare {path}: makes images of {flow.shape}, the first '
                            f'others; give checkpoints of one size')
     return flows, images
-
-
-def training_set_of(args):
-    """The name of what --ckpt was trained on."""
-    path = args.compare[0] if args.compare else args.ckpt
-    saved = read_checkpoint(path)['args']
-    if saved['edm'] and not saved.get('dataset') and saved['image_size'] != 32:
-        raise BadInput(f'--ckpt {path}: does not say what it was trained on; give --dataset')
-    return saved.get('dataset') or datasets.OFFICIAL_BY_SIZE.get(saved['image_size'])
 
 
 def held_out(train, args):
@@ -398,8 +389,8 @@ def measure(asked, made, ref, args, device):
 
 # ---------------------------------------------------------------- the run
 
-def compared_with(args, wanted, train, n, size, channels, place):
-    """The Compared of --ref or --dataset, or of train; and --save_stats."""
+def compared_with(args, wanted, train, trained_on, n, size, channels, place):
+    """The Compared of --ref, --dataset, train, or the set named trained_on; and --save_stats."""
     device, rank, world = place
     which = 'random' if args.inception == 'random' else '2015-12-05'
     convention = f'{args.resize} resize, {which} Inception'
@@ -422,7 +413,10 @@ def compared_with(args, wanted, train, n, size, channels, place):
             print(f'--ref {args.ref}: its mu and sigma for --fid, its {len(train)} images for '
                   + ' '.join(f'--{name}' for name in sorted(wanted - own)), flush=True)
     elif not train and needing(wanted, 'pixels') | needing(wanted, 'statistics'):
-        name = args.dataset or training_set_of(args)
+        name = args.dataset or trained_on or size == 32 and 'cifar10'  # a file of EDM names none
+        if not name:
+            raise BadInput(f'--ckpt {(args.compare or [args.ckpt])[0]}: does not say what it was '
+                           'trained on; give --dataset')
         flag = '--dataset' if args.dataset else '--dataset of --ckpt'
         train = datasets.load(name, args.data_dir, size, channels, flag=flag)
     if needing(wanted, 'pixels'):
@@ -524,13 +518,14 @@ def main(args):
         return (bench.speed if args.bench else bench.solver_bench)(args, device)
 
     # what is evaluated
-    flows, source, train, size, channels = {}, None, None, None, None
+    flows, source, train, trained_on, size, channels = {}, *[None] * 5
     if args.samples:
         source = datasets.load(args.samples, args.data_dir, args.image_size, flag='--samples')
         channels, size = source.channels, source.image_size
     elif asked or not (args.ref or args.dataset):
         flows, train = load_flows(args, device)
-        channels, size = next(iter(flows.values())).shape[:2]
+        first = next(iter(flows.values()))
+        channels, size, trained_on = *first.shape[:2], getattr(first.net, 'dataset', None)
         timed = any(hasattr(flow.net, 'planes') for flow in flows.values())
         if 'straightness' in asked and not timed:
             raise BadInput('--straightness: only vp, subvp, ddpm and rf have a time to be straight '
@@ -540,7 +535,7 @@ def main(args):
     if source and n > len(source):
         raise BadInput(f'--n {n}: --samples {args.samples} has {len(source)} images')
 
-    ref = compared_with(args, wanted, train, n, size, channels, place)
+    ref = compared_with(args, wanted, train, trained_on, n, size, channels, place)
     tables, strips = {}, {}
     for name, flow in (flows or {'': None}).items():
         tables[name], strips[name] = evaluate(args, asked, name, flow, source, n, ref, place)
