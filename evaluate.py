@@ -171,13 +171,6 @@ def load_flows(args, device):
     return flows, images
 
 
-def held_out(train, args):
-    """The test split beside a training set, or None for a path that has none."""
-    test = datasets.load(train.name, args.data_dir, train.image_size, train.channels, 'test',
-                         train.flag)
-    return test if test.apart else None
-
-
 # ---------------------------------------------------------------- one pass over images
 
 def collect(batches, n, net, resize, keep, place):
@@ -423,7 +416,8 @@ def compared_with(args, wanted, train, trained_on, n, size, channels, place):
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
-        test = held_out(train, args)
+        test = datasets.load(train.name, args.data_dir, size, channels, 'test', train.flag)
+        test = test if test.apart else None
         if 'judge' in wanted and rank == 0:  # before any image is made
             bench.judge_of(train, test or train, args.data_dir, device)
     least = min([n, *(len(images) for images in (train, test) if images)])
