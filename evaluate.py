@@ -129,12 +129,12 @@ def check_counts(asked, n, n_ref):
     """Fewer images than an estimator needs are refused. n_ref None: no reference, or one whose
     statistics do not say."""
     for name in (name for name in METRICS if name in asked):
-        least, of_ref = METRICS[name].least, needing([name], 'statistics')
-        for count, what in ((n, '--n'), (n_ref if of_ref else None, 'the reference: n')):
-            if count is not None and count < least:
+        of_ref = n_ref if 'statistics' in needs([name]) else None
+        for count, what in ((n, '--n'), (of_ref, 'the reference: n')):
+            if count is not None and count < METRICS[name].least:
                 why = f' (the covariance of {POOL} features)' if name == 'fid' else ''
-                raise BadInput(f'{what} {count}: --{name} needs {least} images or more{why}; '
-                               'a metric for few images: --swd')
+                raise BadInput(f'{what} {count}: --{name} needs {METRICS[name].least} images or '
+                               f'more{why}; a metric for few images: --swd')
 
 
 # ---------------------------------------------------------------- where images come from
@@ -365,9 +365,9 @@ METRICS = {
 OF_FLOWS = [name for name, metric in METRICS.items() if not metric.of]
 
 
-def needing(names, *needs):
-    """Those of the metrics that need all these."""
-    return {name for name in names if {*needs} <= {*METRICS[name].needs.split()}}
+def needs(names):
+    """What some metrics need: of pixels, features, statistics."""
+    return {kind for name in names for kind in METRICS[name].needs.split()}
 
 
 def measure(asked, made, ref, args, device):
@@ -393,7 +393,8 @@ def compared_with(args, wanted, train, trained_on, n, size, channels, place):
             stats = read_stats(args.ref, convention)
         except ValueError as error:
             raise BadInput(f'--ref {error}') from error
-    paired = needing(METRICS, 'features', 'statistics')  # those with features of the reference
+    needed = needs(wanted)
+    paired = {k for k in METRICS if {'features', 'statistics'} <= needs([k])}  # of the reference
     own = {'fid', 'is'} | (paired if stats and stats.features is not None else set())
     more = stats and (wanted - own or args.save_stats)  # than such a file has, but for its images
     if more and (args.save_stats or 'arr_0' not in np.load(args.ref).files):
@@ -405,14 +406,14 @@ def compared_with(args, wanted, train, trained_on, n, size, channels, place):
         if more and rank == 0:
             print(f'--ref {args.ref}: its mu and sigma for --fid, its {len(train)} images for '
                   + ' '.join(f'--{name}' for name in sorted(wanted - own)), flush=True)
-    elif not train and needing(wanted, 'pixels') | needing(wanted, 'statistics'):
+    elif not train and needed & {'pixels', 'statistics'}:
         name = args.dataset or trained_on or size == 32 and 'cifar10'  # a file of EDM names none
         if not name:
             raise BadInput(f'--ckpt {(args.compare or [args.ckpt])[0]}: does not say what it was '
                            'trained on; give --dataset')
         flag = '--dataset' if args.dataset else '--dataset of --ckpt'
         train = datasets.load(name, args.data_dir, size, channels, flag=flag)
-    if needing(wanted, 'pixels'):
+    if 'pixels' in needed:
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
@@ -425,9 +426,9 @@ def compared_with(args, wanted, train, trained_on, n, size, channels, place):
     check_counts(wanted, n if asked else None, stats.n if stats else train and len(train))
     if least < world:
         raise BadInput(f'{least} images: fewer than the {world} processes; give more by --n')
-    if needing(wanted, 'statistics') | needing(wanted, 'features'):
+    if needed & {'features', 'statistics'}:
         inception, weight = bench.load_inception(args.inception, device, rank)
-    if wanted & paired - own if stats else needing(wanted, 'statistics'):
+    if wanted & paired - own if stats else 'statistics' in needed:
         keep = {'features'} if wanted & paired else set()
         found = collect(stored(train, len(train), args, place, train.name), len(train), inception,
                         args.resize, keep, place)
@@ -452,8 +453,7 @@ def points_of(args, asked, flow):
 def evaluate(args, asked, name, flow, source, n, ref, place):
     """Measure one flow, or the images of source: (rows of a table, {solver: its samples})."""
     device, rank, world = place
-    keep = {kind for kind in ('features', 'pixels') if needing({*asked} - {*OF_FLOWS}, kind)}
-    keep |= {'pixels'} if args.compare else set()
+    keep = needs({*asked} - {*OF_FLOWS}) | ({'pixels'} if args.compare else set())
     own, table, strips = {}, [], {}
     if flow:
         own = flow_metrics(asked, name, flow, ref.test or ref.train,
@@ -524,7 +524,7 @@ def main(args):
         if 'straightness' in asked and not timed:
             raise BadInput('--straightness: only vp, subvp, ddpm and rf have a time to be straight '
                            'in; give another --ckpt, or leave it out')
-    inception = needing(wanted, 'statistics') | needing(wanted, 'features')
+    inception = needs(wanted) & {'features', 'statistics'}
     n = args.n or (len(source) if source else 50000 if inception else 1000)
     if source and n > len(source):
         raise BadInput(f'--n {n}: --samples {args.samples} has {len(source)} images')
