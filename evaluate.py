@@ -440,28 +440,23 @@ def compared_with(args, wanted, train, trained_on, n, size, channels, place):
     return Compared(train.name if train else args.ref, train, test, stats, inception, weight)
 
 
-def points_of(args, asked, flow):
-    """The (solver, nfe) at which samples are measured."""
-    if not set(asked) - set(OF_FLOWS):
-        return []
-    if not args.sweep:
-        return [(flow.solver, flow.nfe) if flow else (None, None)]
-    return [(solver, nfe) for solver in args.solvers or ['unipc']
-            for nfe in (args.sweep if solver != 'rk45' else [None])]
-
-
 def evaluate(args, asked, name, flow, source, n, ref, place):
-    """Measure one flow, or the images of source: (rows of a table, {solver: its samples})."""
+    """Measure one flow, or the images of source: [(a row of the table, a few of its images)]."""
     device, rank, world = place
-    keep = needs({*asked} - {*OF_FLOWS}) | ({'pixels'} if args.compare else set())
-    own, table, strips = {}, [], {}
+    of_samples = {*asked} - {*OF_FLOWS}
+    keep = needs(of_samples) | ({'pixels'} if args.compare else set())
+    own, measured = {}, []
     if flow:
         own = flow_metrics(asked, name, flow, ref.test or ref.train,
                            'test' if ref.test else 'training', args, place)
-    for solver, nfe in points_of(args, asked, flow):
+    points = [(flow.solver, flow.nfe) if flow else (None, None)]
+    if args.sweep:
+        points = [(solver, nfe) for solver in args.solvers or ['unipc']
+                  for nfe in (args.sweep if solver != 'rk45' else [None])]
+    for solver, nfe in points if of_samples else ():
         clock, calls = time.time(), []
         if flow:
-            flow.solver, flow.nfe = solver, nfe or 100
+            flow.solver, flow.nfe = solver, nfe
         batches = (generated(flow, n, args, place, calls) if flow else
                    stored(source, n, args, place, 'samples'))
         made = collect(batches, n, ref.inception, args.resize, keep, place)
@@ -475,25 +470,22 @@ def evaluate(args, asked, name, flow, source, n, ref, place):
             'n': n, 'n_ref': ref.stats.n if ref.stats else None, 'reference':
             ref.train.name if ref.train else args.ref, 'resize': args.resize,
             'inception': args.inception, **(flow.facts() if flow else {}), **how, **values})
-        table.append({**how, 'seconds': seconds, **values, **own})
-        if args.compare and solver != 'rk45':
-            strips.setdefault(solver, []).append(made.pixels[:4])
-    return table, strips
+        measured.append(({**how, 'seconds': seconds, **values, **own},
+                         made.pixels[:4] if args.compare else None))
+    return measured
 
 
-def show(args, tables, strips, n):
+def show(args, measured, n):
     """The table of a sweep, a plot of its first metric, and a strip of samples."""
-    curves, pictures = {}, {}
-    for name, table in tables.items():
-        for row in table:
-            shown = next(k for k in row if k not in ('run', 'method', 'solver', 'nfe', 'seconds'))
-            curve = ' '.join([name] * bool(args.compare)
-                             + [row['solver']] * (not args.compare or len(args.solvers or ()) > 1))
-            curves.setdefault(curve, []).append((row['nfe'], row[shown]))
-        for solver, parts in strips[name].items():
-            curve = f'{name} {solver}' if len(args.solvers or ()) > 1 else name
-            pictures[curve] = torch.cat(parts)
-    bench.print_table([row for table in tables.values() for row in table])
+    curves, pictures, several = {}, {}, len(args.solvers or ()) > 1
+    told = ['solver'] if not args.compare else ['run', 'solver'] if several else ['run']
+    for row, pixels in measured:
+        shown = next(k for k in row if k not in ('run', 'method', 'solver', 'nfe', 'seconds'))
+        curve = ' '.join(row[key] for key in told)
+        curves.setdefault(curve, []).append((row['nfe'], row[shown]))
+        if args.compare and row['solver'] != 'rk45':
+            pictures[curve] = torch.cat([pictures.get(curve, pixels[:0]), pixels])
+    bench.print_table([row for row, _ in measured])
     bench.plot(curves, 'network calls an image (NFE)', shown.upper() + f', {n} images', args.out)
     if pictures:
         bench.strip(pictures, [f'nfe {nfe}' for nfe in args.sweep],
@@ -530,11 +522,11 @@ def main(args):
         raise BadInput(f'--n {n}: --samples {args.samples} has {len(source)} images')
 
     ref = compared_with(args, wanted, train, trained_on, n, size, channels, place)
-    tables, strips = {}, {}
+    measured = []
     for name, flow in (flows or {'': None}).items():
-        tables[name], strips[name] = evaluate(args, asked, name, flow, source, n, ref, place)
-    if args.sweep and rank == 0 and any(tables.values()):
-        show(args, tables, strips, n)
+        measured += evaluate(args, asked, name, flow, source, n, ref, place)
+    if args.sweep and rank == 0:
+        show(args, measured, n)
     if rank == 0 and asked:
         print(f'results are in {args.results}')
 
