@@ -445,7 +445,7 @@ def load_flow(args, device):
                      D=1.0, classes=0, channels=images.channels, image_size=images.image_size)
     else:
         net, saved = load_checkpoint(args.ckpt, args.weights)
-        net.to(device, memory_format=torch.channels_last)
+        net.requires_grad_(False).to(device, memory_format=torch.channels_last)
         about = dict(class_names=saved.get('class_names'), step=saved['step'], weights=args.weights)
         if args.compile:
             net.compile()

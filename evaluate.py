@@ -204,37 +204,35 @@ def bits_per_dim(flow, images, n, args, place):
     the flow comes back down from their latents. The noise of an image depends on --seed and its
     index, the probe on the batch it is in too."""
     device, rank, world = place
-    net, exact = flow.net, isinstance(flow.net, pfgm.ExactField)
-    if not exact:
-        net.requires_grad_(False)  # only the gradient with respect to x is wanted
     how = dict(gamma=flow.gamma, z_exp=flow.z_exp, small_z=flow.small_z,
                rtol=args.bpd_tol, atol=args.bpd_tol)
     ends, rows = (flow.z_min, flow.z_max), []
-    if flow.classes and images.labels is not None:
+    labels = images.labels if flow.classes else None
+    if labels is not None:
         names = getattr(flow, 'class_names', None)
         if names and images.classes and names != images.classes:
             raise BadInput(f'{images.given}: its classes are {", ".join(images.classes)}, those of '
                            f'the network {", ".join(names)}; leave them out with --classes none')
-        low, high = int(images.labels.min()), int(images.labels.max())
+        low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= flow.known:
             raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network '
                            f'knows 0 to {flow.known - 1}; leave the labels out with --classes none')
-    chunks = (torch.tensor(share(n, rank, world)) * len(images) // n).split(args.batch_size)
-    for chunk in watch(chunks, len(share(n, rank, world)), 'bits/dim', rank):
+    mine = torch.tensor(share(n, rank, world)) * len(images) // n
+    for chunk in watch(mine.split(args.batch_size), len(mine), 'bits/dim', rank):
         pixels, repeats = images[chunk.tolist()].cpu(), []
-        if flow.classes and images.labels is not None:
-            how['labels'] = images.labels[chunk].to(device)
+        if labels is not None:
+            how['labels'] = labels[chunk].to(device)
         for repeat in range(args.repeats):
             seeds = [step_seed(args.seed, i + repeat * 2 ** 32) for i in chunk.tolist()]
             draws = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise = torch.stack([torch.rand(pixels.shape[1:], generator=g, dtype=torch.float64)
                                  for g in draws])
             x = (pixels + noise) / 128 - 1  # float64
-            x = (x if exact else x.float()).to(device)
+            x = (x if isinstance(flow.net, pfgm.ExactField) else x.float()).to(device)
             try:
-                up = pfgm.log_likelihood(net, x, *ends, D=flow.D, generator=draws[0], **how)
+                up = pfgm.log_likelihood(flow.net, x, *ends, D=flow.D, generator=draws[0], **how)
                 with torch.no_grad():
-                    back, _ = pfgm.sample_ode(net, up.latent, *ends[::-1], 'rk45', **how)
+                    back, _ = pfgm.sample_ode(flow.net, up.latent, *ends[::-1], 'rk45', **how)
             except pfgm.SolverError as error:
                 raise BadInput(f'--bpd: {error}; ' + (
                     DIVERGED if 'NaN' in str(error) else f'try --tol {10 * args.bpd_tol:g}')
