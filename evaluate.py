@@ -27,8 +27,6 @@ import bench
 import data as datasets
 import pfgm
 from baselines import DIVERGED, Flow, straightness
-from bench import (frechet, inception_score, kid, nearest, of_judge, pick, precision_recall,
-                   sliced_wasserstein)
 from checkpoint import flow_flags, in_folder, load_flow, place_for
 from files import POOL, Measured, read_stats
 from launch import BadInput, Parser, above, everywhere, run, share, step_seed, wait, watch, write
@@ -295,38 +293,38 @@ class Compared(NamedTuple):
 # A metric of samples: (made: Measured, ref: Compared, args, where float64 is) -> (note, values) ...
 def of_fid(made, ref, args, home):
     sides = (t.to(home) for side in (made, ref.stats) for t in (side.mu, side.sigma))
-    yield f'{ref.against(made.n)}, {args.resize} resize', dict(fid=frechet(*sides))
+    yield f'{ref.against(made.n)}, {args.resize} resize', dict(fid=bench.frechet(*sides))
 
 
 def of_is(made, ref, args, home):
     logits = torch.cat([part.double() @ ref.weight.T for part in made.features.split(4096)])
     yield f'{made.n} images, 10 splits', dict(zip(('is', 'is_std'),
-                                                  inception_score(logits, seed=args.seed)))
+                                                  bench.inception_score(logits, seed=args.seed)))
 
 
 def of_kid(made, ref, args, home):
-    mean, std, size = kid(made.features, ref.stats.features, home, seed=args.seed)
+    mean, std, size = bench.kid(made.features, ref.stats.features, home, seed=args.seed)
     few = ', not 1000: too few images' if size < 1000 else ''
     yield f'{ref.against(made.n)}, 100 subsets of {size}{few}', dict(kid=mean, kid_std=std)
 
 
 def of_prc(made, ref, args, home):
-    yield ref.against(made.n), dict(zip(('precision', 'recall'), precision_recall(
+    yield ref.against(made.n), dict(zip(('precision', 'recall'), bench.precision_recall(
         made.features, ref.stats.features, home)))
 
 
 def of_swd(made, ref, args, home):
     sets = [ref.train, ref.test] if ref.test else [ref.train]
     m = min(made.n, *map(len, sets))
-    real = [pick(images, m, args.seed) for images in sets]
-    values = [sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
+    real = [bench.pick(images, m, args.seed) for images in sets]
+    values = [bench.sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
     yield f'{m} images against {m} of {ref.name}', dict(zip(('swd', 'swd_of_test'), values))
 
 
 def of_neighbours(made, ref, args, home):
-    test = {'test': pick(ref.test, made.n, args.seed)} if ref.test else {}
+    test = {'test': bench.pick(ref.test, made.n, args.seed)} if ref.test else {}
     for kind, x in {'samples': made.pixels, **test}.items():
-        distances, theirs = nearest(x, ref.train, home)
+        distances, theirs = bench.nearest(x, ref.train, home)
         marks = distances.quantile(torch.tensor([0, .05, .5, .95]).double()).tolist()
         yield f'{kind}: {len(x)} images, nearest of {len(ref.train)} of {ref.name}', {
             **{f'{kind}_{k}': v for k, v in zip(('min', 'q05', 'q50', 'q95'), marks)},
@@ -356,7 +354,7 @@ METRICS = {
     'neighbours': Metric('nearest training images, and a picture of the closest', 'pixels', 0,
                          of_neighbours),
     'judge': Metric('by a classifier of the labelled training set: Frechet distance of its '
-                    'features, legible share, precision and recall', 'pixels', 129, of_judge),
+                    'features, legible share, precision and recall', 'pixels', 129, bench.of_judge),
     'bpd': Metric('bits/dim of the test split, dequantised, by rk45 (--tol: 1e-5)', 'pixels'),
     'straightness': Metric('of the lines of vp, subvp, ddpm, rf in their own time; 0 is straight'),
 }
