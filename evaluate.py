@@ -21,15 +21,13 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
-import torch.distributed as dist
-
 import bench
 import data as datasets
 import pfgm
 from baselines import DIVERGED, Flow, straightness
 from checkpoint import flow_flags, in_folder, load_flow, place_for
 from files import POOL, Measured, read_stats
-from launch import BadInput, Parser, above, everywhere, run, share, step_seed, wait, watch, write
+from launch import BadInput, Parser, above, everywhere, run, share, step_seed, watch, write
 
 SOLVERS = ('rk45', *pfgm.SOLVERS)
 
@@ -175,8 +173,7 @@ def collect(batches, n, net, resize, keep, place):
     """One pass over this rank's uint8 batches -> Measured over all ranks, on the CPU. net None: no
     features. keep: which of 'features' and 'pixels' to hold on to."""
     device, rank, world = place
-    home = 'cpu' if device.type == 'mps' else device  # MPS has no float64
-    total = torch.zeros(POOL + 1, POOL, dtype=torch.float64, device=home)
+    total = pfgm.float64(torch.zeros(POOL + 1, POOL, device=device))
     kept = {'features': [], 'pixels': []}
     for batch in batches:
         kept['pixels'].append(batch.cpu() if 'pixels' in keep else batch[:0])
@@ -186,13 +183,11 @@ def collect(batches, n, net, resize, keep, place):
             found = pfgm.float64(found)
             total[0] += found.sum(0)
             total[1:] += found.T @ found
-    if world > 1:
-        wait()  # for whoever is behind, longer than a collective does
-        dist.all_reduce(total)
+    total = sum(everywhere(total.cpu()))
     mu = total[0] / n
     sigma = (total[1:] - n * torch.outer(mu, mu)) / max(n - 1, 1)
     rows = {k: torch.cat(everywhere(torch.cat(kept[k]))) if k in keep else None for k in kept}
-    return Measured(n, mu.cpu(), sigma.cpu(), **rows)
+    return Measured(n, mu, sigma, **rows)
 
 
 # ---------------------------------------------------------------- metrics
