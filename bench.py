@@ -91,14 +91,13 @@ def load_inception(path, device, rank=0):
 def resize_tf1(x, size=299):
     """TensorFlow 1's resize_bilinear: output i reads the input at i * length / size, without
     half-pixel centres or antialiasing. (B, C, H, W) -> (B, C, size, size)."""
-    def between(length):
+    for _ in range(2):  # along the rows, and turned along the columns
+        length = x.shape[3]
         at = torch.arange(size, device=x.device, dtype=x.dtype) * (length / size)
         low = at.long()
-        return low, (low + 1).clamp_max(length - 1), at - low
-    low, high, part = between(x.shape[3])
-    x = x[..., low] + (x[..., high] - x[..., low]) * part
-    low, high, part = between(x.shape[2])
-    return x[..., low, :] + (x[..., high, :] - x[..., low, :]) * part[:, None]
+        high = (low + 1).clamp_max(length - 1)
+        x = (x[..., low] + (x[..., high] - x[..., low]) * (at - low)).mT
+    return x
 
 
 @torch.no_grad()
