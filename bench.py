@@ -104,8 +104,7 @@ def resize_tf1(x, size=299):
 def features(net, pixels, resize='tf1'):
     """uint8 (B, 1 or 3, H, W) on the device of net -> pool features (B, 2048), float32."""
     rows = []
-    # Full float32: left to itself, cuDNN would round to TF32.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with pfgm.full_float32(pixels.device):
         for x in pixels.expand(-1, 3, -1, -1).float().split(64):
             if resize == 'tf1':
                 x = (resize_tf1(x) - 128) / 128
