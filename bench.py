@@ -32,25 +32,6 @@ URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{I
 
 # ---------------------------------------------------------------- Inception features
 
-def inception_file(path, rank):
-    """The weights' path: as given, or torch hub's copy, downloaded once a machine if absent."""
-    if path:
-        if not os.path.isfile(path):
-            raise BadInput(f'--inception {path}: no such file; get {URL}')
-        return path
-    path = os.path.join(torch.hub.get_dir(), 'checkpoints', INCEPTION)
-    with first_of_its_machine():
-        if not os.path.isfile(path):
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                torch.hub.download_url_to_file(URL, path, hash_prefix='6726825d',
-                                               progress=rank == 0)
-            except Exception as error:  # a network can fail in any way
-                raise BadInput(f'--inception: cannot download it ({error}); get {URL} by hand and '
-                               f'put it at {path}, or give --inception FILE') from error
-    return path
-
-
 def repool(block, pool):
     """Give the block's pooling branch pool(x) of the block's x, not torchvision's own average."""
     inputs = []
@@ -60,7 +41,7 @@ def repool(block, pool):
 
 def load_inception(path, device, rank=0):
     """Inception "2015-12-05": (net, weight (1008, 2048)), net(x (B, 3, 299, 299)) -> (B, 2048).
-
+    path: of its weights, or None for torch hub's copy, downloaded once a machine if absent.
     torchvision's network with the pooling of the TensorFlow graph: averages over what lies inside
     the image and, in the last block, a maximum (a slip, it seems, but every published FID's)."""
     from torchvision.models import Inception3
@@ -72,13 +53,17 @@ def load_inception(path, device, rank=0):
         for weight in (p for p in net.parameters() if p.dim() > 1):
             torch.nn.init.kaiming_normal_(weight, generator=generator)
     else:
-        file = inception_file(path, rank)
+        file = path or os.path.join(torch.hub.get_dir(), 'checkpoints', INCEPTION)
         try:
-            state = torch.load(file, map_location='cpu', weights_only=True)
-            net.load_state_dict(state, assign=True)
-        except Exception as error:  # a damaged or hostile file can fail in any way
-            raise BadInput(f'--inception {file}: not the weights in {INCEPTION} '
-                           f'({" ".join(str(error).split())[:150]}); get {URL}') from error
+            with first_of_its_machine():
+                if not path and not os.path.isfile(file):
+                    os.makedirs(os.path.dirname(file), exist_ok=True)
+                    torch.hub.download_url_to_file(URL, file, '6726825d', progress=rank == 0)
+            net.load_state_dict(torch.load(file, 'cpu', weights_only=True), assign=True)
+        except Exception as error:  # a network, a damaged or hostile file can fail in any way
+            raise BadInput(f'--inception {file}: its weights cannot be loaded '
+                           f'({" ".join(str(error).split())[:150]}); get {URL} by hand and put it '
+                           f'at {file}, or give --inception FILE') from error
     inside = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
                                count_include_pad=False)
     for name in ('5b', '5c', '5d', '6b', '6c', '6d', '6e', '7b'):

@@ -887,7 +887,7 @@ REFUSALS = {  # flags of each script and words of its line; TWO: as one of two p
         ('--fid --samples nothing --ref x', '--samples nothing: no such'),
         ('--swd --results no/r.jsonl', 'mkdir'), ('TWO --bench', 'of one process'),
         ('--swd --n 2 --nfe 1 --results /proc/x', '--results /proc/x: cannot be written'),
-        ('--is --n 20 --inception none.pth', 'no such file; get'), ('--is --n 20', OFFLINE),
+        ('--is --n 20 --inception none.pth', 'none.pth: .*No such file.*; get'), ('--is --n 20', OFFLINE),
         ('--straightness', 'only vp'), ('--curves none.jsonl', 'none.jsonl: .*No such file')]}
 
 
