@@ -88,15 +88,12 @@ def resize_tf1(x, size=299):
 @torch.no_grad()
 def features(net, pixels, resize='tf1'):
     """uint8 (B, 1 or 3, H, W) on the device of net -> pool features (B, 2048), float32."""
-    rows = []
+    def resized(x):
+        if resize == 'tf1':
+            return (resize_tf1(x) - 128) / 128
+        return F.interpolate(x / 255, (299, 299), mode='bilinear') * 2 - 1
     with pfgm.full_float32(pixels.device):
-        for x in pixels.expand(-1, 3, -1, -1).float().split(64):
-            if resize == 'tf1':
-                x = (resize_tf1(x) - 128) / 128
-            else:
-                x = F.interpolate(x / 255, (299, 299), mode='bilinear') * 2 - 1
-            rows.append(net(x))
-    return torch.cat(rows)
+        return torch.cat([net(resized(x)) for x in pixels.expand(-1, 3, -1, -1).float().split(64)])
 
 
 # ---------------------------------------------------------------- distances between sets
