@@ -17,6 +17,7 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
@@ -415,7 +416,6 @@ def axis(values, start, end):
 
 def plot(curves, xlabel, ylabel, path):
     """A 960 x 640 PNG of curves {name: [(x, y), ...]} with ticks and a legend."""
-    from PIL import Image, ImageDraw, ImageFont
     left, top, right, bottom, font = 110, 30, 930, 560, ImageFont.load_default(size=20)
     points = [p for points in curves.values() for p in points]
     across, x_marks = axis([x for x, _ in points], left, right)
@@ -468,7 +468,6 @@ def loss_curves(args):
 
 def strip(rows, heads, path):
     """A PNG of samples: a row for each of {name: uint8 (k, C, H, W)}, its heads spread over it."""
-    from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(size=20)
     grid = datasets.grid_of(torch.cat(list(rows.values())), len(next(iter(rows.values()))))
     left = 20 + int(max(font.getlength(name) for name in rows))
