@@ -453,8 +453,7 @@ def loss_curves(args):
     for path in args.curves:
         try:
             with open(path) as file:
-                rows = [json.loads(line) for line in file]
-            points = [(row['images'], row['loss']) for row in rows]
+                points = [(row['images'], row['loss']) for row in map(json.loads, file)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f'--curves {path}: not a log.jsonl of train.py ({error})') from error
         if len(points) < 2:
