@@ -43,6 +43,7 @@ def repool(block, pool):
 def load_inception(path, device, rank=0):
     """Inception "2015-12-05": (net, weight (1008, 2048)), net(x (B, 3, 299, 299)) -> (B, 2048).
     path: of its weights, or None for torch hub's copy, downloaded once a machine if absent.
+
     torchvision's network with the pooling of the TensorFlow graph: averages over what lies inside
     the image and, in the last block, a maximum (a slip, it seems, but every published FID's)."""
     from torchvision.models import Inception3

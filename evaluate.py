@@ -159,11 +159,10 @@ def load_flows(args, device):
     names = paths if len(set(names)) < len(names) else names
     flows = {}
     for name, path in zip(names, paths):
-        flow, images = load_flow(argparse.Namespace(**{**vars(args), 'ckpt': path}), device)
-        flows[name] = flow
-        if flow.shape != next(iter(flows.values())).shape:
-            raise BadInput(f'--compare {path}: makes images of {flow.shape}, the first '
-                           f'others; give checkpoints of one size')
+        flows[name], images = load_flow(argparse.Namespace(**{**vars(args), 'ckpt': path}), device)
+        if flows[name].shape != flows[names[0]].shape:
+            raise BadInput(f'--compare {path}: makes images of {flows[name].shape}, the first '
+                           'others; give checkpoints of one size')
     return flows, images
 
 
