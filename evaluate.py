@@ -240,9 +240,10 @@ def bits_per_dim(flow, images, n, args, place):
                 round_trip_mean=error.mean().item(), round_trip_max=worst.max().item())
 
 
-def flow_metrics(asked, name, flow, images, split, args, place):
+def flow_metrics(asked, name, flow, ref, args, place):
     """bits/dim and straightness of a flow, printed, recorded, and returned as one flat dict."""
     device, rank, world = place
+    images, split = (ref.test, 'test') if ref.test else (ref.train, 'training')
     clock, found = time.time(), {}
     if flow.student and set(OF_FLOWS) & set(asked):
         print(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
@@ -435,10 +436,7 @@ def evaluate(args, asked, name, flow, source, n, ref, place):
     device, rank, world = place
     of_samples = {*asked} - {*OF_FLOWS}
     keep = needs(of_samples) | ({'pixels'} if args.compare else set())
-    own, measured = {}, []
-    if flow:
-        own = flow_metrics(asked, name, flow, ref.test or ref.train,
-                           'test' if ref.test else 'training', args, place)
+    own, measured = flow_metrics(asked, name, flow, ref, args, place) if flow else {}, []
     points = [(flow.solver, flow.nfe) if flow else (None, None)]
     if args.sweep:
         points = [(solver, nfe) for solver in args.solvers or ['unipc']
@@ -457,9 +455,9 @@ def evaluate(args, asked, name, flow, source, n, ref, place):
         how = dict(solver=solver, nfe=float(np.mean(calls))) if flow else {}
         how = {**(dict(run=name, method=flow.method) if args.compare else {}), **how}
         bench.record(args, device, world, time.time() - clock, {
-            'n': n, 'n_ref': ref.stats.n if ref.stats else None, 'reference':
-            ref.train.name if ref.train else args.ref, 'resize': args.resize,
-            'inception': args.inception, **(flow.facts() if flow else {}), **how, **values})
+            'n': n, 'n_ref': ref.stats and ref.stats.n, 'reference': ref.name,
+            'resize': args.resize, 'inception': args.inception,
+            **(flow.facts() if flow else {}), **how, **values})
         measured.append(({**how, 'seconds': seconds, **values, **own},
                          made.pixels[:4] if args.compare else None))
     return measured
