@@ -27,7 +27,7 @@ import pfgm
 from baselines import DIVERGED, Flow, straightness
 from checkpoint import flow_flags, in_folder, load_flow, place_for
 from files import POOL, Measured, read_stats
-from launch import BadInput, Parser, above, everywhere, run, share, step_seed, watch, write
+from launch import BadInput, Parser, above, everywhere, run, say, share, step_seed, watch, write
 
 SOLVERS = ('rk45', *pfgm.SOLVERS)
 
@@ -246,7 +246,7 @@ def flow_metrics(asked, name, flow, ref, args, place):
     images, split = (ref.test, 'test') if ref.test else (ref.train, 'training')
     clock, found = time.time(), {}
     if flow.student and set(OF_FLOWS) & set(asked):
-        print(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
+        say(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
         return {}
     if 'bpd' in asked:
         if getattr(flow.net, 'source', None):

@@ -887,7 +887,8 @@ REFUSALS = {  # flags of each script and words of its line; TWO: as one of two p
         ('--fid --samples nothing --ref x', '--samples nothing: no such'),
         ('--swd --results no/r.jsonl', 'mkdir'), ('TWO --bench', 'of one process'),
         ('--swd --n 2 --nfe 1 --results /proc/x', '--results /proc/x: cannot be written'),
-        ('--is --n 20 --inception none.pth', 'none.pth: .*No such file.*; get'), ('--is --n 20', OFFLINE),
+        ('--is --n 20 --inception none.pth', 'none.pth: .*No such file.*; get'),
+        ('--is --n 20', OFFLINE),
         ('--straightness', 'only vp'), ('--curves none.jsonl', 'none.jsonl: .*No such file')]}
 
 
@@ -1091,7 +1092,7 @@ def test_straightness_of_known_lines():
     close(baselines.straightness(flow, x), bent.expand(5), rtol=1e-9)
 
 
-def test_comparing_checkpoints(trained, straight, few_glyphs, here):
+def test_comparing_checkpoints(trained, straight, few_glyphs, here, monkeypatch):
     compare = ['evaluate.py', '--n', 3, '--device', 'cpu', '--compare', trained / 'ckpt.pt']
     out = said([*compare, straight / 'ckpt.pt', *'--swd --bpd --straightness --sweep nfe=1,4 '
                 '--solvers unipc,rk45 --tol 0.1'.split()])
@@ -1102,6 +1103,13 @@ def test_comparing_checkpoints(trained, straight, few_glyphs, here):
     assert len(rows_of('results.jsonl')) == 2 * (3 + 1)
     script(['train.py', *TINY_PP, *'--image_size 8 --steps 1 --out_dir small'.split()])
     refuses([*compare, 'small'], '--compare .*one size')
+    flow = baselines.Flow(student=True)
+    for rank, lines in enumerate((1, 0)):
+        monkeypatch.setenv('RANK', str(rank))
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            evaluate.flow_metrics(['bpd'], 'one', flow, baselines.Flow(test=None, train=None), None,
+                                  (torch.device('cpu'), rank, 2))
+        assert stdout.getvalue().count('distilled into one call') == lines
 
 
 def followed(path, nfe, n):
