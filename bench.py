@@ -231,6 +231,9 @@ def judge_of(train, test, data_dir, device):
     """(the classifier of a labelled data set, kept in data_dir; the features of up to 10,000 of its
     test images; a line on how well it reads them). BadInput where there are no labels."""
     device, classes = torch.device(device), train.class_count('--judge')
+    if test.labels is None:
+        raise BadInput(f'--judge: the test images of {test.name} have {test.unlabelled}; give them '
+                       'labels as the training images have, or leave it out')
     mark = zlib.crc32(repr((train.identity, train.image_size, train.channels)).encode())
     path, net = os.path.join(data_dir, f'judge-{mark:08x}.pt'), judge_net(train.channels, classes)
     try:

@@ -1592,6 +1592,10 @@ def test_a_judge_tells_digits_from_noise_and_is_kept(few_glyphs, here, monkeypat
     close(again['judge_fd'], real['judge_fd'], rtol=1e-4)
     refuses('evaluate.py --judge --samples digits.npz --ref noise.npz'.split(),
             '--judge: .* has no labels')
+    images, labels = data.glyphs(split='train')
+    np.savez('half.npz', train_images=images, train_labels=labels, test_images=images[:200])
+    refuses('evaluate.py --judge --samples digits.npz --dataset half.npz'.split(),
+            '--judge: the test images of .* have no labels')
 
 
 def test_lines_of_results_say_what_was_measured_and_made_them(trained, few_glyphs, here):
