@@ -298,21 +298,20 @@ def solver_bench(args, device):
           f'{time.time() - clock:.0f} s', flush=True)
     curves = {}
     grids = (('log', z_last), ('radius', z_last), ('rho7', 1e-3))
-    solvers = args.solvers or ('rk45', *pfgm.SOLVERS)
-    for name, schedule, low in [(solver, *grid) for solver in solvers
-                                for grid in (grids if solver != 'rk45' else (('', 1e-3),))]:
-        row = []
-        for nfe in (args.sweep or (5, 10, 20, 35)) if name != 'rk45' else [None]:
-            x, nfe = follow(low, name, nfe, schedule_name=schedule, to_data=name != 'rk45')
-            same = (which(x) == right).double().mean().item()
-            error = (x - charges[right]).square().mean().sqrt().item()
-            row.append(f'nfe {nfe}: {same:.3f} {error:.3f}')
-            if schedule in ('', 'radius') or (name, schedule) == ('euler', 'rho7'):
-                curves.setdefault(f'{name} {schedule}', []).append((nfe, error))
-            record(args, device, 1, time.time() - clock, dict(
-                solver=name, schedule=schedule, z_min=low, nfe=nfe, same_image=same, rmse=error,
-                n=n, reference=images.name))
-        print(f'{name:>6} {schedule:6}  ' + '   '.join(row), flush=True)
+    for name in args.solvers or ('rk45', *pfgm.SOLVERS):
+        for schedule, low in grids if name != 'rk45' else [('', 1e-3)]:
+            row = []
+            for nfe in (args.sweep or (5, 10, 20, 35)) if name != 'rk45' else [None]:
+                x, nfe = follow(low, name, nfe, schedule_name=schedule, to_data=name != 'rk45')
+                same = (which(x) == right).double().mean().item()
+                error = (x - charges[right]).square().mean().sqrt().item()
+                row.append(f'nfe {nfe}: {same:.3f} {error:.3f}')
+                if schedule in ('', 'radius') or (name, schedule) == ('euler', 'rho7'):
+                    curves.setdefault(f'{name} {schedule}', []).append((nfe, error))
+                record(args, device, 1, time.time() - clock, dict(
+                    solver=name, schedule=schedule, z_min=low, nfe=nfe, same_image=same, rmse=error,
+                    n=n, reference=images.name))
+            print(f'{name:>6} {schedule:6}  ' + '   '.join(row), flush=True)
     plot(curves, 'network calls an image (NFE)', 'RMSE to the right image', args.out)
 
 
