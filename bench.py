@@ -66,11 +66,10 @@ def load_inception(path, device, rank=0):
             raise BadInput(f'--inception {file}: its weights cannot be loaded '
                            f'({" ".join(str(error).split())[:150]}); get {URL} by hand and put it '
                            f'at {file}, or give --inception FILE') from error
-    inside = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1,
-                               count_include_pad=False)
+    inside = torch.nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
     for name in ('5b', '5c', '5d', '6b', '6c', '6d', '6e', '7b'):
         repool(getattr(net, f'Mixed_{name}'), inside)
-    repool(net.Mixed_7c, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
+    repool(net.Mixed_7c, torch.nn.MaxPool2d(3, stride=1, padding=1))
     weight, net.fc = net.fc.weight.detach().double(), torch.nn.Identity()
     return net.to(device).eval().requires_grad_(False), weight
 
