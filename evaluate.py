@@ -226,9 +226,8 @@ def bits_per_dim(flow, images, n, args, place):
                 with torch.no_grad():
                     back, _ = pfgm.sample_ode(flow.net, up.latent, *ends[::-1], 'rk45', **how)
             except pfgm.SolverError as error:
-                raise BadInput(f'--bpd: {error}; ' + (
-                    DIVERGED if 'NaN' in str(error) else f'try --tol {10 * args.bpd_tol:g}')
-                    ) from error
+                mend = DIVERGED if 'NaN' in str(error) else f'try --tol {10 * args.bpd_tol:g}'
+                raise BadInput(f'--bpd: {error}; {mend}') from error
             error = (back - x).abs().flatten(1).cpu().double()
             calls = torch.full((len(x),), float(up.nfe), dtype=torch.float64)
             repeats.append(torch.stack([up.bpd.cpu(), error.mean(1), error.amax(1), calls], 1))
