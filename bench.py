@@ -229,7 +229,7 @@ def judged(net, pixels, device):
 def judge_of(train, test, data_dir, device):
     """(the classifier of a labelled data set, kept in data_dir; the features of up to 10,000 of its
     test images; a line on how well it reads them). BadInput where there are no labels."""
-    device, classes = torch.device(device), train.class_count('--judge')
+    classes = train.class_count('--judge')
     if test.labels is None:
         raise BadInput(f'--judge: the test images of {test.name} have {test.unlabelled}; give them '
                        'labels as the training images have, or leave it out')
@@ -256,8 +256,8 @@ def of_judge(made, ref, args, home):
     """The metric: the Frechet distance to the test images in the judge's features, that of as many
     training images, the share of samples that it gives 0.9 to one class, precision and recall."""
     net, real, note = judge_of(ref.train, ref.test or ref.train, args.data_dir, home)
-    found, p = judged(net, made.pixels, torch.device(home))
-    train, _ = judged(net, pick(ref.train, made.n, args.seed), torch.device(home))
+    found, p = judged(net, made.pixels, home)
+    train, _ = judged(net, pick(ref.train, made.n, args.seed), home)
     distance, of_real = (frechet(x.mean(0), x.T.cov(), real.mean(0), real.T.cov())
                          for x in (found, train))
     inside = precision_recall(found, real, home)

@@ -362,7 +362,7 @@ def needs(names):
 
 def measure(asked, made, ref, args, device):
     """All metrics of one set of samples, printed and returned as one flat dict."""
-    home, found = 'cpu' if device.type == 'mps' else device, {}
+    home, found = torch.device('cpu') if device.type == 'mps' else device, {}
     for name in (name for name in METRICS if name in asked and METRICS[name].of):
         for note, values in METRICS[name].of(made, ref, args, home):
             found.update(values)
@@ -491,7 +491,7 @@ def main(args):
         return (bench.speed if args.bench else bench.solver_bench)(args, device)
 
     # what is evaluated
-    flows, source, train, trained_on, size, channels = {}, *[None] * 5
+    flows, source, train, trained_on, size, channels = {}, None, None, None, None, None
     if args.samples:
         source = datasets.load(args.samples, args.data_dir, args.image_size, flag='--samples')
         channels, size = source.channels, source.image_size
