@@ -110,8 +110,7 @@ def check_flags(args, asked):
     if args.out and not args.out.endswith('.png'):
         raise BadInput(f'--out {args.out}: a picture; must end in .png')
     for flag in ('results', 'save_stats', 'out'):
-        path = getattr(args, flag) or ''
-        folder = os.path.dirname(path)
+        path, folder = vars(args)[flag], os.path.dirname(vars(args)[flag] or '')
         if folder and not os.path.isdir(folder):
             raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
     home = '' if args.samples or args.exact or args.compare or alone else os.path.dirname(args.ckpt)
