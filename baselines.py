@@ -504,9 +504,8 @@ def method_of_student(args, teacher):
 
 def make_pairs(teacher, args, device, rank=0, world=1):
     """The pairs of reflow: args.pairs draws x of the prior of `teacher`, a Flow, and the images y
-    where it leads them, as eps = (x - y) / z_max and y, float32 (2, C, S, S) each, in --out_dir/
-    pairs: the line between the two is y + z eps. arXiv 2209.03003 Section 2.2. Shards there of that
-    network and seed are kept."""
+    where it leads them, as eps = (x - y) / z_max and y, float32 (2, C, S, S), in --out_dir/pairs:
+    the line between is y + z eps. arXiv 2209.03003 Section 2.2. Those of that network are kept."""
     folder, mark = os.path.join(args.out_dir, 'pairs'), fingerprint(
         teacher.net.state_dict().values(), args.seed)
     shards = [range(args.pairs)[first:first + SHARD] for first in range(0, args.pairs, SHARD)]

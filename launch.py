@@ -188,6 +188,8 @@ def setup(name, timeout=600.0):
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
                                 rank=rank, world_size=world, timeout=wait)
         AT_THE_END.callback(dist.destroy_process_group)
+        # which holds the GIL while it waits for threads, that may want it to let their tensors go
+        AT_THE_END.callback(time.sleep, 0.1)
         AT_THE_END.callback(patient.cache_clear)  # first: its threads must not outlive it
         patient()
     return device, rank, world

@@ -2288,7 +2288,7 @@ def hostile_files():
 
 @contextlib.contextmanager
 def limited(seconds, gib):
-    """An end to what takes for ever, or memory without bound."""
+    """An end to what takes for ever, or memory without bound; and no warnings."""
     now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(  # past every `except Exception`
@@ -2296,7 +2296,9 @@ def limited(seconds, gib):
     resource.setrlimit(resource.RLIMIT_AS, (now + int(gib * 2 ** 30), before[1]))
     signal.alarm(seconds)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
@@ -2306,7 +2308,7 @@ def limited(seconds, gib):
 def used(path):
     """Whether the set is used, rather than refused in one line."""
     try:
-        with limited(20, 3), warnings.catch_warnings(action='error'):
+        with limited(20, 3):
             set_ = data.load(path)
     except data.BadInput as error:
         assert re.fullmatch(f'--dataset {re.escape(" ".join(str(path).split()))}: .*', str(error))
@@ -2388,7 +2390,7 @@ def test_damaged_checkpoints_end_in_one_line(trained, tmp_path, monkeypatch, cou
             raw = zipped(entries, zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED)
         Path('a.pt').write_bytes(raw if sealed else mutated(raw, rng))
         try:
-            with limited(20, 2), warnings.catch_warnings(action='error'):
+            with limited(20, 2):
                 net, args = checkpoint.load_checkpoint('a.pt')
             assert not packed and (sealed or same(net.state_dict(), known[k % 2]))
             assert {*checkpoint.ARCHITECTURE} <= args.keys()
