@@ -21,6 +21,7 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
+
 import bench
 import data as datasets
 import pfgm
