@@ -37,8 +37,8 @@ class PFGM(torch.nn.Module):
         self.net, self.gamma, self.skip = net, args['gamma'], args.get('skip')
         self.how = {k: args.get(k) for k in ('M', 'sigma', 'tau', 'm_draws')}
 
-    def forward(self, x, z, labels=None):
-        v_x, v_z = self.net(x, z) if labels is None else self.net(x, z, labels)
+    def forward(self, x, z, *labels):
+        v_x, v_z = self.net(x, z, *labels)
         root_N, r = math.sqrt(x[0].numel()), x.flatten(1).norm(dim=1)
 
         def share(E_x):  # |v| / |E|
@@ -123,9 +123,9 @@ class Denoiser(torch.nn.Module):
     def predict(self, *inputs):
         return self.net(*inputs)[0]
 
-    def forward(self, x, z, labels=None):
+    def forward(self, x, z, *labels):
         c_skip, c_out, c_in, c_noise = self.coefficients(self.sigma(x, z))
-        F = self.predict(pfgm.column(c_in, x) * x, c_noise, *([] if labels is None else [labels]))
+        F = self.predict(pfgm.column(c_in, x) * x, c_noise, *labels)
         return pfgm.column(c_skip - 1, x) * x + pfgm.column(c_out, x) * F, -z
 
 
