@@ -120,12 +120,9 @@ class Denoiser(torch.nn.Module):
         """(B,): the squared error of xhat times it is the squared error of F."""
         return 1 / self.coefficients(self.sigma(x, z))[1] ** 2
 
-    def predict(self, *inputs):
-        return self.net(*inputs)[0]
-
     def forward(self, x, z, *labels):
         c_skip, c_out, c_in, c_noise = self.coefficients(self.sigma(x, z))
-        F = self.predict(pfgm.column(c_in, x) * x, c_noise, *labels)
+        F, _ = self.net(pfgm.column(c_in, x) * x, c_noise, *labels)
         return pfgm.column(c_skip - 1, x) * x + pfgm.column(c_out, x) * F, -z
 
 
@@ -134,10 +131,6 @@ class EDM(Denoiser):
 
     def sigma(self, x, z):
         return z / self.unit
-
-    def predict(self, x, c_noise, *labels):
-        dtype = next(self.net.parameters()).dtype
-        return super().predict(x.to(dtype), c_noise.to(dtype), *labels)
 
 
 class VP(Denoiser):

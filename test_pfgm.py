@@ -2448,7 +2448,7 @@ def test_published_denoisers_give_the_authors_numbers(file):
     assert args['D'] == (2048 if labels else math.inf) and args['classes'] == 10 * len(labels)
     with net.net.embed[1].register_forward_hook(lambda *a: embedded.append(a[2])):
         c_in = ref['c_in'].view(-1, 1, 1, 1)
-        close(net.predict(c_in * ref['x'], ref['c_noise'], *labels), ref['F'], atol=2e-4)
+        close(net.net(c_in * ref['x'], ref['c_noise'], *labels)[0], ref['F'], atol=2e-4)
     close(F.silu(embedded[0]), ref['emb'], atol=1e-4)
     for kinds, key in [(labels, 'D'), ([], 'D_nolabel' if labels else 'D')]:
         v_x, v_z = net(x, sigma * pfgm.unit(args['D']), *kinds)
@@ -2460,7 +2460,7 @@ def test_published_denoisers_give_the_authors_numbers(file):
         to_data=True)
     close(out, made['x_final'], atol=1e-4)
     c_in = (sigma.square() + 0.25).rsqrt().view(-1, 1, 1, 1)
-    close(net.double().predict(c_in * x, sigma.log() / 4, *labels), ref['F64'], atol=1e-6)
+    close(net.double().net(c_in * x, sigma.log() / 4, *labels)[0], ref['F64'], atol=1e-6)
 
 
 persistence = types.ModuleType('torch_utils.persistence')  # EDM's, of which a pickle has the name
@@ -2632,7 +2632,7 @@ def test_published_files_are_read_whole_as_edms_network(zip_form, shape, tmp_pat
     x, c_noise = torch.randn(2, 3, side, side, generator=seeded()), torch.tensor([-1.2, 1.1])
     labels = torch.tensor([0, 3]) if 'classes' in shape else None
     with torch.no_grad():
-        close(net.predict(x, c_noise, labels), theirs(x, c_noise, labels), atol=2e-5)
+        close(net.net(x, c_noise, labels)[0], theirs(x, c_noise, labels), atol=2e-5)
     saved = checkpoint.read_checkpoint('a.pkl', whole=True)
     for i, (k, _) in enumerate(net.net.named_parameters()):  # moments made of the raw weights
         close(saved['opt']['state'][i]['exp_avg'], 3 * saved['net'][k], rtol=1e-6)

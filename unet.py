@@ -152,6 +152,7 @@ class UNet(nn.Module):
         self.norm_out, self.conv_out = norm(c), conv(c, (channels + 1) * patch ** 2, scale=0)
 
     def forward(self, x, z, labels=None):
+        x = x.to(self.conv_in.weight.dtype)  # which may have come in float64
         half = self.nf // 2
         freq = (2 * math.pi * self.freq if self.ncsnpp else
                 torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=x.device)))
