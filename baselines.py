@@ -379,20 +379,19 @@ class Flow(types.SimpleNamespace):
         another data set its images, in turn."""
         if source := getattr(self.net, 'source', None):
             return self.z_max * source[torch.tensor(indices)]
-        return torch.cat([pfgm.sample_prior(
-            (1, *self.shape), self.z_max, self.upper_norm, self.D,
-            generator=torch.Generator().manual_seed(step_seed(self.seed, i))) for i in indices])
+        return self.noise_of(indices, self.z_max, first=0)(0)
 
     def labels_of(self, indices, device):
         """The classes (b,) of images `indices`, or None for none."""
         if turns := len(indices) and len(self.classes):
             return torch.tensor([self.classes[i % turns] for i in indices], device=device)
 
-    def noise_of(self, indices):
-        """noise(step) like x, the prior's but at z = 1, each image from a generator of its own."""
-        draws = [torch.Generator().manual_seed(step_seed(self.seed, 2 ** 33 + i)) for i in indices]
-        most = self.upper_norm and self.upper_norm / self.z_max  # farther out nothing was learned
-        return lambda step: torch.cat([pfgm.sample_prior((1, *self.shape), 1.0, most, self.D, g)
+    def noise_of(self, indices, z=1.0, first=2 ** 33):
+        """noise(step) like x, the prior's but at z, each image from a generator of its own, seeded
+        by its index counted from `first`."""
+        draws = [torch.Generator().manual_seed(step_seed(self.seed, first + i)) for i in indices]
+        most = self.upper_norm and self.upper_norm / (self.z_max / z)  # beyond nothing was learned
+        return lambda step: torch.cat([pfgm.sample_prior((1, *self.shape), z, most, self.D, g)
                                        for g in draws])
 
     def spacing(self):
