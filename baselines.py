@@ -356,16 +356,16 @@ def ancestral(eta, noise):
     return solver
 
 
-def restoring(flow, part, image, noise):
-    """The field of `flow` where part(x), a projection, is known to be the image's: on each plane it
+def restoring(net, how, part, image, noise):
+    """The field of net where part(x), a projection, is known to be the image's: on each plane it
     is that of image + z noise, the same noise on all, and what it leads to is the image's. The rest
-    follows the lines from there. Controllable generation of arXiv 2011.13456, Appendix I."""
-    def net(x, z, labels=None):
+    follows the lines from there. Controllable generation of arXiv 2011.13456, Appendix I.
+    how: what drift() takes of net, and need not know of the field that is returned."""
+    def restored(x, z, labels=None):
         at = x + part(image + pfgm.column(z, x) * noise - x)
-        towards = pfgm.drift(flow.net, at, z, flow.gamma, flow.z_exp, flow.small_z,
-                             labels, flow.guidance)
+        towards = pfgm.drift(net, at, z, labels=labels, **how)
         return part(towards - x + image) - towards, -z
-    return net
+    return restored
 
 
 class Flow(types.SimpleNamespace):
@@ -436,18 +436,16 @@ class Flow(types.SimpleNamespace):
         to_data, z_last = self.ending()
         ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)
         wide = isinstance(self.net, (pfgm.ExactField, EDM)) and device.type != 'mps'  # has none
-        dtype = torch.float64 if wide else torch.float32
         twice = labels is not None and self.guidance != 1
-        how = {k: getattr(self, k) for k in ('D', 'gamma', 'z_exp', 'small_z', 'guidance')}
+        how = {k: getattr(self, k) for k in ('gamma', 'z_exp', 'small_z', 'guidance')}
         bf16 = self.bf16 and solver != 'rk45'  # whose tolerance is finer than bfloat16
-        net, x = self.net, x.to(dtype).to(device)
+        net, x = self.net, x.to(torch.float64 if wide else torch.float32).to(device)
         if known:
-            net = restoring(self, *known, x / self.z_max)
-            how.update(z_exp=0.0, small_z='exact', guidance=1.0)  # it has applied them
+            net, how = restoring(net, how, *known, x / self.z_max), dict(z_exp=0.0)
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x, nfe = pfgm.sample_ode(
-                    net, x, *ends, solver, self.nfe, labels=labels, **how, rtol=self.tol,
+                    net, x, *ends, solver, self.nfe, D=self.D, labels=labels, **how, rtol=self.tol,
                     atol=self.tol, each=self.small_z != 'official', to_data=to_data and not up,
                     schedule_name='log' if up else self.net.planes if self.schedule == 'time'
                     else self.spacing(), callback=callback)
