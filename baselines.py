@@ -141,8 +141,8 @@ class VP(Denoiser):
 
     def __init__(self, net, D=math.inf, sigma_data=0.5):
         super().__init__(net)
-        self.low, self.high = (float(self.z_of(torch.tensor(t, dtype=torch.float64)))
-                               for t in (self.t_sample, self.t_max))
+        ends = torch.tensor([self.t_sample, self.t_max], dtype=torch.float64)
+        self.low, self.high = self.z_of(ends).tolist()
 
     def integral(self, t):  # of beta from 0 to t: -2 ln alpha
         return self.d / 2 * t ** 2 + self.b * t
