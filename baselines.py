@@ -322,10 +322,9 @@ class Muon(torch.optim.Adam):
         inside['lr'] = lr
         for p in inside['params']:
             ahead = torch.lerp(p.grad, self.state[p]['exp_avg'], 0.95).reshape(len(p), -1)
-            shapes.setdefault(ahead.shape, []).append((p, ahead))
+            shapes.setdefault(ahead.shape, {})[p] = ahead
         for shape, moves in shapes.items():
-            turned = orthogonal(torch.stack([ahead for _, ahead in moves]))
-            for (p, _), move in zip(moves, turned):
+            for p, move in zip(moves, orthogonal(torch.stack([*moves.values()]))):
                 p.sub_(move.view(p.shape), alpha=0.2 * max(shape) ** 0.5 * lr)
 
 
