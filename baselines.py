@@ -435,7 +435,6 @@ class Flow(types.SimpleNamespace):
         to_data, z_last = self.ending()
         ends = (self.z_min, self.z_max) if up else (self.z_max, z_last)
         wide = isinstance(self.net, (pfgm.ExactField, EDM)) and device.type != 'mps'  # has none
-        twice = labels is not None and self.guidance != 1
         how = {k: getattr(self, k) for k in ('gamma', 'z_exp', 'small_z', 'guidance')}
         bf16 = self.bf16 and solver != 'rk45'  # whose tolerance is finer than bfloat16
         net, x = self.net, x.to(torch.float64 if wide else torch.float32).to(device)
@@ -453,7 +452,7 @@ class Flow(types.SimpleNamespace):
                            f'{self.tol}: {error}; try a larger one, or --nfe 100') from error
         if not x.isfinite().all():
             raise BadInput(f'--ckpt: the network leads to images that are not finite; {DIVERGED}')
-        return x, nfe * (1 + twice)
+        return x, nfe * (1 if labels is None or self.guidance == 1 else 2)
 
     def images(self, indices, batch_size, device, rank=0, starts=None):
         """Yield (indices, x, nfe), a batch at a time. starts (n, C, H, W) replaces the prior's."""
