@@ -239,8 +239,7 @@ def as_flow(net, args):
     if method is PFGM:
         return net if args.get('official') else PFGM(net, args)
     flow = method(net, args['D'], args['sigma_data'])
-    if args.get('distill'):
-        flow.only = args['z_max']
+    flow.only = args.get('distill') and args['z_max']
     if args.get('consistency'):  # which needs the high levels more
         flow.mean, flow.std = -1.1, 2.0
     return flow
