@@ -20,7 +20,7 @@ import torch
 
 import pfgm
 from files import read_shard
-from launch import BadInput, fingerprint, step_seed, wait, watch, write
+from launch import BadInput, fingerprint, say, step_seed, wait, watch, write
 
 SHARD, PAIR_NFE = 1000, 40  # pairs a file, and calls of the teacher for each, by unipc
 
@@ -493,26 +493,25 @@ def make_pairs(teacher, args, device, rank=0, world=1):
     """The pairs of reflow: args.pairs draws x of the prior of `teacher`, a Flow, and the images y
     where it leads them, as eps = (x - y) / z_max and y, float32 (2, C, S, S), in --out_dir/pairs:
     the line between is y + z eps. arXiv 2209.03003 Section 2.2. Those of that network are kept."""
-    folder, mark = os.path.join(args.out_dir, 'pairs'), fingerprint(
-        teacher.net.state_dict().values(), args.seed)
-    shards = [range(args.pairs)[first:first + SHARD] for first in range(0, args.pairs, SHARD)]
-    paths = {shard: os.path.join(folder, f'{mark:08x}-{k:05d}.npy')
-             for k, shard in enumerate(shards)}
-    todo = [shard for shard in shards[rank::world]
+    folder = os.path.join(args.out_dir, 'pairs')
+    mark = fingerprint(teacher.net.state_dict().values(), args.seed)
+    paths = {range(args.pairs)[first:first + SHARD]: os.path.join(
+        folder, f'{mark:08x}-{first // SHARD:05d}.npy') for first in range(0, args.pairs, SHARD)}
+    todo = [shard for shard in [*paths][rank::world]
             if read_shard(paths[shard], (len(shard), 2, *teacher.shape)) is None]
     for shard in watch(todo, sum(map(len, todo)), 'pairs', rank):
         os.makedirs(folder, exist_ok=True)
-        start, ends = teacher.prior(shard), []
+        pairs = []
         try:
             for first in range(0, len(shard), args.batch_size):
-                part = slice(first, first + args.batch_size)
-                ends.append(teacher.follow(start[part], device, shard[part])[0].float().cpu())
+                batch = shard[first:first + args.batch_size]
+                x = teacher.prior(batch)
+                y = teacher.follow(x, device, batch)[0].float().cpu()
+                pairs.append(torch.stack([(x - y) / teacher.z_max, y], 1))
         except BadInput as error:
             flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
             raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
-        y = torch.cat(ends)
-        pairs = torch.stack([(start - y) / teacher.z_max, y], 1).numpy()
-        write('--out_dir', paths[shard], lambda file: np.save(file, pairs))
+        write('--out_dir', paths[shard], lambda file: np.save(file, torch.cat(pairs).numpy()))
     wait()
     made = [read_shard(path, (len(shard), 2, *teacher.shape)) for shard, path in paths.items()]
     if any(shard is None for shard in made):
@@ -536,9 +535,8 @@ def straightness(net, x, labels=None, steps=50):
 
 def pairs_of_teacher(teacher, args, step, device, rank, world):
     """The pairs of a teacher, a Flow; lines on what is trained, and how straight its lines are."""
-    if rank == 0:
-        print(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its '
-              f'teacher, {teacher.method}', flush=True)
+    say(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its teacher, '
+        f'{teacher.method}')
     pairs = make_pairs(teacher, args, device, rank, world)
     if rank == 0 and step == 0 and hasattr(teacher.net, 'planes'):
         start = teacher.prior(range(64)).to(device)
