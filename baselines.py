@@ -489,10 +489,13 @@ def method_of_student(args, teacher):
     return 'pfgmpp' if teacher['method'] == 'pfgm' else teacher['method']
 
 
-def make_pairs(teacher, args, device, rank=0, world=1):
+def pairs_of_teacher(teacher, args, step, device, rank, world):
     """The pairs of reflow: args.pairs draws x of the prior of `teacher`, a Flow, and the images y
     where it leads them, as eps = (x - y) / z_max and y, float32 (2, C, S, S), in --out_dir/pairs:
-    the line between is y + z eps. arXiv 2209.03003 Section 2.2. Those of that network are kept."""
+    the line between is y + z eps. arXiv 2209.03003 Section 2.2. Those of that network are kept.
+    Says what is trained on them and, at the first step, how straight the teacher's lines are."""
+    say(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its teacher, '
+        f'{teacher.method}')
     folder = os.path.join(args.out_dir, 'pairs')
     mark = fingerprint(teacher.net.state_dict().values(), args.seed)
     paths = {range(args.pairs)[first:first + SHARD]: os.path.join(
@@ -516,6 +519,10 @@ def make_pairs(teacher, args, device, rank=0, world=1):
     made = [read_shard(path, (len(shard), 2, *teacher.shape)) for shard, path in paths.items()]
     if any(shard is None for shard in made):
         raise BadInput(f'--out_dir {args.out_dir}: every process must see the same folder')
+    if rank == 0 and step == 0 and hasattr(teacher.net, 'planes'):
+        start = teacher.prior(range(64)).to(device)
+        bent = straightness(teacher.net, start, teacher.labels_of(range(64), device)).mean()
+        print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
     return torch.utils.data.ConcatDataset(made)
 
 
@@ -531,15 +538,3 @@ def straightness(net, x, labels=None, steps=50):
     path = torch.stack(path).flatten(2)
     whole = path[-1] - path[0]
     return (whole - steps * path.diff(dim=0)).square().sum(2).mean(0) / whole.square().sum(1)
-
-
-def pairs_of_teacher(teacher, args, step, device, rank, world):
-    """The pairs of a teacher, a Flow; lines on what is trained, and how straight its lines are."""
-    say(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its teacher, '
-        f'{teacher.method}')
-    pairs = make_pairs(teacher, args, device, rank, world)
-    if rank == 0 and step == 0 and hasattr(teacher.net, 'planes'):
-        start = teacher.prior(range(64)).to(device)
-        bent = straightness(teacher.net, start, teacher.labels_of(range(64), device)).mean()
-        print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
-    return pairs
