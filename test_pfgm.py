@@ -1139,6 +1139,11 @@ def test_pairs_of_a_teacher_outlive_a_kill_and_fit_one_student_only(straight, he
             ('--method', 'pfgm', '--method pfgm, D inf: a student of .* D, inf'),
             ('--dataset', 'a.npy', 'a.npy: --distill .* was trained on glyphs; give')):
         refuses([*run_, 'b', flag, value], message)
+    shutil.copy(straight / 'ckpt.pt', 't.pt')
+    run_ = ['train.py', *TINY_PP, *'--distill t.pt --pairs 8 --out_dir c --steps'.split()]
+    script([*run_, 1])
+    Path('t.pt').unlink()
+    refuses([*run_, 2], '--distill t.pt: no such file')
 
 
 @pytest.mark.parametrize('teacher, student, D', [

@@ -381,9 +381,14 @@ def main(args):
     if args.reflow or args.distill:
         flags = Parser()
         flow_flags(flags)
-        teacher, _ = load_flow(flags.parse_args([
+        how = flags.parse_args([
             '--ckpt', args.reflow or args.distill, '--nfe', str(PAIR_NFE), '--seed', str(args.seed),
-            '--data_dir', args.data_dir, '--bf16' if args.bf16 else '--no-bf16']), device)
+            '--data_dir', args.data_dir, '--bf16' if args.bf16 else '--no-bf16'])
+        try:
+            teacher, _ = load_flow(how, device)
+        except BadInput as error:  # of a run that goes on its teacher was not looked at yet
+            flag = '--reflow' if args.reflow else '--distill'
+            raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
         images = pairs_of_teacher(teacher, args, start, device, rank, world)
 
     # loop
