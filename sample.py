@@ -230,48 +230,44 @@ def mark(folder, flag, made_by):
     write(flag, path, lambda file: file.write(json.dumps(made_by).encode()))
 
 
-def image_path(folder, i):
-    return os.path.join(folder, f'{i:06d}.png')
-
-
-def save_png(folder, i, pixels):
+def save_png(path, pixels):
     """uint8 (C, H, W) as a file, whole or not at all."""
     from PIL import Image
     image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2 if len(pixels) == 1 else ()).numpy())
-    write('--out', image_path(folder, i), lambda file: image.save(file, 'PNG'))
+    write('--out', path, lambda file: image.save(file, 'PNG'))
 
 
-def read_png(folder, i):
+def read_png(path):
     """The array (H, W, C) of save_png()."""
     from PIL import Image
-    with Image.open(image_path(folder, i)) as image:
+    with Image.open(path) as image:
         return np.array(image).reshape(*image.size[::-1], -1)
 
 
-def write_npz(path, folder, n, shape):
+def write_npz(out, paths, shape):
     """arr_0, uint8 (n, H, W, C), image by image: all of them may not fit in memory."""
     C, H, W = shape
-    head = dict(descr='|u1', fortran_order=False, shape=(n, H, W, C))
+    head = dict(descr='|u1', fortran_order=False, shape=(len(paths), H, W, C))
 
     def save(file):
         with zipfile.ZipFile(file, 'w') as archive, archive.open('arr_0.npy', 'w',
                                                                  force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, head)
-            for i in range(n):
-                array.write(read_png(folder, i).tobytes())
-    write('--out', path, save)
+            for path in paths:
+                array.write(read_png(path).tobytes())
+    write('--out', out, save)
 
 
-def compare_with(images, folder, n):
+def compare_with(images, paths):
     """Print how many of the images made are images of a data set."""
     found, count, worst = images.pixels.cpu().flatten(1), 0, 0.0
-    for part in torch.arange(n).split(64):
-        x = np.stack([read_png(folder, i).transpose(2, 0, 1) for i in part.tolist()])
+    for k in range(0, len(paths), 64):
+        x = np.stack([read_png(path).transpose(2, 0, 1) for path in paths[k:k + 64]])
         x = torch.from_numpy(x).flatten(1).double()
         nearest = torch.cat([torch.cdist(x, y.double()) for y in found.split(4096)], 1).argmin(1)
         error = (x - found[nearest]).square().mean(1).sqrt()
         count, worst = count + int((error < 1).sum()), max(worst, float(error.max()))
-    print(f'{count} of {n} samples are images of {images.name} to within a grey level, '
+    print(f'{count} of {len(paths)} samples are images of {images.name} to within a grey level, '
           f'{worst:.2f} RMS at most')
 
 
@@ -300,7 +296,8 @@ def make_images(flow, images, args, place):
     if rank == 0:
         mark(folder, f'--out {args.out}', json.loads(made_by))
     wait()
-    missing = [i for i in range(n) if not os.path.exists(image_path(folder, i))]
+    paths = [os.path.join(folder, f'{i:06d}.png') for i in range(n)]
+    missing = [i for i in range(n) if not os.path.exists(paths[i])]
     if rank == 0 and len(missing) < n:
         print(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
     wait()  # all have looked before any adds to them
@@ -309,7 +306,7 @@ def make_images(flow, images, args, place):
         for indices, x, _ in flow.images(missing[rank::world], args.batch_size, device, rank,
                                          special):
             pixels = datasets.to_uint8(x).cpu()
-            saves += [pool.submit(save_png, folder, *pair) for pair in zip(indices, pixels)]
+            saves += [pool.submit(save_png, paths[i], image) for i, image in zip(indices, pixels)]
             while saves and saves[0].done():
                 saves.pop(0).result()  # a disk that is full ends the run here
         for save in saves:
@@ -317,16 +314,16 @@ def make_images(flow, images, args, place):
     wait()
     if rank > 0:
         return
-    lost = next((i for i in range(n) if not os.path.exists(image_path(folder, i))), None)
-    if lost is not None:
-        raise BadInput(f'--out {args.out}: {image_path(folder, lost)} is not there; all processes '
-                       'must write to one folder')
+    lost = next((path for path in paths if not os.path.exists(path)), None)
+    if lost:
+        raise BadInput(f'--out {args.out}: {lost} is not there; all processes must write to one '
+                       'folder')
     if args.exact:
-        compare_with(images, folder, n)
+        compare_with(images, paths)
     if args.out.endswith('.npz'):
-        write_npz(args.out, folder, n, flow.shape)
+        write_npz(args.out, paths, flow.shape)
     elif single:
-        pixels = torch.from_numpy(np.stack([read_png(folder, i) for i in range(n)]))
+        pixels = torch.from_numpy(np.stack([*map(read_png, paths)]))
         pixels = pixels.permute(0, 3, 1, 2)
         if source and special is None:
             pixels = beside_their_starts(flow, pixels)
