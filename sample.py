@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import data as datasets
 import pfgm
@@ -150,7 +151,6 @@ def restore(flow, args, device):
 
 def field_lines(path):
     """A PNG of the field lines of a heart of charges, from the hemisphere down to the plane."""
-    from PIL import Image, ImageDraw
     side = torch.arange(-1.2, 1.3, 0.11, dtype=torch.float64)
     x, y = torch.meshgrid(side, side, indexing='xy')
     heart = (x * x + y * y - 1) ** 3 <= x * x * y ** 3
@@ -232,14 +232,12 @@ def mark(folder, flag, made_by):
 
 def save_png(path, pixels):
     """uint8 (C, H, W) as a file, whole or not at all."""
-    from PIL import Image
-    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2 if len(pixels) == 1 else ()).numpy())
+    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     write('--out', path, lambda file: image.save(file, 'PNG'))
 
 
 def read_png(path):
     """The array (H, W, C) of save_png()."""
-    from PIL import Image
     with Image.open(path) as image:
         return np.array(image).reshape(*image.size[::-1], -1)
 
