@@ -236,10 +236,10 @@ def save_png(path, pixels):
     write('--out', path, lambda file: image.save(file, 'PNG'))
 
 
-def read_png(path):
-    """The array (H, W, C) of save_png()."""
-    with Image.open(path) as image:
-        return np.array(image).reshape(*image.size[::-1], -1)
+def read_images(paths):
+    """uint8 (n, C, H, W) of the files of save_png()."""
+    rows = np.stack([np.atleast_3d(Image.open(path)) for path in paths])  # (n, H, W, C)
+    return torch.from_numpy(rows).permute(0, 3, 1, 2)
 
 
 def write_npz(out, paths, shape):
@@ -252,7 +252,7 @@ def write_npz(out, paths, shape):
                                                                  force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, head)
             for path in paths:
-                array.write(read_png(path).tobytes())
+                array.write(Image.open(path).tobytes())
     write('--out', out, save)
 
 
@@ -260,8 +260,7 @@ def compare_with(images, paths):
     """Print how many of the images made are images of a data set."""
     found, count, worst = images.pixels.cpu().flatten(1), 0, 0.0
     for k in range(0, len(paths), 64):
-        x = np.stack([read_png(path).transpose(2, 0, 1) for path in paths[k:k + 64]])
-        x = torch.from_numpy(x).flatten(1).double()
+        x = read_images(paths[k:k + 64]).flatten(1).double()
         nearest = torch.cat([torch.cdist(x, y.double()) for y in found.split(4096)], 1).argmin(1)
         error = (x - found[nearest]).square().mean(1).sqrt()
         count, worst = count + int((error < 1).sum()), max(worst, float(error.max()))
@@ -321,8 +320,7 @@ def make_images(flow, images, args, place):
     if args.out.endswith('.npz'):
         write_npz(args.out, paths, flow.shape)
     elif single:
-        pixels = torch.from_numpy(np.stack([*map(read_png, paths)]))
-        pixels = pixels.permute(0, 3, 1, 2)
+        pixels = read_images(paths)
         if source and special is None:
             pixels = beside_their_starts(flow, pixels)
         turns = len(flow.classes)  # one column a class, where they fill the rows
