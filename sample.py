@@ -258,14 +258,14 @@ def write_npz(out, paths, shape):
 
 def compare_with(images, paths):
     """Print how many of the images made are images of a data set."""
-    found, count, worst = images.pixels.cpu().flatten(1), 0, 0.0
+    found, errors = images.pixels.cpu().flatten(1), []
     for k in range(0, len(paths), 64):
         x = read_images(paths[k:k + 64]).flatten(1).double()
-        nearest = torch.cat([torch.cdist(x, y.double()) for y in found.split(4096)], 1).argmin(1)
-        error = (x - found[nearest]).square().mean(1).sqrt()
-        count, worst = count + int((error < 1).sum()), max(worst, float(error.max()))
-    print(f'{count} of {len(paths)} samples are images of {images.name} to within a grey level, '
-          f'{worst:.2f} RMS at most')
+        distance = torch.cat([torch.cdist(x, y.double()) for y in found.split(4096)], 1)
+        errors.append(distance.amin(1) / x.shape[1] ** 0.5)
+    error = torch.cat(errors)
+    print(f'{int((error < 1).sum())} of {len(paths)} samples are images of {images.name} to within '
+          f'a grey level, {error.max():.2f} RMS at most')
 
 
 def beside_their_starts(flow, pixels):
