@@ -299,15 +299,12 @@ def make_images(flow, images, args, place):
         print(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
     wait()  # all have looked before any adds to them
     with ThreadPoolExecutor(4) as pool:  # files are written while the next batch is sampled
-        saves = []
+        saved = ()
         for indices, x, _ in flow.images(missing[rank::world], args.batch_size, device, rank,
                                          special):
-            pixels = datasets.to_uint8(x).cpu()
-            saves += [pool.submit(save_png, paths[i], image) for i, image in zip(indices, pixels)]
-            while saves and saves[0].done():
-                saves.pop(0).result()  # a disk that is full ends the run here
-        for save in saves:
-            save.result()
+            list(saved)  # a disk that is full ends the run here
+            saved = pool.map(save_png, [paths[i] for i in indices], datasets.to_uint8(x).cpu())
+        list(saved)
     wait()
     if rank > 0:
         return
