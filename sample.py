@@ -268,13 +268,6 @@ def compare_with(images, paths):
           f'a grey level, {error.max():.2f} RMS at most')
 
 
-def beside_their_starts(flow, pixels):
-    """The images (n, C, H, W), uint8, of a flow from another data set, each behind the image of
-    that which became it: (2 n, C, H, W)."""
-    start = datasets.to_uint8(flow.prior(range(len(pixels))) / flow.z_max)
-    return torch.stack([start, pixels], 1).flatten(0, 1)
-
-
 def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
@@ -318,8 +311,9 @@ def make_images(flow, images, args, place):
         write_npz(args.out, paths, flow.shape)
     elif single:
         pixels = read_images(paths)
-        if source and special is None:
-            pixels = beside_their_starts(flow, pixels)
+        if source and special is None:  # each behind the image that became it
+            starts = source.pixels[torch.arange(n) % len(source)]
+            pixels = torch.stack([starts, pixels], 1).flatten(0, 1)
         turns = len(flow.classes)  # one column a class, where they fill the rows
         picture = datasets.grid_of(pixels, 8 if special is not None else
                                    turns if 1 < turns <= 16 and n % turns == 0 else None)
