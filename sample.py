@@ -52,15 +52,23 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def special_starts(args, flow, latents=None):
-    """Starts of --interpolate and --rescale: rows of 8 images. latents (2, C, H, W): of the images
-    that --interpolate goes between."""
-    x = (flow.prior(range(2 * max(args.n // 8, 1))) if latents is None else latents).double()
+def special_starts(args, flow, device):
+    """(the starts of --interpolate and --rescale, rows of 8 images, or None: the prior's; the
+    images between which --interpolate goes)."""
+    if args.interpolate is None and not args.rescale:
+        return None, []
+    C, size, _ = flow.shape
+    ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
+            for path in args.interpolate or ()]
+    x = flow.prior(range(2 * max(args.n // 8, 1)))
+    if ends:  # their latents in place of the prior's draws
+        x, _ = flow.follow(datasets.to_float(torch.stack(ends)), device, (0, 0), up=True)
+    x = x.cpu().double()
     norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     x = x / norm
     a, b = x[0::2, None], x[1::2, None]                         # (rows, 1, C, H, W), unit length
     t = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1, 1)
-    if latents is not None:
+    if ends:
         norm = torch.lerp(norm[:1, None], norm[1:, None], t)
     else:  # a prior that is not clipped: |z_max eps / sqrt(chi2_D)| at the mean of chi2_D
         norm = flow.upper_norm or flow.z_max * math.sqrt(a[0].numel()) / pfgm.unit(flow.D)
@@ -69,19 +77,7 @@ def special_starts(args, flow, latents=None):
     else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b
         w = (a * b).sum((2, 3, 4), keepdim=True).clamp_max(1).acos().clamp_min(1e-6)  # not 0 / 0
         x = norm * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
-    return x.flatten(0, 1).float()
-
-
-def given_starts(args, flow, device):
-    """(the starts of --interpolate and --rescale, or None: the prior's; the images between which
-    --interpolate goes)."""
-    if args.interpolate:
-        C, size, _ = flow.shape
-        ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
-                for path in args.interpolate]
-        latents, _ = flow.follow(datasets.to_float(torch.stack(ends)), device, (0, 0), up=True)
-        return special_starts(args, flow, latents.cpu()), ends
-    return special_starts(args, flow) if args.interpolate is not None or args.rescale else None, []
+    return x.flatten(0, 1).float(), ends
 
 
 def write_flow_gif(flow, args, device):
@@ -272,7 +268,7 @@ def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
     device, rank, world = place
-    special, ends = given_starts(args, flow, device)
+    special, ends = special_starts(args, flow, device)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
     source = getattr(flow.net, 'source', None)
