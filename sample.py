@@ -214,15 +214,14 @@ def mark(folder, flag, made_by):
         with open(path) as file:
             before = json.load(file)
     except (OSError, ValueError):
-        before = {}
+        before = made_by
         if os.listdir(folder):
             raise BadInput(f'{flag}: {folder} is a folder that is not empty, and does not say what '
                            'made it; give a new one') from None
-    differ = [k for k in made_by if before and before.get(k) != made_by[k]]
-    if differ:
-        key = differ[0]
-        raise BadInput(f'{flag}: {folder} holds images made with {key} {before.get(key)}, not '
-                       f'{made_by[key]}; give a new one, or remove that')
+    for key, value in made_by.items():
+        if before.get(key) != value:
+            raise BadInput(f'{flag}: {folder} holds images made with {key} {before.get(key)}, not '
+                           f'{value}; give a new one, or remove that')
     write(flag, path, lambda file: file.write(json.dumps(made_by).encode()))
 
 
