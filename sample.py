@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 import data as datasets
 import pfgm
 from checkpoint import flow_flags, load_flow, place_for
-from launch import BadInput, Parser, above, fingerprint, run, wait, write
+from launch import BadInput, Parser, above, fingerprint, run, say, wait, write
 
 
 def parse_args(argv=None):
@@ -283,8 +283,8 @@ def make_images(flow, images, args, place):
     wait()
     paths = [os.path.join(folder, f'{i:06d}.png') for i in range(n)]
     missing = [i for i in range(n) if not os.path.exists(paths[i])]
-    if rank == 0 and len(missing) < n:
-        print(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
+    if len(missing) < n:
+        say(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
     wait()  # all have looked before any adds to them
     with ThreadPoolExecutor(4) as pool:  # files are written while the next batch is sampled
         saved = ()
@@ -355,9 +355,8 @@ def main(args):
         flow.classes = []  # images that are given may be of any class
     if rows:  # each of one class; images that are given have one way between them
         flow.classes = [k for k in flow.classes[:1 if args.interpolate else None] for _ in range(8)]
-    if rank == 0:
-        facts = {**vars(flow), 'schedule': flow.spacing()}
-        print('  '.join(f'{k} {v}' for k, v in facts.items() if k != 'net'), flush=True)
+    facts = {**vars(flow), 'schedule': flow.spacing()}
+    say('  '.join(f'{k} {v}' for k, v in facts.items() if k != 'net'))
     if known:
         return restore(flow, args, device)
     if args.encode:

@@ -371,8 +371,8 @@ def main(args):
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if saved and 'opt' in saved:
         restore(opt, saved, device, rank)
-    elif args.init_from and saved and rank == 0:
-        print(f'{origin} has no optimizer state; Adam starts afresh')
+    elif args.init_from and saved:
+        say(f'{origin} has no optimizer state; Adam starts afresh')
     saved = None  # a quarter of it stays in use
 
     # folder: every process has looked at it, since all agree
@@ -443,8 +443,7 @@ def main(args):
                 last_saved = step
         if stop:
             break
-    if rank == 0:
-        print(f'saved {path} at step {step}; sample with: python sample.py --ckpt {path}')
+    say(f'saved {path} at step {step}; sample with: python sample.py --ckpt {path}')
 
 
 if __name__ == '__main__':
