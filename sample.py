@@ -196,8 +196,7 @@ def check_out(out, single):
         raise BadInput(f'--out {out}: must end in .png, .gif or .npz, or be a folder')
     try:
         if single:
-            with open(f'{out}.part', 'wb'):
-                pass
+            open(f'{out}.part', 'wb').close()
             os.remove(f'{out}.part')
         else:
             os.makedirs(out, exist_ok=True)
