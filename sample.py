@@ -103,8 +103,7 @@ def encode(flow, args, device):
     and |error| x 10; norms and errors are printed."""
     C, size, _ = flow.shape
     images = datasets.load(args.encode, args.data_dir, size, C, flag='--encode')
-    pixels = torch.stack([images[i] for i in range(min(args.n, len(images)))])
-    x = datasets.to_float(pixels).to(device)
+    x = datasets.to_float(images[[*range(min(args.n, len(images)))]]).to(device)
     latent, nfe_up = flow.follow(x, device, up=True)
     back, nfe_down = flow.follow(latent, device)
     error = (back.to(x) - x).abs()
