@@ -389,7 +389,7 @@ def place_for(args):
 
 
 def flow_flags(p):
-    """The flags that say which flow to follow and how, shared with evaluate.py."""
+    """p with the flags that say which flow to follow and how, shared with evaluate.py."""
     p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or one of the '
                    'authors, or the folder of a run')
     p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
@@ -430,6 +430,7 @@ def flow_flags(p):
     p.add_argument('--compile', action='store_true', help='torch.compile the network')
     p.add_argument('--seed', type=above(-1, int), default=0)
     p.add_argument('--device', default='auto')
+    return p
 
 
 def load_flow(args, device):

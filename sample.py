@@ -28,8 +28,7 @@ from launch import BadInput, Parser, above, fingerprint, run, say, wait, write
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
-    flow_flags(p)
+    p = flow_flags(Parser(description=__doc__))
     p.add_argument('--n', type=above(0, int), default=None, help='images (default: 64; of '
                    '--inpaint and --colorize results an image, default: 8)')
     p.add_argument('--out', default='samples.png', help='.png, .gif, .npz or a folder')

@@ -379,9 +379,7 @@ def main(args):
     if rank == 0:
         log, images_seen = open_folder(args, start, raw, images, place)
     if args.reflow or args.distill:
-        flags = Parser()
-        flow_flags(flags)
-        how = flags.parse_args([
+        how = flow_flags(Parser()).parse_args([
             '--ckpt', args.reflow or args.distill, '--nfe', str(PAIR_NFE), '--seed', str(args.seed),
             '--data_dir', args.data_dir, '--bf16' if args.bf16 else '--no-bf16'])
         try:
@@ -389,7 +387,7 @@ def main(args):
         except BadInput as error:  # of a run that goes on its teacher was not looked at yet
             flag = '--reflow' if args.reflow else '--distill'
             raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
-        images = pairs_of_teacher(teacher, args, start, device, rank, world)
+        images = pairs_of_teacher(teacher, args, start, *place)
 
     # loop
     signals = listen()
