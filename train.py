@@ -162,9 +162,7 @@ def resolve(args, images, saved, resumed, world):
     if teacher and (args.D != old['D'] or args.method == 'pfgm' or args.edm and args.method != own):
         raise BadInput(f'--method {args.method}, D {args.D:g}: a student of {teacher} is a '
                        f'denoiser of its D, {old["D"]:g}; leave out --D and --method')
-    for key, value in OF_FLOW.items():
-        if getattr(args, key) is None:
-            setattr(args, key, given.get(key, value))
+    vars(args).update({k: given.get(k, v) for k, v in OF_FLOW.items() if getattr(args, k) is None})
     if args.method == 'pfgm':
         row.update(datasets.flow_constants(images, name, args.sigma, args.tau, args.gamma))
     else:  # constants that do not depend on the data, and no charge but the image itself
@@ -186,9 +184,7 @@ def resolve(args, images, saved, resumed, world):
         args.classes = row['classes'] and (saved or args.dataset in PRESETS) and (
             images.labels is not None and not args.source)
     args.classes = images.class_count() if args.classes else 0
-    for key, value in row.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    vars(args).update({k: v for k, v in row.items() if getattr(args, k) is None})
     alone = args.field_batch == 1 and args.method != 'pfgm'
     if not alone and args.field_batch != 'all' and args.field_batch >= len(images):
         args.field_batch = len(images) if images.pixels is None else 'all'
