@@ -52,10 +52,10 @@ def parse_args(argv=None):
 
 
 def special_starts(args, flow, device):
-    """(the starts of --interpolate and --rescale, rows of 8 images, or None: the prior's; the
-    images between which --interpolate goes)."""
+    """(the starts of --interpolate and --rescale, rows of 8 images; words that tell them from
+    others), or None twice: the prior's."""
     if args.interpolate is None and not args.rescale:
-        return None, []
+        return None, None
     C, size, _ = flow.shape
     ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
             for path in args.interpolate or ()]
@@ -72,11 +72,12 @@ def special_starts(args, flow, device):
     else:  # a prior that is not clipped: |z_max eps / sqrt(chi2_D)| at the mean of chi2_D
         norm = flow.upper_norm or flow.z_max * math.sqrt(a[0].numel()) / pfgm.unit(flow.D)
     if args.rescale:
-        x = a * norm * (1 / 3 + 5 / 3 * t)
+        told, x = 'rescale', a * norm * (1 / 3 + 5 / 3 * t)
     else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b
         w = (a * b).sum((2, 3, 4), keepdim=True).clamp_max(1).acos().clamp_min(1e-6)  # not 0 / 0
         x = norm * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
-    return x.flatten(0, 1).float(), ends
+        told = ' '.join(['interpolate'] + [f'{fingerprint([end]):08x}' for end in ends])
+    return x.flatten(0, 1).float(), told
 
 
 def write_flow_gif(flow, args, device):
@@ -264,15 +265,13 @@ def make_images(flow, images, args, place):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
     the same command again makes only what is missing. A .png or .npz is made of them at the end."""
     device, rank, world = place
-    special, ends = special_starts(args, flow, device)
+    special, rows = special_starts(args, flow, device)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
     source = getattr(flow.net, 'source', None)
     tensors = [*tensors, source.pixels] if source else tensors
     made_by = {k: v for k, v in vars(flow).items() if k != 'net'}  # last: others say why it differs
-    made_by = json.dumps({**made_by, 'net': f'{fingerprint(tensors):08x}', 'rows': (
-        None if special is None else 'rescale' if args.rescale else
-        ' '.join(['interpolate'] + [f'{fingerprint([end]):08x}' for end in ends]))})
+    made_by = json.dumps({**made_by, 'net': f'{fingerprint(tensors):08x}', 'rows': rows})
     single = args.out.endswith(KINDS)
     folder = f'{args.out}.{zlib.crc32(made_by.encode()):08x}' if single else args.out
     if rank == 0:
