@@ -319,7 +319,6 @@ def main(args):
         args.out = os.path.splitext(args.out)[0] + '.gif'
     known = args.inpaint or args.colorize
     picture = args.encode or args.field_lines or known
-    counted, args.n = args.n, args.n or (8 if known else 64)
     rows = args.interpolate is not None or args.rescale
     if args.interpolate and len(args.interpolate) != 2:
         raise BadInput(f'--interpolate {" ".join(args.interpolate)}: give two images, or none')
@@ -343,8 +342,7 @@ def main(args):
     source = getattr(flow.net, 'source', None)
     if args.start and not source:
         raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
-    if source and not known and not counted:
-        args.n = min(args.n, len(source))
+    args.n = args.n or (8 if known else min(64, len(source)) if source else 64)
     if args.interpolate and flow.solver == 'renew':
         raise BadInput('--interpolate: not by --solver renew, whose noise is fresh; give another')
     if (args.interpolate or known) and not args.classes:
