@@ -410,9 +410,9 @@ def main(args):
         # log, sample, save
         asked = heard(signals, step, device, world)
         stop = step == args.steps or asked == 'leave'
-        logs, samples, saves = (stop or every and step % every == 0 for every in
+        logs, samples, saves = (every and step % every == 0 for every in
                                 (args.log_every, args.sample_every, args.save_every))
-        saves = saves or asked == 'save'
+        logs, saves = logs or stop, saves or stop or asked == 'save'
         if logs or samples or saves:
             stop_if_bad(meter, args, lambda bad: next(datasets.image_order(
                 len(images), images_a_step(args), args.seed, bad - 1)), rank, world, path)
@@ -425,7 +425,7 @@ def main(args):
                 row = progress(args, step, meter, images_seen, rate, lr, device)
                 log.write(json.dumps(row) + '\n')
             meter, clock, logged = new_meter(device, flow.unit), time.time(), step
-        if samples and args.sample_every and step % args.sample_every == 0 and rank == 0:
+        if samples and rank == 0:
             sample_grid(ema, args, device, os.path.join(args.out_dir, f'step{step:07d}.png'),
                         flow.source if args.source else None)
         if saves:
