@@ -178,8 +178,7 @@ def resolve(args, images, saved, resumed, world):
                    {k: old[k] for k in (*BY_DATA, 'z_min') if k in old})
     if teacher:
         args.classes, row['z_exp'] = old['classes'] > 0, 0.0  # a denoiser's v_z is exact
-    args.image_size, args.channels = images.image_size, images.channels
-    args.flip = images.flip if args.flip is None else args.flip
+    args.image_size, args.channels, row['flip'] = images.image_size, images.channels, images.flip
     if args.classes is None:  # as the file has it, else the row, of a set that has a row
         args.classes = row['classes'] and (saved or args.dataset in PRESETS) and (
             images.labels is not None and not args.source)
