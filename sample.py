@@ -53,9 +53,7 @@ def parse_args(argv=None):
 
 def special_starts(args, flow, device):
     """(the starts of --interpolate and --rescale, rows of 8 images; words that tell them from
-    others), or None twice: the prior's."""
-    if args.interpolate is None and not args.rescale:
-        return None, None
+    others)."""
     C, size, _ = flow.shape
     ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
             for path in args.interpolate or ()]
@@ -261,11 +259,11 @@ def compare_with(images, paths):
           f'a grey level, {error.max():.2f} RMS at most')
 
 
-def make_images(flow, images, args, place):
+def make_images(flow, images, args, place, special=None, rows=None):
     """The images of --out, each process its share, each image a file as soon as it is made, so that
-    the same command again makes only what is missing. A .png or .npz is made of them at the end."""
+    the same command again makes only what is missing. A .png or .npz is made of them at the end.
+    special, rows: of special_starts()."""
     device, rank, world = place
-    special, rows = special_starts(args, flow, device)
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
     source = getattr(flow.net, 'source', None)
@@ -357,7 +355,7 @@ def main(args):
         return encode(flow, args, device)
     if args.out.endswith('.gif'):
         return write_flow_gif(flow, args, device)
-    make_images(flow, images, args, place)
+    make_images(flow, images, args, place, *(special_starts(args, flow, device) if rows else ()))
 
 
 if __name__ == '__main__':
