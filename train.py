@@ -357,8 +357,7 @@ def main(args):
                               flag='--source')
         flow.source = datasets.charges_of(other, '--source', device)
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[device.index] if device.type == 'cuda' else None)
+        net = torch.nn.parallel.DistributedDataParallel(net)
 
     # optimizer, and the state of dropout
     how = dict(lr=args.lr, fused=device.type != 'mps')
