@@ -491,8 +491,9 @@ def check_flow(args, flow):
          f'subvp, ddpm and rf have a time; give one of {", ".join(pfgm.SCHEDULES)}'),
         (args.eta and flow.solver != 'ddim', f'--eta {args.eta}: belongs to --solver ddim, not '
          + flow.solver),
-        ((args.eta or flow.solver == 'renew') and getattr(args, 'encode', None), f'--solver '
-         f'{flow.solver}, --eta {args.eta}: fresh noise cannot be encoded; give another'),
+        ((args.eta or flow.solver == 'renew') and (getattr(args, 'encode', None) or getattr(
+            args, 'interpolate', None)), f'--solver {flow.solver}, --eta {args.eta}: fresh noise '
+         'cannot be encoded; give another'),
         (flow.solver == 'ddim' and flow.D != math.inf, '--solver ddim: adds Gaussian noise, '
          'for D = inf only (vp, subvp, ddpm, rf, pfgmpp with --D inf)'),
         ((args.z_min or 0) >= flow.z_max, f'--z_min {args.z_min}: must be below z_max '

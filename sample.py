@@ -341,8 +341,6 @@ def main(args):
     if args.start and not source:
         raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
     args.n = args.n or (8 if known else min(64, len(source)) if source else 64)
-    if args.interpolate and flow.solver == 'renew':
-        raise BadInput('--interpolate: not by --solver renew, whose noise is fresh; give another')
     if (args.interpolate or known) and not args.classes:
         flow.classes = []  # images that are given may be of any class
     if rows:  # each of one class; images that are given have one way between them

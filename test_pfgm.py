@@ -880,6 +880,7 @@ REFUSALS = {  # flags of each script and words of its line; TWO: as one of two p
         ('--classes 3', '--classes 3: .* none; leave it out'), ('--schedule time', 'only vp'),
         ('--eta 1', 'belongs to --solver ddim'), ('--solver ddim', 'ddim: adds Gaussian noise'),
         ('--solver ddim --eta 1 --encode glyphs', '--eta 1.0: fresh'),
+        ('--solver renew --interpolate glyphs glyphs', '--solver renew, --eta 0.0: fresh'),
         ('TWO --gif', 'by one process'), ('TWO --encode glyphs', 'by one process')],
     'evaluate': [
         ('', 'no metric asked'), ('--fid --n 100', 'needs 2049 images'), ('--kid --ref a', 'ref a'),
