@@ -54,9 +54,9 @@ PRESETS = {name: dict(zip((
 BY_SIZE = {28: 'mnist', 32: 'cifar10', 64: 'celeba64', math.inf: 'lsun_bedroom'}
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # data.flow_constants
 OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # with --init_from by the file
-TUNED = 'lr warmup decay grad_clip batch_size accum workers'.split()  # may change on resume
+TUNED = 'lr warmup decay grad_clip batch_size accum workers dataset'.split()  # may change on resume
 FREE_ON_RESUME = {*TUNED, *'out_dir data_dir steps device bf16 compile log_every sample_every '
-                  'save_every keep timeout init_from dataset data class_names'.split()}
+                  'save_every keep timeout init_from data class_names'.split()}
 
 
 FLAGS = (  # name, type (None: yes or no), default, help, what else argparse takes
@@ -210,8 +210,7 @@ def check_resume(args, old):
     for key, a, b in differing(args, old, [k for k in vars(args) if k not in FREE_ON_RESUME]):
         raise BadInput(f'--{key} {a}: the run in --out_dir {args.out_dir} has {b}; keep it, or '
                        'give another --out_dir')
-    changed = [f'--{key} {a} (it was {b})' for key, a, b in
-               differing(args, old, (*TUNED, 'dataset'))]
+    changed = [f'--{key} {a} (it was {b})' for key, a, b in differing(args, old, TUNED)]
     if changed:
         say(f'going on with {", ".join(changed)}')
     rises = ['the learning rate falls to 0 there only; it rises again'] * bool(args.decay) + [
