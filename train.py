@@ -311,9 +311,8 @@ def networks(args, saved, origin, device):
         except ValueError as error:
             raise BadInput(f'--{error}') from error
         ema = copy.deepcopy(raw)
-    raw.to(device, memory_format=torch.channels_last).train()
-    ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return raw, ema
+    raw, ema = (net.to(device, memory_format=torch.channels_last) for net in (raw, ema))
+    return raw.train(), ema.eval().requires_grad_(False)
 
 
 def open_folder(args, start, raw, images, place):
