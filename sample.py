@@ -208,8 +208,8 @@ def mark(folder, flag, made_by):
     os.makedirs(folder, exist_ok=True)
     try:
         with open(path) as file:
-            before = json.load(file)
-    except (OSError, ValueError):
+            before = dict(json.load(file))
+    except (OSError, ValueError, TypeError):
         before = made_by
         if os.listdir(folder):
             raise BadInput(f'{flag}: {folder} is a folder that is not empty, and does not say what '

@@ -3050,7 +3050,9 @@ def test_samples_are_files_as_they_are_made_and_only_missing_ones_are_made_again
     assert calls[-1] == 2 and sum(calls) == 9 + 2
     for flag, value in (('seed', 1), ('weights', 'raw'), ('solver', 'euler')):
         refuses([*command, 9, f'--{flag}', value], f'made with {flag} ')
-    refuses([*command, 9, '--out', tmp_path], 'does not say what made it')
+    (tmp_path / 'folder' / sample.MARK).write_text('[1]')
+    for folder in (tmp_path, tmp_path / 'folder'):
+        refuses([*command, 9, '--out', folder], 'does not say what made it')
 
 
 def torchrun(*words):
