@@ -188,9 +188,11 @@ def check_out(out, single):
     folder = os.path.dirname(out.rstrip('/'))
     if folder and not os.path.isdir(folder):
         raise BadInput(f'--out {out}: no folder {folder}; make it with: mkdir -p {folder}')
-    other = os.path.splitext(out)[1] or os.path.lexists(out) and not os.path.isdir(out)
-    if other and not single:
-        raise BadInput(f'--out {out}: must end in .png, .gif or .npz, or be a folder')
+    other = (os.path.isdir(out) == single if os.path.lexists(out) else
+             os.path.splitext(out)[1] and not single)
+    if other:
+        raise BadInput(f'--out {out}: must be a file that ends in .png, .gif or .npz, or a folder '
+                       'that does not')
     try:
         if single:
             open(f'{out}.part', 'wb').close()

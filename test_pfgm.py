@@ -873,7 +873,7 @@ REFUSALS = {  # flags of each script and words of its line; TWO: as one of two p
         ('--out_dir /dev/null/x', 'cannot write'), ('--init_from no.pth', 'no such file')],
     'sample': [
         ('--ckpt no.pt', 'no such file; make one with'), ('--nfe 2.5', '--nfe: 2.5'),
-        ('--solver rk4', 'rk4'), ('--out a.tiff', 'must end in'), ('--out no/a.png', 'mkdir'),
+        ('--solver rk4', 'rk4'), ('--out a.tiff', 'must be a file'), ('--out no/a.png', 'mkdir'),
         ('--out /proc/x', '/x: cannot be written'), ('--out /proc/x.png', 'x.png: cannot be'),
         ('--encode nothing', 'no such data set'), ('--exact --compile', '--exact has no network'),
         ('--guidance 2', '--guidance 2.0: the network knows no classes'), ('--classes -2', '-2'),
@@ -3050,6 +3050,8 @@ def test_samples_are_files_as_they_are_made_and_only_missing_ones_are_made_again
     assert calls[-1] == 2 and sum(calls) == 9 + 2
     for flag, value in (('seed', 1), ('weights', 'raw'), ('solver', 'euler')):
         refuses([*command, 9, f'--{flag}', value], f'made with {flag} ')
+    os.mkdir(tmp_path / 'c.png')
+    refuses([*command, 9, '--out', tmp_path / 'c.png'], 'a folder that does not')
     (tmp_path / 'folder' / sample.MARK).write_text('[1]')
     for folder in (tmp_path, tmp_path / 'folder'):
         refuses([*command, 9, '--out', folder], 'does not say what made it')
