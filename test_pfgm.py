@@ -1370,8 +1370,8 @@ def toy(size, channels):
     """In place of a torchvision data set: digits of its size, nothing downloaded."""
     def known(root, train, download):
         pixels, labels = data.glyphs(image_size=size, split='train' if train else 'test')
-        return types.SimpleNamespace(data=np.repeat(pixels[:300, ..., None], channels, 3),
-                                     targets=labels[:300], classes=list('0123456789'))
+        pixels = pixels[:300] if channels == 1 else np.stack([pixels[:300]] * channels, -1)
+        return types.SimpleNamespace(data=pixels, targets=labels[:300], classes=[*'0123456789'])
     return known
 
 
