@@ -532,6 +532,12 @@ def test_attention_on_a_cpu_has_the_values_and_gradients_of_attention(dtype, tol
     assert all((a - b).norm() <= tolerance * b.norm() for a, b in zip(got, want))
 
 
+def test_attention_has_the_axis_of_heads_without_which_pytorch_may_not_fuse_it():
+    layer, seen = unet.Attention(8), []
+    layer.attend = lambda q, k, v: seen.append(q.shape) or v
+    assert layer(torch.ones(2, 8, 3, 4), None).shape == (2, 8, 3, 4) and seen == [(2, 1, 12, 8)]
+
+
 @golden
 @pytest.mark.parametrize('name, kw', [('cifar10', {}), ('celeba64', dict(image_size=64))])
 def test_parameters_are_in_the_published_order_and_law(name, kw):
