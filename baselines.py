@@ -20,7 +20,7 @@ import torch
 
 import pfgm
 from files import read_shard
-from launch import BadInput, fingerprint, say, step_seed, wait, watch, write
+from launch import BadInput, fingerprint, given_by, say, step_seed, wait, watch, write
 
 SHARD, PAIR_NFE = 1000, 40  # pairs a file, and calls of the teacher for each, by unipc
 
@@ -496,6 +496,7 @@ def pairs_of_teacher(teacher, args, step, device, rank, world):
     Says what is trained on them and, at the first step, how straight the teacher's lines are."""
     say(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its teacher, '
         f'{teacher.method}')
+    flag = f'--reflow {args.reflow}' if args.reflow else f'--distill {args.distill}'
     folder = os.path.join(args.out_dir, 'pairs')
     mark = fingerprint(teacher.net.state_dict().values(), args.seed)
     paths = {range(args.pairs)[first:first + SHARD]: os.path.join(
@@ -505,15 +506,12 @@ def pairs_of_teacher(teacher, args, step, device, rank, world):
     for shard in watch(todo, sum(map(len, todo)), 'pairs', rank):
         os.makedirs(folder, exist_ok=True)
         pairs = []
-        try:
-            for first in range(0, len(shard), args.batch_size):
-                batch = shard[first:first + args.batch_size]
-                x = teacher.prior(batch)
+        for first in range(0, len(shard), args.batch_size):
+            batch = shard[first:first + args.batch_size]
+            x = teacher.prior(batch)
+            with given_by(flag):
                 y = teacher.follow(x, device, batch)[0].float().cpu()
-                pairs.append(torch.stack([(x - y) / teacher.z_max, y], 1))
-        except BadInput as error:
-            flag = f'--{"reflow" if args.reflow else "distill"} {args.reflow or args.distill}'
-            raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
+            pairs.append(torch.stack([(x - y) / teacher.z_max, y], 1))
         write('--out_dir', paths[shard], lambda file: np.save(file, torch.cat(pairs).numpy()))
     wait()
     made = [read_shard(path, (len(shard), 2, *teacher.shape)) for shard, path in paths.items()]

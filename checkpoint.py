@@ -22,7 +22,7 @@ import pfgm
 from baselines import EDM, METHODS, SAMPLING, as_flow, flow_of
 from files import (check_tensors, edm_names, holds_objects, official_names, open_pickle,
                    tensors_of)
-from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16,
+from launch import (CLASS_LIMIT, SIZE_LIMIT, BadInput, Parser, above, fast_bf16, given_by,
                     keep_freed_memory, run, setup, speed_up, unless, write)
 from unet import UNet
 
@@ -291,10 +291,8 @@ def in_folder(path):
 def read_given(flag, path, taught=False):
     """read_checkpoint() of the whole file that `flag` gave, to go on from it; what is `taught` by
     it starts from its EMA, at step 0."""
-    try:
+    with given_by(f'--{flag}'):
         saved = read_checkpoint(path, whole=True)
-    except BadInput as error:
-        raise BadInput(str(error).replace('--ckpt', f'--{flag}', 1)) from error
     if taught:
         saved = dict(ema=saved['ema'], step=0, args=saved['args'])
     if taught or saved['args']['edm']:  # of which a snapshot is the EMA alone

@@ -48,6 +48,15 @@ class BadInput(ValueError):
         super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
 
 
+@contextlib.contextmanager
+def given_by(flag):
+    """What the block complains of under the name of --ckpt was given by another flag."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
+
+
 def reader_lost(error):
     """The BadInput of a process of --workers that has ended, or cannot share what it reads."""
     why = str(error).strip().splitlines()[-1][:150]

@@ -25,8 +25,8 @@ from bench import sample_grid
 from checkpoint import (ARCHITECTURE, build, flow_flags, for_classes, in_folder, load_flow,
                         open_run, save)
 from launch import (BadInput, Parser, above, agree, claim, everywhere, fast_bf16, fingerprint,
-                    heard, keep_older, listen, new_meter, observe, open_log, progress, restore,
-                    rng_state, run, say, setup, speed_up, step_seed, stop_if_bad, unless)
+                    given_by, heard, keep_older, listen, new_meter, observe, open_log, progress,
+                    restore, rng_state, run, say, setup, speed_up, step_seed, stop_if_bad, unless)
 from unet import UNet
 
 # One row a data set; any other takes the row of its size. cifar10 to lsun_bedroom are the values
@@ -374,11 +374,8 @@ def main(args):
         how = flow_flags(Parser()).parse_args([
             '--ckpt', args.reflow or args.distill, '--nfe', str(PAIR_NFE), '--seed', str(args.seed),
             '--data_dir', args.data_dir, '--bf16' if args.bf16 else '--no-bf16'])
-        try:
+        with given_by('--reflow' if args.reflow else '--distill'):
             teacher, _ = load_flow(how, device)
-        except BadInput as error:  # of a run that goes on its teacher was not looked at yet
-            flag = '--reflow' if args.reflow else '--distill'
-            raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
         images = pairs_of_teacher(teacher, args, start, *place)
 
     # loop
