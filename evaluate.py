@@ -22,15 +22,24 @@ from typing import Callable, NamedTuple, Optional
 import numpy as np
 import torch
 
-import bench
-import data as datasets
 import pfgm
-from baselines import DIVERGED, Flow, straightness
-from checkpoint import flow_flags, in_folder, load_flow, place_for
-from files import POOL, Measured, read_stats
-from launch import BadInput, Parser, above, everywhere, run, say, share, step_seed, watch, write
+from support.bench import solver_bench, speed
+from support.checkpoint import in_folder
+from support.cli import BadInput, Parser, above, say, watch, write
+from support.figures import loss_curves
+from support.flow import DIVERGED, Flow, flow_flags, load_flow, place_for
+from support.images import Images, read_batches, to_uint8
+from support.metrics import (INCEPTION, Measured, POOL, frechet, inception_features,
+    inception_score, judge_of, kid, load_inception, nearest_images, of_judge, pick_images,
+    precision_recall, read_stats, sliced_wasserstein)
+from support.pictures import grid_of, plot, strip
+from support.processes import everywhere, run, share_of_rank
+from support.results import print_table, record_result
+from support.seeds import step_seed
+from support.sets import load_images
+from support.students import straightness
 
-SOLVERS = ('rk45', *pfgm.SOLVERS)
+SOLVERS = ('rk45', *SOLVERS)
 
 
 def parse_args(argv=None):
@@ -53,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument('--ref', default=None, help='compare with these images, or with a .npz of mu '
                    'and sigma (default: the training split of --dataset, not mirrored)')
     p.add_argument('--save_stats', metavar='FILE.npz', help='write mu, sigma of the reference')
-    p.add_argument('--inception', default=None, metavar='FILE', help=f'{bench.INCEPTION} (default: '
+    p.add_argument('--inception', default=None, metavar='FILE', help=f'{INCEPTION} (default: '
                    "torch hub's copy, downloaded once), or random: a check of the plumbing")
     p.add_argument('--resize', choices=('tf1', 'pytorch'), default='tf1', help='to 299 pixels; '
                    'tf1: as in the TensorFlow graph behind the FIDs that score_sde, PFGM and EDM '
@@ -138,16 +147,16 @@ def check_counts(asked, n, n_ref):
 def generated(flow, n, args, place, calls):
     """This rank's share of n samples, uint8; what each batch spent is appended to calls."""
     device, rank, world = place
-    for _, x, nfe in flow.images(list(share(n, rank, world)), args.batch_size, device, rank):
+    for _, x, nfe in flow.images(list(share_of_rank(n, rank, world)), args.batch_size, device, rank):
         calls.append(nfe)
-        yield datasets.to_uint8(x)
+        yield to_uint8(x)
 
 
 def stored(images, n, args, place, label):
     """This rank's share of n evenly spaced images of a data set, uint8."""
     device, rank, world = place
-    indices = torch.tensor(share(n, rank, world)) * len(images) // n
-    batches = datasets.batches(images, indices.split(args.batch_size), device, args.workers)
+    indices = torch.tensor(share_of_rank(n, rank, world)) * len(images) // n
+    batches = read_batches(images, indices.split(args.batch_size), device, args.workers)
     return watch(batches, len(indices), label, rank)
 
 
@@ -177,7 +186,7 @@ def collect(batches, n, net, resize, keep, place):
     for batch in batches:
         kept['pixels'].append(batch.cpu() if 'pixels' in keep else batch[:0])
         if net is not None:
-            found = bench.features(net, batch, resize)
+            found = inception_features(net, batch, resize)
             kept['features'].append(found.cpu() if 'features' in keep else found[:0])
             found = pfgm.float64(found)
             total[0] += found.sum(0)
@@ -209,7 +218,7 @@ def bits_per_dim(flow, images, n, args, place):
         if low < 0 or high >= flow.known:
             raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network '
                            f'knows 0 to {flow.known - 1}; leave the labels out with --classes none')
-    mine = torch.tensor(share(n, rank, world)) * len(images) // n
+    mine = torch.tensor(share_of_rank(n, rank, world)) * len(images) // n
     for chunk in watch(mine.split(args.batch_size), len(mine), 'bits/dim', rank):
         pixels, repeats = images[chunk.tolist()].cpu(), []
         if labels is not None:
@@ -266,7 +275,7 @@ def flow_metrics(asked, name, flow, ref, args, place):
         print('  '.join(f'{k} {v:.6g}' for k, v in found.items() if v is not None), '', note)
         about = dict(dataset=images.name, split=split) if 'bpd' in asked else {}
         how = Flow(**{**vars(flow), 'solver': 'rk45', 'tol': args.bpd_tol})
-        bench.record(args, device, world, time.time() - clock,
+        record_result(args, device, world, time.time() - clock,
                      {**(how.facts() if about else {}), **found, 'run': name, **about})
     return {k: found[k] for k in OF_FLOWS if k in found}
 
@@ -274,8 +283,8 @@ def flow_metrics(asked, name, flow, ref, args, place):
 class Compared(NamedTuple):
     """What samples are measured against: data sets, and the features of the first."""
     name: str
-    train: Optional[datasets.Images]
-    test: Optional[datasets.Images]
+    train: Optional[Images]
+    test: Optional[Images]
     stats: Optional[Measured]           # of --ref, or of one pass over train
     inception: Optional[torch.nn.Module]
     weight: Optional[torch.Tensor]      # of its last layer
@@ -285,47 +294,49 @@ class Compared(NamedTuple):
 
 
 # A metric of samples: (made: Measured, ref: Compared, args, where float64 is) -> (note, values) ...
+
+
 def of_fid(made, ref, args, home):
     sides = (t.to(home) for side in (made, ref.stats) for t in (side.mu, side.sigma))
-    yield f'{ref.against(made.n)}, {args.resize} resize', dict(fid=bench.frechet(*sides))
+    yield f'{ref.against(made.n)}, {args.resize} resize', dict(fid=frechet(*sides))
 
 
 def of_is(made, ref, args, home):
     logits = torch.cat([part.double() @ ref.weight.T for part in made.features.split(4096)])
     yield f'{made.n} images, 10 splits', dict(zip(('is', 'is_std'),
-                                                  bench.inception_score(logits, seed=args.seed)))
+                                                  inception_score(logits, seed=args.seed)))
 
 
 def of_kid(made, ref, args, home):
-    mean, std, size = bench.kid(made.features, ref.stats.features, home, seed=args.seed)
+    mean, std, size = kid(made.features, ref.stats.features, home, seed=args.seed)
     few = ', not 1000: too few images' if size < 1000 else ''
     yield f'{ref.against(made.n)}, 100 subsets of {size}{few}', dict(kid=mean, kid_std=std)
 
 
 def of_prc(made, ref, args, home):
-    yield ref.against(made.n), dict(zip(('precision', 'recall'), bench.precision_recall(
+    yield ref.against(made.n), dict(zip(('precision', 'recall'), precision_recall(
         made.features, ref.stats.features, home)))
 
 
 def of_swd(made, ref, args, home):
     sets = [ref.train, ref.test] if ref.test else [ref.train]
     m = min(made.n, *map(len, sets))
-    real = [bench.pick(images, m, args.seed) for images in sets]
-    values = [bench.sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
+    real = [pick_images(images, m, args.seed) for images in sets]
+    values = [sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
     yield f'{m} images against {m} of {ref.name}', dict(zip(('swd', 'swd_of_test'), values))
 
 
 def of_neighbours(made, ref, args, home):
-    test = {'test': bench.pick(ref.test, made.n, args.seed)} if ref.test else {}
+    test = {'test': pick_images(ref.test, made.n, args.seed)} if ref.test else {}
     for kind, x in {'samples': made.pixels, **test}.items():
-        distances, theirs = bench.nearest(x, ref.train, home)
+        distances, theirs = nearest_images(x, ref.train, home)
         marks = distances.quantile(torch.tensor([0, .05, .5, .95]).double()).tolist()
         yield f'{kind}: {len(x)} images, nearest of {len(ref.train)} of {ref.name}', {
             **{f'{kind}_{k}': v for k, v in zip(('min', 'q05', 'q50', 'q95'), marks)},
             f'{kind}_mean': distances.mean().item(), f'{kind}_copies': int((distances == 0).sum())}
         if kind == 'samples':  # the 32 closest, each left of its neighbour
             first = distances.argsort()[:32]
-            grid = datasets.grid_of(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), 8)
+            grid = grid_of(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), 8)
             write('--out', args.out, lambda file: grid.save(file, 'PNG'))
             print(f'wrote {args.out}')
 
@@ -335,7 +346,6 @@ class Metric(NamedTuple):
     needs: str = ''                # pixels, features, statistics (of features)
     least: int = 0                 # images (of FID: more than features)
     of: Optional[Callable] = None  # None: bits_per_dim() or straightness(), of a flow
-
 
 METRICS = {
     'fid': Metric('Frechet Inception distance to the reference', 'statistics', 2049, of_fid),
@@ -348,10 +358,11 @@ METRICS = {
     'neighbours': Metric('nearest training images, and a picture of the closest', 'pixels', 0,
                          of_neighbours),
     'judge': Metric('by a classifier of the labelled training set: Frechet distance of its '
-                    'features, legible share, precision and recall', 'pixels', 129, bench.of_judge),
+                    'features, legible share, precision and recall', 'pixels', 129, of_judge),
     'bpd': Metric('bits/dim of the test split, dequantised, by rk45 (--tol: 1e-5)', 'pixels'),
     'straightness': Metric('of the lines of vp, subvp, ddpm, rf in their own time; 0 is straight'),
 }
+
 OF_FLOWS = [name for name, metric in METRICS.items() if not metric.of]
 
 
@@ -391,7 +402,7 @@ def compared_with(args, wanted, train, trained_on, n, size, channels, place):
         raise BadInput(f'--ref {args.ref}: statistics, which do for --{" --".join(sorted(own))} '
                        'only; give a folder, .zip or .npz of images')
     if args.ref:  # at its own size, as pytorch-fid reads it
-        train = datasets.load(args.ref, args.data_dir, args.image_size,
+        train = load_images(args.ref, args.data_dir, args.image_size,
                               flag='--ref') if more or not stats else None
         if more and rank == 0:
             print(f'--ref {args.ref}: its mu and sigma for --fid, its {len(train)} images for '
@@ -402,22 +413,22 @@ def compared_with(args, wanted, train, trained_on, n, size, channels, place):
             raise BadInput(f'--ckpt {(args.compare or [args.ckpt])[0]}: does not say what it was '
                            'trained on; give --dataset')
         flag = '--dataset' if args.dataset else '--dataset of --ckpt'
-        train = datasets.load(name, args.data_dir, size, channels, flag=flag)
+        train = load_images(name, args.data_dir, size, channels, flag=flag)
     if 'pixels' in needed:
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
-        test = datasets.load(train.name, args.data_dir, size, channels, 'test', train.flag)
+        test = load_images(train.name, args.data_dir, size, channels, 'test', train.flag)
         test = test if test.apart else None
         if 'judge' in wanted and rank == 0:  # before any image is made
-            bench.judge_of(train, test or train, args.data_dir, device)
+            judge_of(train, test or train, args.data_dir, device)
     least = min([n, *(len(images) for images in (train, test) if images)])
     asked = any(vars(args)[name] for name in METRICS)
     check_counts(wanted, n if asked else None, stats.n if stats else train and len(train))
     if least < world:
         raise BadInput(f'{least} images: fewer than the {world} processes; give more by --n')
     if needed & {'features', 'statistics'}:
-        inception, weight = bench.load_inception(args.inception, device, rank)
+        inception, weight = load_inception(args.inception, device, rank)
     if wanted & paired - own if stats else 'statistics' in needed:
         keep = {'features'} if wanted & paired else set()
         found = collect(stored(train, len(train), args, place, train.name), len(train), inception,
@@ -453,7 +464,7 @@ def evaluate(args, asked, name, flow, source, n, ref, place):
         values = measure(asked, made, ref, args, device)
         how = dict(solver=solver, nfe=float(np.mean(calls))) if flow else {}
         how = {**(dict(run=name, method=flow.method) if args.compare else {}), **how}
-        bench.record(args, device, world, time.time() - clock, {
+        record_result(args, device, world, time.time() - clock, {
             'n': n, 'n_ref': ref.stats and ref.stats.n, 'reference': ref.name,
             'resize': args.resize, 'inception': args.inception,
             **(flow.facts() if flow else {}), **how, **values})
@@ -472,10 +483,10 @@ def show(args, measured, n):
         curves.setdefault(curve, []).append((row['nfe'], row[shown]))
         if args.compare and row['solver'] != 'rk45':
             pictures[curve] = torch.cat([pictures.get(curve, pixels[:0]), pixels])
-    bench.print_table([row for row, _ in measured])
-    bench.plot(curves, 'network calls an image (NFE)', shown.upper() + f', {n} images', args.out)
+    print_table([row for row, _ in measured])
+    plot(curves, 'network calls an image (NFE)', shown.upper() + f', {n} images', args.out)
     if pictures:
-        bench.strip(pictures, [f'nfe {nfe}' for nfe in args.sweep],
+        strip(pictures, [f'nfe {nfe}' for nfe in args.sweep],
                     f'{os.path.splitext(args.out)[0]}_samples.png')
 
 
@@ -484,16 +495,16 @@ def main(args):
     wanted = set(asked) | ({'fid'} if args.save_stats else set())
     check_flags(args, asked)
     if args.curves:
-        return bench.loss_curves(args)
+        return loss_curves(args)
     args.exact = args.exact or args.solver_bench
     device, rank, world = place = place_for(args)
     if args.solver_bench or args.bench:
-        return (bench.speed if args.bench else bench.solver_bench)(args, device)
+        return (speed if args.bench else solver_bench)(args, device)
 
     # what is evaluated
     flows, source, train, trained_on, size, channels = {}, None, None, None, None, None
     if args.samples:
-        source = datasets.load(args.samples, args.data_dir, args.image_size, flag='--samples')
+        source = load_images(args.samples, args.data_dir, args.image_size, flag='--samples')
         channels, size = source.channels, source.image_size
     elif asked or not (args.ref or args.dataset):
         flows, train = load_flows(args, device)
@@ -516,7 +527,6 @@ def main(args):
         show(args, measured, n)
     if rank == 0 and asked:
         print(f'results are in {args.results}')
-
 
 if __name__ == '__main__':
     run(main, parse_args())

@@ -21,10 +21,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import data as datasets
 import pfgm
-from checkpoint import flow_flags, load_flow, place_for
-from launch import BadInput, Parser, above, fingerprint, run, say, wait, write
+from support.cli import BadInput, Parser, above, say, write
+from support.flow import flow_flags, load_flow, place_for
+from support.images import to_float, to_uint8
+from support.pictures import grid_of
+from support.processes import run, wait
+from support.seeds import fingerprint
+from support.sets import load_images
 
 
 def parse_args(argv=None):
@@ -55,11 +59,11 @@ def special_starts(args, flow, device):
     """(the starts of --interpolate and --rescale, rows of 8 images; words that tell them from
     others)."""
     C, size, _ = flow.shape
-    ends = [datasets.load(path, args.data_dir, size, C, flag='--interpolate')[0]
+    ends = [load_images(path, args.data_dir, size, C, flag='--interpolate')[0]
             for path in args.interpolate or ()]
     x = flow.prior(range(2 * max(args.n // 8, 1)))
     if ends:  # their latents in place of the prior's draws
-        x, _ = flow.follow(datasets.to_float(torch.stack(ends)), device, (0, 0), up=True)
+        x, _ = flow.follow(to_float(torch.stack(ends)), device, (0, 0), up=True)
     x = x.cpu().double()
     norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     x = x / norm
@@ -84,12 +88,12 @@ def write_flow_gif(flow, args, device):
 
     def keep(z, x):  # far from the data x is huge: shown relative to its own largest value
         shown = x / x.abs().amax((1, 2, 3), keepdim=True).clamp_min(1)
-        frames.append(datasets.to_uint8(shown.float()).cpu())
+        frames.append(to_uint8(shown.float()).cpu())
     x = flow.prior(range(args.n))
     keep(flow.z_max, x)
     _, nfe = flow.follow(x, device, range(args.n), callback=keep)
     frames = frames[::-(-len(frames) // 40)] + frames[-1:]
-    grids = [datasets.grid_of(frame) for frame in frames]
+    grids = [grid_of(frame) for frame in frames]
     write('--out', args.out, lambda file: grids[0].save(
         file, 'GIF', save_all=True, append_images=grids[1:], loop=0,
         duration=[80] * (len(grids) - 1) + [2000]))
@@ -100,8 +104,8 @@ def encode(flow, args, device):
     """Images up to z_max and back. A PNG with one image a row: input, latent, what comes back,
     and |error| x 10; norms and errors are printed."""
     C, size, _ = flow.shape
-    images = datasets.load(args.encode, args.data_dir, size, C, flag='--encode')
-    x = datasets.to_float(images[[*range(min(args.n, len(images)))]]).to(device)
+    images = load_images(args.encode, args.data_dir, size, C, flag='--encode')
+    x = to_float(images[[*range(min(args.n, len(images)))]]).to(device)
     latent, nfe_up = flow.follow(x, device, up=True)
     back, nfe_down = flow.follow(latent, device)
     error = (back.to(x) - x).abs()
@@ -111,7 +115,7 @@ def encode(flow, args, device):
           f'(one grey level is 7.8e-3), nfe {nfe_up} up, {nfe_down} down')
     shown = latent / latent.abs().amax((1, 2, 3), keepdim=True)
     row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)
-    picture = datasets.grid_of(datasets.to_uint8(row.flatten(0, 1)), nrow=4)
+    picture = grid_of(to_uint8(row.flatten(0, 1)), nrow=4)
     write('--out', args.out, lambda file: picture.save(file, 'PNG'))
 
 
@@ -120,23 +124,23 @@ def restore(flow, args, device):
     the image, what is known of it, and the results."""
     C, size, _ = flow.shape
     given, flag = (args.inpaint, '--inpaint') if args.inpaint else (args.colorize, '--colorize')
-    images, rows = datasets.load(given, args.data_dir, size, C, flag=flag), []
+    images, rows = load_images(given, args.data_dir, size, C, flag=flag), []
     if args.colorize and C == 1:
         raise BadInput(f'--colorize {given}: the images of this network are grey')
     if args.inpaint:
-        mask = datasets.load(args.mask, args.data_dir, size, 1, flag='--mask')[0].to(device) < 128
+        mask = load_images(args.mask, args.data_dir, size, 1, flag='--mask')[0].to(device) < 128
         if mask.all():
             raise BadInput(f'--mask {args.mask}: nothing in it is white, to be made anew')
 
     def part(x):  # a projection: grey is the mean of the channels
         return x * mask if args.inpaint else x.mean(1, keepdim=True).expand_as(x)
     for i in range(min(len(images), 8)):
-        image = datasets.to_float(images[i])[None].to(device)
+        image = to_float(images[i])[None].to(device)
         batches = torch.arange(i * args.n, (i + 1) * args.n).split(args.batch_size)
         made = [flow.follow(flow.prior(b), device, b, known=(part, image))[0]
                 for b in map(torch.Tensor.tolist, batches)]
         rows += [image, part(image), *(x.float() + part(image - x.float()) for x in made)]
-    picture = datasets.grid_of(datasets.to_uint8(torch.cat(rows)), args.n + 2)
+    picture = grid_of(to_uint8(torch.cat(rows)), args.n + 2)
     write('--out', args.out, lambda file: picture.save(file, 'PNG'))
     print(f'{args.out}: {args.n} results of each of {min(len(images), 8)} images'
           + f', the first of {len(images)}' * (len(images) > 8))
@@ -180,6 +184,7 @@ def field_lines(path):
 # ---------------------------------------------------------------- files
 
 KINDS = ('.png', '.gif', '.npz')
+
 MARK = '.made_by.json'  # in a folder of samples: what made them
 
 
@@ -287,7 +292,7 @@ def make_images(flow, images, args, place, special=None, rows=None):
         for indices, x, _ in flow.images(missing[rank::world], args.batch_size, device, rank,
                                          special):
             list(saved)  # a disk that is full ends the run here
-            saved = pool.map(save_png, [paths[i] for i in indices], datasets.to_uint8(x).cpu())
+            saved = pool.map(save_png, [paths[i] for i in indices], to_uint8(x).cpu())
         list(saved)
     wait()
     if rank > 0:
@@ -306,7 +311,7 @@ def make_images(flow, images, args, place, special=None, rows=None):
             starts = source.pixels[torch.arange(n) % len(source)]
             pixels = torch.stack([starts, pixels], 1).flatten(0, 1)
         turns = len(flow.classes)  # one column a class, where they fill the rows
-        picture = datasets.grid_of(pixels, 8 if special is not None else
+        picture = grid_of(pixels, 8 if special is not None else
                                    turns if 1 < turns <= 16 and n % turns == 0 else None)
         write('--out', args.out, lambda file: picture.save(file, 'PNG'))
     if single:
@@ -356,7 +361,6 @@ def main(args):
     if args.out.endswith('.gif'):
         return write_flow_gif(flow, args, device)
     make_images(flow, images, args, place, *(special_starts(args, flow, device) if rows else ()))
-
 
 if __name__ == '__main__':
     run(main, parse_args())

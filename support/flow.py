@@ -1,0 +1,432 @@
+"""A trained network and how to follow it: with which solver, on which planes, from which noise. Read it
+if you want to know what sample.py does between the prior and an image.
+
+    flow = load_flow('out/ckpt.pt', torch.device('cpu'), nfe=20)
+    for indices, x, nfe in flow.images(range(64), batch_size=64, device=torch.device('cpu')):
+        ...                                        # x (64, C, H, W) in [-1, 1]
+"""
+import argparse
+import dataclasses
+import functools
+import math
+from typing import Callable, Optional
+
+import torch
+
+import pfgm
+from support.checkpoint import in_folder, load_checkpoint
+from support.cli import BadInput, above, say, unless, watch
+from support.cpu import keep_freed_memory
+from support.images import Charges, charges_of
+from support.methods import VP, PublishedDenoiser, flow_constants
+from support.processes import fast_bf16
+from support.published import OFFICIAL, OFFICIAL_BY_SIZE
+from support.seeds import step_seed
+from support.sets import load_images
+from support.solvers import SOLVERS, ancestral, deciding_z, last_plane
+
+DIVERGED = 'it has diverged: give another one, or train it again with a lower --lr'
+SOLVER_NAMES = (*SOLVERS, 'ddim', 'renew')  # of --solver; the last two add fresh noise
+EDM_NFE = 35  # calls with which EDM and PFGM++ published CIFAR-10: 18 steps of heun
+
+
+def restoring(net, options, part, image, noise):
+    """The field of `net` where a part of the image is known, called like a network.
+
+    part(x) is a projection, onto what is known. On each plane part(x) is replaced by that of
+    image + z noise, the same noise on all planes, and what it leads to by the image's; the rest
+    follows the lines from there. Controllable generation of arXiv 2011.13456, Appendix I.
+    options: what drift() takes of net, and need not know of the field that is returned."""
+    def restored(x, z, labels=None):
+        at = x + part(image + pfgm.column(z, x) * noise - x)
+        towards = pfgm.drift(net, at, z, labels=labels, **options)  # x - xhat
+        return part(towards - x + image) - towards, -z
+    return restored
+
+
+@dataclasses.dataclass
+class Flow:
+    """A network, or an exact field, and what it takes to follow its lines to images."""
+    net: Callable                     # net(x, z[, labels]) -> (v_x, v_z), in eval mode
+    shape: tuple                      # (C, H, W) of an image
+    D: float                          # augmented dimensions, math.inf for diffusion
+    z_min: float                      # the plane where sampling ends, in units of x
+    z_max: float                      # the plane where it starts
+    upper_norm: Optional[float]       # the largest |x| there; None: the prior is not clipped
+    z_exp: float                      # below it v_z is computed, not predicted
+    gamma: float                      # added to the norm of the field
+    # what it is
+    method: Optional[str] = None      # a word of methods.METHODS; None for an exact field
+    weights: Optional[str] = None     # 'ema' or 'raw'
+    step: Optional[int] = None        # updates it was trained for
+    student: bool = False             # trained for one or two calls: it has no flow to follow
+    dataset: Optional[str] = None     # the name of what it was trained on
+    class_count: int = 0              # how many classes it knows
+    class_names: Optional[list] = None
+    source: Optional[Charges] = None  # the images that it starts from, in place of noise
+    # how it is followed
+    solver: str = 'unipc'             # one of SOLVER_NAMES
+    nfe: int = 20                     # network calls an image, of all solvers but rk45
+    tol: float = 1e-4                 # rtol and atol of rk45
+    schedule: Optional[str] = 'radius'  # of pfgm.SCHEDULES, or 'time'; None: as is best
+    to_data: Optional[bool] = None    # whether the last call leads to z = 0; None: not with rk45
+    z_last: Optional[float] = None    # where that call is made; None: by the rule of last_plane()
+    small_z: str = 'exact'            # of pfgm.drift()
+    guidance: float = 1.0             # of pfgm.drift()
+    eta: float = 0.0                  # fresh noise of ddim
+    seed: int = 0
+    bf16: bool = False                # autocast to bfloat16, but never under rk45
+    classes: tuple = ()               # the labels of images 0, 1, ..., in turn; () for none
+
+    # ------------------------------------------------------------ where the images start
+
+    def prior(self, indices):
+        """The starts (b, C, H, W) of images `indices`, each drawn from (seed, its index) alone. A
+        flow from another data set starts from its images, in turn."""
+        if self.source is not None:
+            return self.z_max * self.source[torch.tensor(indices)]
+        return self.noise_of(indices, self.z_max, first=0)(0)
+
+    def noise_of(self, indices, z=1.0, first=2 ** 33):
+        """A function noise(step) -> (b, C, H, W): draws of the prior's law, but on the plane z.
+
+        Each image has a generator of its own, seeded by its index counted from `first`."""
+        draws = [torch.Generator().manual_seed(step_seed(self.seed, first + i)) for i in indices]
+        most = self.upper_norm  # farther out nothing was learned
+        if most is not None:
+            most = most / (self.z_max / z)
+
+        def noise(step):
+            return torch.cat([pfgm.sample_prior((1, *self.shape), z, most, self.D, generator)
+                              for generator in draws])
+        return noise
+
+    def labels_of(self, indices, device):
+        """The classes (b,) of images `indices`, or None where there are none."""
+        if len(indices) == 0 or len(self.classes) == 0:
+            return None
+        turns = len(self.classes)
+        return torch.tensor([self.classes[i % turns] for i in indices], device=device)
+
+    # ------------------------------------------------------------ on which planes, by which solver
+
+    def is_edm(self):
+        """Whether it is sampled as EDM and PFGM++ published their files."""
+        return isinstance(self.net, PublishedDenoiser) and self.solver == 'heun'
+
+    def chosen_schedule(self):
+        """The word of the schedule. Where none was given it is EDM's for its own solver, and ours
+        for the others."""
+        if self.schedule:
+            return self.schedule
+        return 'rho7' if self.is_edm() else 'radius'
+
+    @functools.cached_property
+    def z_decides(self):
+        """Of an exact field: the z below which its lines are straight."""
+        return deciding_z(self.net.charges)
+
+    def ending(self):
+        """(whether the last call leads straight to z = 0, the plane on which that call is made or,
+        where there is none, the flow ends)."""
+        fixed = self.solver != 'rk45'
+        to_data = fixed if self.to_data is None else self.to_data
+        if not (to_data and fixed):
+            return to_data, self.z_min
+        if self.z_last:
+            return to_data, self.z_last
+        if isinstance(self.net, pfgm.ExactField):
+            return to_data, self.z_decides
+        if self.is_edm():
+            return to_data, self.z_min
+        return to_data, last_plane(self.z_min, self.nfe, self.D)
+
+    def solver_for(self, indices, up, to_data):
+        """The solver as pfgm.sample_ode() takes it, for the images `indices`."""
+        if self.solver == 'rk45':
+            if self.small_z == 'official':
+                return 'rk45'
+            return functools.partial(SOLVERS['rk45'], rtol=self.tol, atol=self.tol)
+        if self.solver == 'unipc':  # from far away its first step needs no call
+            free = to_data and not up and self.z_max > 10
+            return functools.partial(SOLVERS['unipc'], free_first_step=free)
+        if self.solver == 'renew':
+            return ancestral(None, self.noise_of(indices))
+        if self.solver == 'ddim' and self.eta:
+            return ancestral(self.eta, self.noise_of(indices))
+        return SOLVERS['euler' if self.solver == 'ddim' else self.solver]
+
+    # ------------------------------------------------------------ following it
+
+    @torch.no_grad()
+    def follow(self, x, device, indices=(), up=False, callback=None, known=None):
+        """x (b, C, H, W) from z_max down to z_min (and z = 0), or up -> (x, network calls).
+
+        In float32, or in float64 for an exact field and for published denoisers. indices: of the
+        images, for classes and fresh noise. callback(z, x) after each step. known: (part, image),
+        what is kept of an image, see restoring(). Raises BadInput where the solver cannot go on, or
+        images are not finite."""
+        labels = self.labels_of(indices, device)
+        to_data, z_last = self.ending()
+        z_from, z_to = (self.z_min, self.z_max) if up else (self.z_max, z_last)
+        wide = isinstance(self.net, (pfgm.ExactField, PublishedDenoiser)) and device.type != 'mps'
+        x = x.to(torch.float64 if wide else torch.float32).to(device)
+        net = self.net
+        options = dict(gamma=self.gamma, z_exp=self.z_exp, small_z=self.small_z,
+                       guidance=self.guidance)
+        if known:
+            part, image = known
+            net = restoring(net, options, part, image, x / self.z_max)
+            options = dict(z_exp=0.0)
+        fixed = self.solver != 'rk45'
+        if not fixed:
+            schedule = None
+        elif up:
+            schedule = 'log'
+        elif self.schedule == 'time':
+            schedule = self.net.planes
+        else:
+            schedule = self.chosen_schedule()
+        bf16 = self.bf16 and fixed  # the tolerance of rk45 is finer than bfloat16
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                x, nfe = pfgm.sample_ode(
+                    net, x, z_from, z_to, self.solver_for(indices, up, to_data),
+                    self.nfe if fixed else None, D=self.D, labels=labels, **options, rtol=self.tol,
+                    atol=self.tol, schedule_name=schedule, to_data=to_data and not up,
+                    callback=callback)
+        except pfgm.SolverError as error:
+            if 'NaN' in str(error):
+                raise BadInput(f'--ckpt: {error}; {DIVERGED}') from error
+            raise BadInput(f'--tol {self.tol}: {error}; try a larger one, or --nfe 100') from error
+        if not x.isfinite().all():
+            raise BadInput(f'--ckpt: the network leads to images that are not finite; {DIVERGED}')
+        return x, nfe
+
+    def images(self, indices, batch_size, device, rank=0, starts=None):
+        """Make the images `indices`, and yield (indices, x (b, C, H, W), network calls) a batch at
+        a time. starts (n, C, H, W) replaces the prior. Rank 0 says how far it has come."""
+        nfe = 0
+        batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
+        for batch in watch(batches, len(indices), lambda: f'{self.solver} nfe {nfe}', rank):
+            x = self.prior(batch) if starts is None else starts[batch]
+            x, nfe = self.follow(x, device, batch)
+            yield batch, x, nfe
+
+    # ------------------------------------------------------------ words about it
+
+    def settings(self):
+        """All that its images depend on but for the network's weights and the images of `source`: a
+        dict that json can write."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        found = {name: getattr(self, name) for name in fields if name not in ('net', 'source')}
+        return dict(found, schedule=self.chosen_schedule(), classes=list(self.classes))
+
+    def facts(self):
+        """What a line of results says of a flow, so that two that differ can be told apart."""
+        to_data, z_last = self.ending()
+        facts = dict(D='inf' if self.D == math.inf else self.D, to_data=to_data, z_last=z_last,
+                     schedule=self.chosen_schedule(), solver=self.solver, nfe=self.nfe,
+                     small_z=self.small_z, z_min=self.z_min, z_exp=self.z_exp,
+                     guidance=self.guidance, eta=self.eta, classes=list(self.classes),
+                     bf16=self.bf16)
+        if self.method is not None:
+            facts.update(method=self.method, weights=self.weights, step=self.step)
+        if self.solver == 'rk45':
+            facts.update(tol=self.tol, nfe=None, schedule=None, bf16=False)
+        return facts
+
+
+def flow_of(net, flags, **more):
+    """The Flow of a network with the mapping of train.py's flags that it was trained with, or
+    constants that stand for them; more: other fields of Flow."""
+    size = flags['image_size']
+    return Flow(net, (flags['channels'], size, size), flags['D'], flags['z_min'], flags['z_max'],
+                flags['upper_norm'], flags['z_exp'], flags['gamma'], method=flags.get('method'),
+                class_count=flags['classes'], classes=tuple(range(flags['classes'])), **more)
+
+
+# ---------------------------------------------------------------- from a file, or from data
+
+def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data_dir='data',
+              source=None, solver=None, nfe=None, tol=1e-4, schedule=None, z_min=None, to_data=None,
+              small_z=None, classes=None, guidance=1.0, eta=0.0, seed=0, bf16=None):
+    """The Flow of a checkpoint, ours or the authors'.
+
+    What is None is as is best for the network: solver rk45, or unipc where nfe is given; the
+    authors' own solver, schedule and constants for their files. classes: labels or their names, in
+    turn. dataset: where a published file of PFGM does not say it. source: images that a flow from
+    another data set starts from, in place of those it was trained with. Other arguments are fields
+    of Flow. Raises BadInput, which names the flag of sample.py, for what the flow does not take."""
+    say_unused(solver, nfe, tol)
+    net, flags = load_checkpoint(path, weights)
+    net.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    if compiled:
+        net.compile()
+    official = flags.get('official', False)
+    edm = flags.get('edm', False)
+    few_calls = flags.get('consistency', False)
+    student = bool(few_calls or flags.get('distill'))
+    if official:
+        name = dataset or OFFICIAL_BY_SIZE.get(flags['image_size'])
+        if name not in OFFICIAL:
+            raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
+                           + ', '.join(OFFICIAL))
+        flags = {**flags, 'dataset': name, **flow_constants(None, name)}
+
+    if nfe is None and student:
+        nfe = 1
+    if nfe is None and edm and solver is None:
+        nfe = EDM_NFE
+    if solver is None:
+        if few_calls:
+            solver = 'renew'
+        elif nfe is None:
+            solver = 'rk45'
+        elif official or edm and nfe >= EDM_NFE:
+            solver = 'heun'
+        else:
+            solver = 'unipc'
+    if schedule is None and not edm:
+        schedule = 'log' if official else 'radius'
+    if official and to_data is None:
+        to_data = False
+    if small_z is None:
+        small_z = 'official' if official else 'exact'
+    if bf16 is None:
+        bf16 = fast_bf16(device) and not (official or edm)
+
+    flow = flow_of(net, flags, weights=weights, step=flags['step'], student=student,
+                   dataset=flags.get('dataset'), class_names=flags.get('class_names'),
+                   solver=solver, nfe=nfe or 100, tol=tol, schedule=schedule, to_data=to_data,
+                   z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16)
+    flow.z_min = z_min or flow.z_min
+    if flags.get('source'):
+        start = load_images(source or flags['source'], data_dir, flags['image_size'],
+                            flags['channels'], flag='--from')
+        flow.source = charges_of(start, '--from')
+    check_flow(flow, z_min, tol_least=1e-7, precision='float32 of a network')
+    flow.classes = tuple(class_numbers(classes, flow.class_count, flow.class_names))
+    return flow
+
+
+def exact_flow(images, dataset, device, *, solver=None, nfe=None, tol=1e-4, schedule=None,
+               z_min=None, to_data=None, small_z=None, classes=None, guidance=1.0, eta=0.0, seed=0):
+    """The Flow of the exact field of all `images`, a data set known by the name `dataset`, in
+    float64. The arguments are those of load_flow()."""
+    say_unused(solver, nfe, tol)
+    keep_freed_memory()
+    net = pfgm.ExactField(charges_of(images, '--exact', device, dtype=torch.float64))
+    constants = dict(flow_constants(images, dataset), z_exp=0.0,  # its v_z needs no help
+                     D=1.0, classes=0, channels=images.channels, image_size=images.image_size)
+    if solver is None:
+        solver = 'unipc' if nfe else 'rk45'
+    flow = flow_of(net, constants, solver=solver, nfe=nfe or 100, tol=tol,
+                   schedule=schedule or 'radius', to_data=to_data, z_last=z_min,
+                   small_z=small_z or 'exact', guidance=guidance, eta=eta, seed=seed)
+    flow.z_min = z_min or flow.z_min
+    check_flow(flow, z_min, tol_least=1e-12, precision='float64, in which this field is computed,')
+    flow.classes = tuple(class_numbers(classes, 0, None))
+    return flow
+
+
+def say_unused(solver, nfe, tol):
+    if solver == 'rk45' and nfe:
+        say(f'--nfe {nfe} is not used: rk45 makes the calls that --tol {tol} asks for')
+
+
+def check_flow(flow, z_min, tol_least, precision):
+    """BadInput for what was asked of a flow that it does not take."""
+    if flow.schedule == 'time' and not isinstance(flow.net, VP):
+        raise BadInput('--schedule time: only vp, subvp, ddpm and rf have a time; give one of '
+                       + ', '.join(pfgm.SCHEDULES))
+    if flow.eta and flow.solver != 'ddim':
+        raise BadInput(f'--eta {flow.eta}: belongs to --solver ddim, not {flow.solver}')
+    if flow.solver == 'ddim' and flow.D != math.inf:
+        raise BadInput('--solver ddim: adds Gaussian noise, for D = inf only (vp, subvp, ddpm, rf, '
+                       'pfgmpp with --D inf)')
+    if z_min is not None and z_min >= flow.z_max:
+        raise BadInput(f'--z_min {z_min}: must be below z_max {flow.z_max:.4g}')
+    if flow.guidance != 1 and not flow.class_count:
+        raise BadInput(f'--guidance {flow.guidance}: the network knows no classes; leave it out, '
+                       'or train with --classes')
+    if flow.tol < tol_least:
+        raise BadInput(f'--tol {flow.tol}: finer than the {precision} can tell; give {tol_least} '
+                       'or more')
+
+
+def class_numbers(words, count, names):
+    """The labels that `words` mean, to a network that knows `count` classes, called `names` or
+    None: numbers, or names where there are such. words None means all of them. BadInput for others.
+    """
+    if words is None:
+        return range(count)
+    names = names or []
+    counted = all(not name.isdecimal() for name in names)  # a class may itself be called 3
+    numbers = []
+    for word in words:
+        if word in names:
+            numbers.append(names.index(word))
+        elif word.isdecimal() and counted and int(word) < count:
+            numbers.append(int(word))
+        else:
+            if not count:
+                accepted = 'none; leave it out, or train with --classes'
+            elif names in ([], [str(k) for k in range(count)]):
+                accepted = f'0 to {count - 1}'
+            else:
+                accepted = ', '.join(names)
+            raise BadInput(f'--classes {",".join(words)}: the network knows {accepted}')
+    return numbers
+
+
+# ---------------------------------------------------------------- its flags
+
+# What load_flow() and exact_flow() both take, spelled as the flags are.
+SAMPLING_FLAGS = ('solver', 'nfe', 'tol', 'schedule', 'z_min', 'to_data', 'small_z', 'classes',
+                  'guidance', 'eta', 'seed')
+
+
+def flow_flags(p):
+    """p with the flags that say which flow to follow and how, the same in sample.py and evaluate.py."""
+    p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or one of the '
+                   'authors, or the folder of a run')
+    p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
+    p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
+    p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
+                   'checkpoint was trained on (default: as it says)')
+    p.add_argument('--data_dir', default='data')
+    p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
+    p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
+    p.add_argument('--solver', choices=SOLVER_NAMES, default=None, help='default: rk45, or where --nfe '
+                   'is given unipc (official checkpoints: heun; those of EDM and PFGM++: heun from '
+                   f'{EDM_NFE} calls on, unipc below)')
+    p.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0, help='fresh noise of ddim:'
+                   ' 0 none (it is euler), 1 ancestral sampling of DDPM (default: 0)')
+    p.add_argument('--nfe', type=above(0, int), default=None,
+                   help='network calls an image, of all solvers but rk45 (default: 100; '
+                   f'of one of --distill or --consistency 1, of EDM or PFGM++ {EDM_NFE})')
+    p.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None, help='planes of '
+                   'the steps (default: radius; official checkpoints: log; EDM and PFGM++ by heun: '
+                   'rho7); time: even in the t of vp, subvp, ddpm and rf')
+    p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
+                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2, but not '
+                   'by heun on networks of EDM and PFGM++)')
+    p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
+                   'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
+                   'for official checkpoints)')
+    p.add_argument('--classes', type=unless('none', [], lambda text: text.split(',')), default=None,
+                   metavar='0,7,...', help='labels of the images or their names (cat,dog), in '
+                   'turn, or none (default: all, of a network trained with them)')
+    p.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0, help='classifier-free; '
+                   'other than 1 it takes two calls for each (default: 1)')
+    p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
+    p.add_argument('--small_z', choices=('exact', 'official'), default=None,
+                   help='v_z below z_exp (default: exact; official for official checkpoints)')
+    p.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='bfloat16 '
+                   'autocast (default: where it is fast, not for official checkpoints; '
+                   'never with rk45)')
+    p.add_argument('--compile', action='store_true', help='torch.compile the network')
+    p.add_argument('--seed', type=above(-1, int), default=0)
+    p.add_argument('--device', default='auto')
+    return p

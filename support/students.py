@@ -1,0 +1,120 @@
+"""Networks that learn from a trained one, for few network calls: reflow, distillation, consistency. You
+need not read it to understand PFGM.
+
+Reflow and distillation train on pairs, of noise and of the image that the teacher makes of it.
+"""
+import math
+import os
+
+import numpy as np
+import torch
+
+import pfgm
+from support.cli import BadInput, given_by, watch, write
+from support.processes import wait
+from support.seeds import fingerprint
+
+SHARD = 1000   # pairs a file
+PAIR_NFE = 40  # calls of the teacher for each, by unipc
+
+
+# ---------------------------------------------------------------- consistency training
+
+def at_lower_level(flow, clean, moved, z, labels, stage):
+    """The target image of consistency training: what the network itself makes of the same noise at
+    a lower level. arXiv 2406.14548 Section 3, for any D.
+
+    clean, moved (B, C, S, S), z (B,), labels () or ((B,),), stage 1, 2, ... -> (image like clean,
+    share (B,)). The lower level is z times share = 1 - (1 + 8 sigmoid(-sigma)) / 2^stage. The
+    network is stopped (no gradient) and without dropout. Where share is 0 it is the image itself.
+    """
+    share = (1 - (1 + 8 * torch.sigmoid(-z / flow.unit)) / 2 ** stage).clamp_min(0)
+    lower = clean + pfgm.column(share, clean) * (moved - clean)
+    flow.eval()
+    with torch.no_grad():
+        v_x, _ = flow(lower, (share * z).clamp_min(1e-3 * flow.low * flow.unit), *labels)
+    flow.train()
+    return torch.where(pfgm.column(share, clean) > 0, lower + v_x, clean), share
+
+
+# ---------------------------------------------------------------- reflow and distillation
+
+def method_of_student(teacher, reflow, distill):
+    """The method that --reflow or --distill trains, from the mapping of flags of its teacher.
+
+    It is the teacher's, with two exceptions. A PFGM teacher gives a denoiser with D = 1, and
+    --distill of VP, sub-VP or DDPM gives a rectified flow: far from the data neither the field nor
+    eps tells well where one large step leads. Raises BadInput for a teacher that is itself a
+    student of one call."""
+    flag = f'--reflow {reflow}' if reflow else f'--distill {distill}'
+    if teacher.get('distill') not in (None, distill) or teacher.get('consistency'):
+        raise BadInput(f'{flag}: itself a student of one call; give its teacher')
+    goes_on = teacher.get('distill')  # a run of a student that is resumed stays what it is
+    if distill and not goes_on and teacher['method'] in ('vp', 'subvp', 'ddpm'):
+        return 'rf'
+    return 'pfgmpp' if teacher['method'] == 'pfgm' else teacher['method']
+
+
+def read_shard(path, shape):
+    """The memory map of a file of pairs; None where it is absent or of another shape."""
+    try:
+        shard = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return shard if shard.shape == shape and shard.dtype == np.float32 else None
+
+
+def pairs_of_teacher(teacher, count, folder, flag, batch_size, device, rank, world):
+    """The pairs that a student of `teacher`, a Flow, is trained on: `count` draws x of its prior and
+    the images y where it leads them, kept in `folder`. arXiv 2209.03003 Section 2.2.
+
+    -> a data set of float32 (2, C, S, S): eps = (x - y) / z_max, and y, so that the line between
+    them is y + z eps. Each rank makes its share; pairs that this network has already made are kept.
+    flag: what named the teacher. Raises BadInput where the teacher cannot be followed."""
+    mark = fingerprint(teacher.net.state_dict().values(), teacher.seed)
+    shards = [range(count)[first:first + SHARD] for first in range(0, count, SHARD)]
+    paths = [os.path.join(folder, f'{mark:08x}-{k:05d}.npy') for k in range(len(shards))]
+
+    def read(k):
+        return read_shard(paths[k], (len(shards[k]), 2, *teacher.shape))
+
+    missing = [k for k in range(len(shards))[rank::world] if read(k) is None]
+    todo = [shards[k] for k in missing]
+    for shard, k in zip(watch(todo, sum(map(len, todo)), 'pairs', rank), missing):
+        os.makedirs(folder, exist_ok=True)
+        pairs = []
+        for first in range(0, len(shard), batch_size):
+            batch = shard[first:first + batch_size]
+            x = teacher.prior(batch)
+            with given_by(flag):
+                y = teacher.follow(x, device, batch)[0].float().cpu()
+            pairs.append(torch.stack([(x - y) / teacher.z_max, y], 1))
+        pairs = torch.cat(pairs).numpy()
+        write('--out_dir', paths[k], lambda file: np.save(file, pairs))
+    wait()
+    made = [read(k) for k in range(len(shards))]
+    if any(shard is None for shard in made):
+        raise BadInput(f'--out_dir {os.path.dirname(folder)}: every process must see the same '
+                       'folder')
+    return torch.utils.data.ConcatDataset(made)
+
+
+@torch.no_grad()
+def straightness(net, x, labels=None, steps=50):
+    """How bent the lines of a method with a time are: (B,), 0 where straight. arXiv 2209.03003
+    Section 2.2.
+
+    It is int |(x_1 - x_0) - dx_t/dt|^2 dt / |x_1 - x_0|^2 along the lines from x (B, ...) on the
+    plane net.high down to net.low, by Euler steps even in the method's own time t."""
+    high = torch.full((len(x),), net.high, dtype=torch.float64)
+    path = [pfgm.column(net.alpha(high), x) * x]
+
+    def keep(z, x):
+        path.append(pfgm.column(net.alpha(z), x) * x)
+
+    pfgm.sample_ode(net, x, net.high, net.low, 'euler', steps, D=math.inf, z_exp=0, labels=labels,
+                    schedule_name=net.planes, callback=keep)
+    path = torch.stack(path).flatten(2)                              # (steps + 1, B, N)
+    whole = path[-1] - path[0]
+    bends = (whole - steps * path.diff(dim=0)).square().sum(2).mean(0)
+    return bends / whole.square().sum(1)

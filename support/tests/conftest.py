@@ -1,0 +1,52 @@
+"""Fixtures of the tests of support/, and which tests are left out unless asked for."""
+import functools
+import shutil
+
+import pytest
+import torch
+
+from support import sets
+from support.tests.common import TINY, TINY_PP, script
+
+
+@pytest.fixture(autouse=True)
+def only_where_they_can_run(request):
+    if request.node.get_closest_marker('slow') and 'slow' not in request.config.option.markexpr:
+        pytest.skip('slow: run it with pytest -m slow -s')
+    if request.node.get_closest_marker('cuda') and not torch.cuda.is_available():
+        pytest.skip('no GPU here: run it where there is one, by pytest -m cuda')
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A run of 10 steps on glyphs."""
+    out = tmp_path_factory.mktemp('run') / 'out'
+    script(['train.py', *TINY, '--steps', 10, '--dropout', 0.1, '--out_dir', out])
+    return out
+
+
+@pytest.fixture(scope='session')
+def straight(tmp_path_factory):
+    """A run of 6 steps of rectified flow with classes."""
+    out = tmp_path_factory.mktemp('run') / 'straight'
+    script(['train.py', *TINY_PP, *'--method rf --classes --steps 6 --lr 1e-2'.split(),
+            '--out_dir', out])
+    return out
+
+
+@pytest.fixture
+def few_glyphs(monkeypatch):
+    """The glyphs are 200 images."""
+    monkeypatch.setattr(sets, 'glyphs', functools.partial(sets.glyphs, 200))
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the run, which may be changed."""
+    return shutil.copytree(trained, tmp_path / 'copied')
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test runs in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
