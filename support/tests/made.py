@@ -1,6 +1,7 @@
 """Files that the tests make: images, folders, arrays, and the lies of strangers."""
 import contextlib
 import io
+import os
 import resource
 import signal
 import struct
@@ -15,10 +16,10 @@ from PIL import Image
 
 
 class Payload:
+    """A pickle of it runs a command that leaves a file called hacked."""
+
     def __reduce__(self):
         return os.system, ('touch hacked',)
-
-
 
 
 def picture(seed=0, side=8):
@@ -53,8 +54,6 @@ def encoded(image, kind='PNG', **options):
 def shows(pixels, image):
     """Whether uint8 (C, H, W) are those of the image."""
     return np.array_equal(pixels.permute(1, 2, 0).squeeze(), image)
-
-
 
 
 def mutated(raw, rng):
@@ -125,5 +124,3 @@ def limited(seconds, gib):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
-
-
