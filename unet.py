@@ -1,11 +1,12 @@
-"""The DDPM++ U-Net that learns the Poisson field.
+"""The DDPM++ U-Net that learns the Poisson field. It stands alone.
 
     net = UNet(image_size=32, channels=3)         # 61.8 M parameters, as published for CIFAR-10
     v_x, v_z = net(x, z)                          # x (B, C, H, W), z (B,) -> like x, (B,)
 
-Architecture: DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as trained in
-PFGM, arXiv 2209.11178, or with `ncsnpp` NCSN++ of the same, as in EDM, arXiv 2206.00364, and
-PFGM++, arXiv 2302.04265. Modules are created in the order of the published parameters.
+The architecture is DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as PFGM,
+arXiv 2209.11178, trained it. With `ncsnpp` it is NCSN++ of the same paper, as EDM, arXiv 2206.00364,
+and PFGM++, arXiv 2302.04265, trained it. Modules are created in the order of the published
+parameters, which their files rely on.
 """
 import math
 
@@ -14,8 +15,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+# ---------------------------------------------------------------- layers as they are initialised
+
 def initialise(layer, scale=1.0):
-    """Variance scaling, fan_avg, uniform; biases 0. A scale of 0 means 1e-10."""
+    """Variance scaling, fan_avg, uniform; biases are 0. A scale of 0 means 1e-10."""
     fan_out, fan_in = nn.init._calculate_fan_in_and_fan_out(layer.weight)
     bound = math.sqrt(3 * max(scale, 1e-10) / ((fan_in + fan_out) / 2))
     nn.init.uniform_(layer.weight, -bound, bound)
@@ -32,6 +35,7 @@ def linear(c_in, c_out, scale=1.0):
 
 
 def norm(c):
+    """Group norm of c channels, in groups of 4 or, from 128 channels on, in 32 groups."""
     groups = min(c // 4, 32)
     if groups < 1 or c % groups:
         raise ValueError(f'nf: {c} channels do not split into {groups} groups; take a multiple of '
@@ -40,55 +44,74 @@ def norm(c):
 
 
 def blur(h, padding=1):
-    """[1, 2, 1] / 4 in both directions. Behind it the mean of 2 x 2 pixels, or before it their
-    repetition, is the FIR filter [1, 3, 3, 1] = [1, 1] * [1, 2, 1] of arXiv 1912.04958."""
+    """[1, 2, 1] / 4 in both directions.
+
+    Followed by the mean of 2 x 2 pixels, or after their repetition, this is the FIR filter
+    [1, 3, 3, 1] = [1, 1] * [1, 2, 1] of arXiv 1912.04958."""
     return F.avg_pool2d(F.avg_pool2d(h, 2, 1, padding), 2, 1)
 
 
+# ---------------------------------------------------------------- blocks
+
 class ResBlock(nn.Module):
-    """(B, c_in, H, W), emb (B, 4 nf) -> (B, c_out, H, W), H and W halved or doubled on request."""
+    """(B, c_in, H, W), emb (B, 4 nf) -> (B, c_out, H, W).
+
+    resample 'down' or 'up' halves or doubles H and W, by means and repetition or with `fir` by the
+    FIR filter of blur()."""
 
     def __init__(self, c_in, c_out, c_emb, dropout, resample=None, fir=False):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
+        self.norm1 = norm(c_in)
+        self.conv1 = conv(c_in, c_out)
         self.emb = linear(c_emb, c_out)
-        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out, scale=0)
-        self.dropout, self.resample, self.fir = nn.Dropout(dropout), resample, fir
+        self.norm2 = norm(c_out)
+        self.conv2 = conv(c_out, c_out, scale=0)
+        self.dropout = nn.Dropout(dropout)
+        self.resample = resample
+        self.fir = fir
+        self.shortcut = None
         if c_in != c_out or resample:
             self.shortcut = conv(c_in, c_out, 1)
 
-    def scale(self, h):
+    def resized(self, h):
         if self.resample == 'down':
             return F.avg_pool2d(blur(h) if self.fir else h, 2)
-        h = F.interpolate(h, scale_factor=2) if self.resample == 'up' else h  # nearest
-        return blur(h) if self.resample and self.fir else h
+        if self.resample == 'up':
+            h = F.interpolate(h, scale_factor=2)  # nearest
+            return blur(h) if self.fir else h
+        return h
 
     def forward(self, x, emb):
-        h = self.conv1(self.scale(F.silu(self.norm1(x)))) + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv1(self.resized(F.silu(self.norm1(x))))
+        h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        x = self.scale(x)
-        return ((self.shortcut(x) if hasattr(self, 'shortcut') else x) + h) * math.sqrt(0.5)
+        x = self.resized(x)
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return (x + h) * math.sqrt(0.5)
 
 
 class Attention(nn.Module):
     """One head over all pixels, (B, c, H, W) -> the same. The embedding is not used."""
-    attend = staticmethod(F.scaled_dot_product_attention)  # scale c^-1/2
+    attend = staticmethod(F.scaled_dot_product_attention)  # its scale is c^-1/2
 
     def __init__(self, c):
         super().__init__()
         self.norm = norm(c)
-        self.q, self.k, self.v = (linear(c, c, 0.1) for _ in range(3))
+        self.q = linear(c, c, 0.1)
+        self.k = linear(c, c, 0.1)
+        self.v = linear(c, c, 0.1)
         self.out = linear(c, c, scale=0)
 
     def forward(self, x, emb):
-        h = self.norm(x).flatten(2).mT[:, None]  # (B, 1, HW, c): fused kernels want that axis
+        h = self.norm(x).flatten(2).mT[:, None]  # (B, 1, HW, c): fused kernels want an axis of heads
         h = self.attend(self.q(h), self.k(h), self.v(h))
         return (x + self.out(h).mT.reshape(x.shape)) * math.sqrt(0.5)
 
 
 class Pyramid(nn.Conv2d):
-    """Adds to features (B, c, H, W) those of twice their size above them (B, c_in, 2H, 2W), at the
-    top the image itself: by a 3 x 3 convolution and the FIR filter."""
+    """Adds to features (B, c, H, W) those of twice their size above them (B, c_in, 2H, 2W), which
+    at the top are the image itself, by a 3 x 3 convolution and the FIR filter."""
 
     def __init__(self, c_in, c):
         super().__init__(c_in, c, 3, padding=2)
@@ -98,14 +121,18 @@ class Pyramid(nn.Conv2d):
         return (h + F.avg_pool2d(blur(super().forward(above), 0), 2)) * math.sqrt(0.5)
 
 
+# ---------------------------------------------------------------- the network
+
 class UNet(nn.Module):
     """net(x, z): x (B, channels, S, S) in units of the data, z (B,) > 0 -> v_x like x, v_z (B,).
 
-    nf x ch_mult channels and num_blocks residual blocks at each level, attention where the image
-    has one of the sizes `attn`. With classes > 0 it takes labels (B,) too, -1 meaning none, which
-    `label_first` puts before the first linear layer. With patch > 1 squares of patch x patch pixels
-    are one, of more channels, and S / patch is its size. ncsnpp: Fourier features of z, which
-    should then be a logarithm (a Denoiser's is), FIR resampling, and a Pyramid.
+    nf * ch_mult[level] channels and num_blocks residual blocks at each level, and attention where
+    the image has one of the sizes `attn`.
+    classes > 0: it takes labels (B,) too, -1 meaning none; `label_first` adds them before the first
+    linear layer of the embedding, not after it.
+    patch > 1: squares of patch x patch pixels are one pixel of more channels; S / patch is its size.
+    ncsnpp: Fourier features of z, which should then be a logarithm (a Denoiser's is), FIR
+    resampling, and a Pyramid.
     Raises ValueError where S / patch cannot be halved at every level."""
 
     def __init__(self, image_size=32, channels=3, nf=128, ch_mult=(1, 2, 2, 2), num_blocks=4,
@@ -115,8 +142,15 @@ class UNet(nn.Module):
         if image_size % (patch * 2 ** last):
             raise ValueError(f'image_size {image_size}: patches of {patch}, halved {last} times; '
                              f'take a multiple of {patch * 2 ** last}')
-        self.nf, self.ncsnpp, self.label_first, self.patch = nf, ncsnpp, label_first, patch
-        size, width, inputs = image_size // patch, nf * (1 + ncsnpp), channels * patch ** 2
+        self.nf = nf
+        self.ncsnpp = ncsnpp
+        self.label_first = label_first
+        self.patch = patch
+        size = image_size // patch
+        inputs = channels * patch ** 2
+
+        # the embedding of z and of the label
+        width = 2 * nf if ncsnpp else nf
         if ncsnpp:
             self.register_buffer('freq', 16 * torch.randn(nf, device='cpu'))  # slow on meta
         self.embed = nn.ModuleList([linear(width, 4 * nf), linear(4 * nf, 4 * nf)])
@@ -125,47 +159,69 @@ class UNet(nn.Module):
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, 4 * nf, dropout, resample, fir=ncsnpp)
-        self.down = nn.ModuleList()  # stages, one skip connection each
-        c, skips, above = nf, [nf], inputs
+
+        # the way down: stages, each of which leaves one skip connection
+        self.down = nn.ModuleList()
+        c = nf
+        skips = [nf]
+        above = inputs
         for level, mult in enumerate(ch_mult):
-            attend = size >> level in attn
             for _ in range(num_blocks):
-                stage, c = [res(c, nf * mult)], nf * mult
-                self.down.append(nn.ModuleList(stage + [Attention(c)] * attend))
+                stage = [res(c, nf * mult)]
+                c = nf * mult
+                if size >> level in attn:
+                    stage.append(Attention(c))
+                self.down.append(nn.ModuleList(stage))
                 skips.append(c)
             if level < last:
-                self.down.append(nn.ModuleList([res(c, c, 'down')]))
+                stage = [res(c, c, 'down')]
                 if ncsnpp:
-                    self.down[-1].append(Pyramid(above, c))
+                    stage.append(Pyramid(above, c))
                     above = c
+                self.down.append(nn.ModuleList(stage))
                 skips.append(c)
+
         self.mid = nn.ModuleList([res(c, c), Attention(c), res(c, c)])
+
+        # the way up: stages, each of which takes one skip connection
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(ch_mult))):
             for block in range(num_blocks + 1):
-                stage, c = [res(c + skips.pop(), nf * mult)], nf * mult
+                stage = [res(c + skips.pop(), nf * mult)]
+                c = nf * mult
                 if block == num_blocks and size >> level in attn:
                     stage.append(Attention(c))
                 if block == num_blocks and level > 0:
                     stage.append(res(c, c, 'up'))
                 self.up.append(nn.ModuleList(stage))
-        self.norm_out, self.conv_out = norm(c), conv(c, (channels + 1) * patch ** 2, scale=0)
+        self.norm_out = norm(c)
+        self.conv_out = conv(c, (channels + 1) * patch ** 2, scale=0)
+
+    def embedding(self, z, labels, dtype):
+        """z (B,), labels (B,) or None -> (B, 4 nf)."""
+        half = self.nf // 2
+        if self.ncsnpp:
+            freq = 2 * math.pi * self.freq
+        else:
+            freq = torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=z.device))
+        angle = z.to(dtype)[:, None] * freq.to(dtype)                # (B, nf/2 or nf)
+        emb = torch.cat([angle.sin(), angle.cos()], dim=1)           # (B, nf or 2 nf)
+        label = 0
+        if self.label is not None:
+            if labels is None:
+                labels = torch.full(z.shape, -1, device=z.device)
+            classes = self.label.in_features
+            one_hot = F.one_hot(labels + 1, classes + 1)[:, 1:]      # all 0 for the label -1
+            label = self.label(one_hot.to(dtype) * classes ** 0.5)   # of variance 1
+        emb = self.embed[0](emb + label) if self.label_first else self.embed[0](emb) + label
+        return self.embed[1](F.silu(emb))
 
     def forward(self, x, z, labels=None):
         x = x.to(self.conv_in.weight.dtype)  # which may have come in float64
-        half = self.nf // 2
-        freq = (2 * math.pi * self.freq if self.ncsnpp else
-                torch.exp(-math.log(1e4) / (half - 1) * torch.arange(half, device=x.device)))
-        angle = z.to(x.dtype)[:, None] * freq.to(x.dtype)                    # (B, nf/2 or nf)
-        emb, label = torch.cat([angle.sin(), angle.cos()], dim=1), 0         # (B, nf or 2 nf)
-        if self.label is not None:  # one-hot of variance 1, and 0 for the label -1
-            k = self.label.in_features
-            labels = torch.full(z.shape, -1, device=x.device) if labels is None else labels
-            label = self.label(F.one_hot(labels + 1, k + 1)[:, 1:].to(x.dtype) * k ** 0.5)
-        emb = self.embed[0](emb + label) if self.label_first else self.embed[0](emb) + label
-        emb = self.embed[1](F.silu(emb))                                     # (B, 4 nf)
+        emb = self.embedding(z, labels, x.dtype)                     # (B, 4 nf)
         x = F.pixel_unshuffle(x, self.patch)
-        skips, above = [self.conv_in(x)], x                                  # (B, nf, S, S)
+        above = x
+        skips = [self.conv_in(x)]                                    # (B, nf, S, S)
         for stage in self.down:
             h = skips[-1]
             for layer in stage:
@@ -181,7 +237,7 @@ class UNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             for layer in stage:
                 h = layer(h, emb)
-        with torch.autocast(x.device.type, enabled=False):  # the field itself in full precision
+        with torch.autocast(x.device.type, enabled=False):  # the field itself in float32
             h = self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))
-            h = F.pixel_shuffle(h, self.patch)                               # (B, C + 1, S, S)
+            h = F.pixel_shuffle(h, self.patch)                       # (B, C + 1, S, S)
         return h[:, :-1], h[:, -1].mean((1, 2))
