@@ -228,7 +228,8 @@ def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu
 
     shape (B, ...) -> x of that shape, from kernel(). It is drawn in float64 on the CPU, so that a
     seed means the same noise on every device. For D = 1 it is the uniform hemisphere, seen from the
-    data. upper_norm clips |x| to [1, upper_norm] as published; on CIFAR-10 that is 54 % of draws."""
+    data. upper_norm clips |x| to [1, upper_norm], as published; on CIFAR-10 it clips 54 % of the
+    draws."""
     z = torch.full(shape[:1], z_max, dtype=torch.float64)
     x = kernel(shape, z, D, generator)
     if upper_norm is not None:
@@ -321,8 +322,8 @@ log_planes = functools.partial(schedule, 'log')
 
 # A solver is one kind of function: solver(f, x, z_from, z_to) takes the slope f(x, z) = dx/dlog z
 # and x (B, ...) on the plane z_from, and yields (z (B,), x) on each plane that it reaches, down or
-# up, to z_to. What else it may take, such as nfe (how many calls of f it makes) and planes (where;
-# a function (x, z_from, z_to, steps) -> (steps + 1, B)), has defaults, which functools.partial sets.
+# up, to z_to. What else it takes has defaults, which functools.partial sets: nfe, how many calls of
+# f it makes, and planes, where: a function (x, z_from, z_to, steps) -> (steps + 1, B).
 
 
 def euler(f, x, z_from, z_to, nfe=100, planes=log_planes):
@@ -516,7 +517,7 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
     return Likelihood(logp, -logp / math.log(2) / N + 7, latent, calls)
 
 
-# ---------------------------------------------------------------- how a network stands for the field
+# ---------------------------------------------------------------- a network that stands for the field
 #
 # Both classes are called net(x, z[, labels]) -> (v_x, v_z), and say how the network is trained: a
 # step takes moved, z = net.perturb(y) of images y, and regresses net(moved, z) on net.target() by
@@ -567,8 +568,8 @@ class PFGM(torch.nn.Module):
         return perturb(x, **self.perturbation, generator=generator)
 
     def target(self, moved, z, clean, charges=None, among=None):
-        """The field of the charges at (moved, z). PFGM Algorithm 1. Without charges they are `clean`,
-        the images that were moved."""
+        """The field of the charges at (moved, z). PFGM Algorithm 1. If none are given, they are
+        `clean`, the images that were moved."""
         charges = clean if charges is None else charges
         return poisson_field(moved, z, charges, self.gamma, among=among)
 

@@ -3,10 +3,10 @@
     net = UNet(image_size=32, channels=3)         # 61.8 M parameters, as published for CIFAR-10
     v_x, v_z = net(x, z)                          # x (B, C, H, W), z (B,) -> like x, (B,)
 
-The architecture is DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as PFGM,
-arXiv 2209.11178, trained it. With `ncsnpp` it is NCSN++ of the same paper, as EDM, arXiv 2206.00364,
-and PFGM++, arXiv 2302.04265, trained it. Modules are created in the order of the published
-parameters, which their files rely on.
+The architecture is DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as it was
+trained in PFGM, arXiv 2209.11178. With `ncsnpp` it is NCSN++ of the same paper, as it was trained in
+EDM, arXiv 2206.00364, and PFGM++, arXiv 2302.04265. Modules are created in the order of the
+published parameters, which the readers of those files rely on.
 """
 import math
 
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         self.out = linear(c, c, scale=0)
 
     def forward(self, x, emb):
-        h = self.norm(x).flatten(2).mT[:, None]  # (B, 1, HW, c): fused kernels want an axis of heads
+        h = self.norm(x).flatten(2).mT[:, None]  # (B, 1, HW, c): fused kernels want a heads axis
         h = self.attend(self.q(h), self.k(h), self.v(h))
         return (x + self.out(h).mT.reshape(x.shape)) * math.sqrt(0.5)
 
@@ -130,7 +130,7 @@ class UNet(nn.Module):
     the image has one of the sizes `attn`.
     classes > 0: it takes labels (B,) too, -1 meaning none; `label_first` adds them before the first
     linear layer of the embedding, not after it.
-    patch > 1: squares of patch x patch pixels are one pixel of more channels; S / patch is its size.
+    patch > 1: squares of patch x patch pixels become one pixel of more channels.
     ncsnpp: Fourier features of z, which should then be a logarithm (a Denoiser's is), FIR
     resampling, and a Pyramid.
     Raises ValueError where S / patch cannot be halved at every level."""
@@ -169,8 +169,9 @@ class UNet(nn.Module):
             for _ in range(num_blocks):
                 stage = [res(c, nf * mult)]
                 c = nf * mult
+                attention = Attention(c)  # always drawn: other weights do not depend on `attn`
                 if size >> level in attn:
-                    stage.append(Attention(c))
+                    stage.append(attention)
                 self.down.append(nn.ModuleList(stage))
                 skips.append(c)
             if level < last:

@@ -1,5 +1,5 @@
-"""The rivals of PFGM, a few lines each: VP, sub-VP, DDPM and rectified flow, on the same trainer and
-solvers. Read it if you want to compare them, or to add a path from noise to data.
+"""The rivals of PFGM, a few lines each: VP, sub-VP, DDPM and rectified flow. Read it if you want to
+compare them with PFGM, or to add a path from noise to data.
 
     pfgm    the Poisson field of charges                             arXiv 2209.11178
     pfgmpp  any D, as a denoiser; D = inf is diffusion as in EDM     arXiv 2302.04265, 2206.00364
