@@ -31,8 +31,8 @@ from support.networks import ARCHITECTURE, build, for_classes
 from support.optim import Muon
 from support.pictures import write_grid
 from support.processes import agree, everywhere, fast_bf16, heard, listen, run, setup
-from support.run import (claim, keep_older, new_meter, observe, open_log, open_run, progress,
-                         restore_optimizer, stop_if_bad)
+from support.run import (Meter, claim, keep_older, open_log, open_run, progress, restore_optimizer,
+                         stop_if_bad)
 from support.seeds import fingerprint, rng_state, step_seed
 from support.sets import SETS, load_images
 from unet import UNet
@@ -338,7 +338,7 @@ def main(args):
                                flip=args.flip, classes=args.classes, workers=args.workers,
                                device=device, rank=rank, world=world, source=source, pairs=pairs)
     signals = listen()
-    meter = new_meter(device, flow.unit)
+    meter = Meter(device, flow.unit)
     clock, logged, last_saved = time.time(), start, start
     for step in range(start + 1, args.steps + 1):
         lr = learning_rate(step, args.lr, args.steps, args.warmup, args.decay)
@@ -383,7 +383,7 @@ def main(args):
         decay = min(args.ema_decay, (1 + step) / (10 + step))        # it warms up
         with torch.no_grad():  # else every step would hang one more graph on the average
             torch._foreach_lerp_(list(ema.parameters()), list(raw.parameters()), 1 - decay)
-        observe(meter, step, z, torch.cat(losses), norm)
+        meter.observe(step, z, torch.cat(losses), norm)
 
         # log, sample, save
         asked = heard(signals, step, device, world)
@@ -397,14 +397,14 @@ def main(args):
             stop_if_bad(meter, images_of, path, args.lr, args.bf16)
         if logs:
             if world > 1:
-                dist.all_reduce(meter['sums'])
+                dist.all_reduce(meter.sums)
             if rank == 0:
                 rate = (step - logged) * args.batch_size / (time.time() - clock)
                 images_seen += (step - logged) * args.batch_size
                 row = progress(meter, step, args.steps, images_seen, rate, args.batch_size, lr,
                                device)
                 log.write(json.dumps(row) + '\n')
-            meter, clock, logged = new_meter(device, flow.unit), time.time(), step
+            meter, clock, logged = Meter(device, flow.unit), time.time(), step
         if samples and rank == 0:
             write_samples(ema, args, device, source,
                           os.path.join(args.out_dir, f'step{step:07d}.png'))

@@ -1,5 +1,5 @@
-"""What a script says to people and asks of them: one-line errors, flags, progress, and files that are
-whole or not there. You need not read it to understand the method.
+"""What a script asks of people and tells them: flags, errors of one line, progress, and files that
+are written whole or not at all. You need not read it to understand the method.
 """
 import argparse
 import contextlib
@@ -7,38 +7,105 @@ import os
 import sys
 import time
 
-SIZE_LIMIT = 1024  # pixels a side
-
+SIZE_LIMIT = 1024     # pixels a side
 CLASS_LIMIT = 10_000  # classes of labels
 
 
-# ---------------------------------------------------------------- errors, files, seeds
+# ---------------------------------------------------------------- errors
 
 class BadInput(ValueError):
-    """What the user gave cannot be used; the message is the one line that he is shown. Empty: some
-    other process shows it."""
+    """What the user gave cannot be used. The message is the one line that the user is shown; it is
+    empty where another process shows it."""
 
     def __init__(self, message):
-        super().__init__(' '.join(message.split()))  # a file's name or contents may break lines
+        one_line = ' '.join(message.split())  # the name or contents of a file may break lines
+        super().__init__(one_line)
 
 
 @contextlib.contextmanager
 def given_by(flag):
-    """What the block complains of under the name of --ckpt was given by another flag."""
+    """Inside, a complaint about --ckpt is made in the name of the flag that gave the file."""
     try:
         yield
     except BadInput as error:
         raise BadInput(str(error).replace('--ckpt', flag, 1)) from error
 
 
+# ---------------------------------------------------------------- flags
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose flags must be spelled out. A wrong one ends the script in one line.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **options)
+
+    def error(self, message):
+        message = ' '.join(message.removeprefix('argument ').split())
+        print(f'{message} (see {self.prog} --help)', file=sys.stderr)
+        sys.exit(2)
+
+
+def above(low, number_type=float, below=2 ** 31):
+    """An argparse type: a number of number_type, float or int, with low < number < below."""
+    accepted = 'a whole number' if number_type is int else 'a number'
+
+    def convert(text):
+        try:
+            number = number_type(text)
+        except ValueError:
+            number = None
+        if number is None or not low < number < below:  # NaN fails both comparisons
+            raise argparse.ArgumentTypeError(
+                f'{text}: must be {accepted} above {low} and below {below}')
+        return number
+    return convert
+
+
+def unless(word, value, convert):
+    """An argparse type: `value` where the text is `word`, else convert(text)."""
+    return lambda text: value if text == word else convert(text)
+
+
+# ---------------------------------------------------------------- progress
+
 def say(line):
-    """To people, once: by the first process."""
+    """Print a line once, however many processes come here: the first one prints it."""
     if os.environ.get('RANK', '0') == '0':
         print(line, flush=True)
 
 
+def watch(batches, count, label, rank):
+    """Yield the batches. Every five seconds and at the end, rank 0 prints how far it has come and
+    how long the rest will take.
+
+    batches: of `count` images together, each with a len(). label: the first words of the line, or a
+    function that returns them."""
+    start = time.time()
+    last_line = start
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        now = time.time()
+        if rank == 0 and (now - last_line > 5 or done == count):
+            last_line = now
+            words = label() if callable(label) else label
+            rate = done / (now - start)
+            left = int((now - start) / done * (count - done))
+            print(f'{words}: {done}/{count}  {rate:.1f} img/s  {left // 60}:{left % 60:02d} left',
+                  flush=True)
+
+
+# ---------------------------------------------------------------- files
+
 def write(flag, path, save):
-    """save(file), whole or not at all: under a temporary name, then renamed over the old file."""
+    """Write the file `path`, which `flag` gave, by save(file): whole, or not at all.
+
+    It is written under a temporary name and then renamed, so that neither a full disk nor the end
+    of the process can leave half a file, or harm the one that was there. Raises BadInput where it
+    cannot be written."""
     part = f'{path}.part'
     try:
         with open(part, 'wb') as file:
@@ -47,59 +114,9 @@ def write(flag, path, save):
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
         if os.path.lexists(part):
             os.remove(part)
-        kept = 'the one of before is intact' if os.path.lexists(path) else 'nothing was saved'
         why = str(error).partition('\n')[0]
-        raise BadInput(f'{flag} {path}: cannot be written ({why}); {kept}; free some space or give '
-                       'another, then run the same command again') from error
-
-
-# ---------------------------------------------------------------- flags
-
-class Parser(argparse.ArgumentParser):
-    """Flags are spelled out, shown with their defaults, and a wrong one ends in one line."""
-
-    def __init__(self, **kw):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **kw)
-
-    def error(self, message):
-        message = ' '.join(message.removeprefix('argument ').split())
-        print(f'{message} (see {self.prog} --help)', file=sys.stderr)
-        sys.exit(2)
-
-
-def above(low, kind=float, below=2 ** 31):
-    """An argparse type: a number of that kind with low < number < below."""
-    def convert(text):
-        try:
-            number = kind(text)
-        except ValueError:
-            number = None
-        if number is None or not low < number < below:
-            word = 'a whole number' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(
-                f'{text}: must be {word} above {low} and below {below}')
-        return number
-    return convert
-
-
-def unless(word, value, kind):
-    """An argparse type: the value for that word, else of that kind."""
-    return lambda text: value if text == word else kind(text)
-
-
-# ---------------------------------------------------------------- progress
-
-def watch(batches, count, label, rank):
-    """The same batches, with a line every few seconds that says how long the rest will take. label:
-    a string, or a function that returns one."""
-    start, said, done = time.time(), time.time(), 0
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        now = time.time()
-        if rank == 0 and (now - said > 5 or done == count):
-            said, left = now, int((now - start) / done * (count - done))
-            print(f'{label() if callable(label) else label}: {done}/{count}  '
-                  f'{done / (now - start):.1f} img/s  '
-                  f'{left // 60}:{left % 60:02d} left', flush=True)
+        kept = 'nothing was saved'
+        if os.path.lexists(path):
+            kept = 'the one of before is intact'
+        mend = 'free some space or give another, then run the same command again'
+        raise BadInput(f'{flag} {path}: cannot be written ({why}); {kept}; {mend}') from error

@@ -1,5 +1,5 @@
-"""How a script starts and ends on one device or many: devices, ranks under torchrun, signals. You need
-not read it to understand the method.
+"""How a script starts and ends, alone or as one of many: devices, processes of torchrun, signals.
+You need not read it to understand the method.
 """
 import contextlib
 import functools
@@ -22,38 +22,21 @@ except ImportError:  # Windows
     resource = None
 
 
-def reader_lost(error):
-    """The BadInput of a process of --workers that has ended, or cannot share what it reads."""
-    why = str(error).strip().splitlines()[-1][:150]
-    return BadInput(f'--workers: a process that reads images has ended ({why}); give --workers 0, '
-                    'or where a container has little shared memory docker run --shm-size=8g')
-
-
 # ---------------------------------------------------------------- beginning and end
 
-AT_THE_END = contextlib.ExitStack()  # of run(), however main ends
+AT_THE_END = contextlib.ExitStack()  # what run() does when main has ended, however it ended
 
 
 def run(main, args):
-    """main(args); whatever the user can mend ends in one line on stderr and exit code 2."""
+    """Call main(args). What the user can mend ends in one line on stderr and exit code 2, the end
+    of another process in one line and exit code 1."""
     try:
         main(args)
     except (BadInput, KeyboardInterrupt, RuntimeError) as error:
-        line, code = (str(error) or repr(error)).splitlines()[0], 2
-        if isinstance(error, BadInput):
-            line = str(error)
-        elif isinstance(error, KeyboardInterrupt):
-            line, code = 'interrupted', 128 + signal.SIGINT
-        elif line.startswith('DataLoader worker'):  # a signal tells of it, whatever main is doing
-            line = reader_lost(error)
-        # TorchDynamoException, whose import takes a second
-        elif type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            line = f'--compile: {line}; leave it out'
-        elif dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in line):
-            line = f'another process has ended, or is silent: see what it says ({line[:150]})'
-            code = 1
-        else:
+        last_words = explain(error)
+        if last_words is None:
             raise
+        line, code = last_words
         if line:
             print(line, file=sys.stderr, flush=True)
         sys.exit(code)
@@ -61,85 +44,148 @@ def run(main, args):
         AT_THE_END.close()
 
 
+def explain(error):
+    """(the line that tells people why the script ends, its exit code), or None for a mistake in the
+    code, of which the traceback says more."""
+    if isinstance(error, BadInput):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return 'interrupted', 128 + signal.SIGINT
+    line = (str(error) or repr(error)).splitlines()[0]
+    # PyTorch's handler of SIGCHLD raises this whatever main is doing, so it may come from anywhere.
+    if line.startswith('DataLoader worker'):
+        return str(reader_lost(error)), 2
+    # These are known by their module, since to import TorchDynamoException takes a second.
+    if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+        return f'--compile: {line}; leave it out', 2
+    # What gloo raises where the other end is lost is a plain RuntimeError.
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in line):
+        return f'another process has ended, or is silent: see what it says ({line[:150]})', 1
+    return None
+
+
+def reader_lost(error):
+    """The BadInput for a process of --workers that has ended, or cannot share what it reads."""
+    why = str(error).strip().splitlines()[-1][:150]
+    return BadInput(f'--workers: a process that reads images has ended ({why}); give --workers 0, '
+                    'or where a container has little shared memory docker run --shm-size=8g')
+
+
 def setup(name, timeout=600.0, float64=False):
-    """(device, rank, world size) of this process, alone or under torchrun, where a rank that is
-    silent for `timeout` seconds ends the job. float64: the CPU serves where the device has none."""
-    ddp = 'RANK' in os.environ  # set by torchrun
-    rank, local, world = (int(os.environ[k]) if ddp else default for k, default in
-                          (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    if name == 'auto':
-        name = ('cuda' if torch.cuda.is_available() else
-                'mps' if torch.backends.mps.is_available() and world == 1 else 'cpu')
-    try:
-        device = torch.device(f'cuda:{local}' if name == 'cuda' else name)  # with an index
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f'--device {name}: not on this machine '
-                       f'({str(error).splitlines()[0]}); use --device cpu') from error
-    if device.type == 'mps' and world > 1:
-        raise BadInput(f'--device {name}: is of one process; leave torchrun out, or use '
-                       '--device cpu')
+    """Choose the device and, under torchrun, join the other processes -> (device, rank, how many).
+
+    name: of --device. timeout: the seconds after which a silent rank ends the job. float64: whether
+    the work is in float64, for which the CPU serves where the device has none. Raises BadInput for
+    a device that is not there."""
+    under_torchrun = 'RANK' in os.environ
+    rank = local_rank = 0
+    world = 1
+    if under_torchrun:
+        rank = int(os.environ['RANK'])
+        local_rank = int(os.environ['LOCAL_RANK'])
+        world = int(os.environ['WORLD_SIZE'])
+    device = choose_device(name, local_rank, world)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')  # where exactness counts: pfgm.full_float32
-    if ddp:
-        wait = timedelta(seconds=timeout)
-        store = next(dist.rendezvous('env://', timeout=wait))[0]
-        # torchrun keeps its store through restarts, with the addresses of the processes that died;
-        # its count of restarts is every rank's only where there is one machine
-        restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        if os.environ.get('GROUP_WORLD_SIZE', '1') == '1':
-            store = dist.PrefixStore(f'restart {restarts}', store)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
-                                rank=rank, world_size=world, timeout=wait)
-        AT_THE_END.callback(dist.destroy_process_group)
-        # which holds the GIL while it waits for threads, that may want it to let their tensors go
-        AT_THE_END.callback(time.sleep, 0.1)
-        AT_THE_END.callback(patient.cache_clear)  # first: its threads must not outlive it
-        patient()
+        # TF32 is fast. Where exactness counts, pfgm.full_float32 switches it off.
+        torch.set_float32_matmul_precision('high')
+    if under_torchrun:
+        join(device, rank, world, timeout)
     if float64 and device.type == 'mps':
         print('--exact: in float64, which mps lacks; on the CPU')
         device = torch.device('cpu')
     return device, rank, world
 
 
+def choose_device(name, local_rank, world):
+    """The torch.device that --device names, on which a tensor can be made."""
+    if name == 'auto':
+        name = 'cpu'
+        if torch.cuda.is_available():
+            name = 'cuda'
+        elif torch.backends.mps.is_available() and world == 1:
+            name = 'mps'
+    try:
+        # Each process of a machine has a GPU of its own. set_device() wants its number.
+        device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise BadInput(f'--device {name}: not on this machine ({why}); use --device cpu') from error
+    if device.type == 'mps' and world > 1:
+        raise BadInput(f'--device {name}: is of one process; '
+                       'leave torchrun out, or use --device cpu')
+    return device
+
+
+def join(device, rank, world, timeout):
+    """Join the other processes of this torchrun, and leave them when run() ends."""
+    limit = timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous('env://', timeout=limit))
+    # torchrun keeps its store when it restarts processes, and with it the addresses of those that
+    # died. A prefix hides these, where all ranks know the same count of restarts: on one machine.
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    machines = os.environ.get('GROUP_WORLD_SIZE', '1')
+    if machines == '1':
+        store = dist.PrefixStore(f'restart {restarts}', store)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
+                            rank=rank, world_size=world, timeout=limit)
+    # What is named last here is done first. The threads of the patient group must not outlive the
+    # group of all. That one holds the GIL while it waits for its threads, and they may want the GIL
+    # themselves to let their tensors go: the pause gives them time to.
+    AT_THE_END.callback(dist.destroy_process_group)
+    AT_THE_END.callback(time.sleep, 0.1)
+    AT_THE_END.callback(patient.cache_clear)
+    patient()
+
+
+# ---------------------------------------------------------------- what a device can do
+
 def fast_bf16(device):
     """Whether bfloat16 products run faster than float32 on this device."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and any(getattr(torch.cpu, f'_is_{name}_supported', bool)()
-                                        for name in ('amx_tile', 'avx512_bf16'))
+    if device.type != 'cpu':
+        return False
+    for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'):
+        is_supported = getattr(torch.cpu, name, None)  # not every version of PyTorch has both
+        if is_supported and is_supported():
+            return True
+    return False
 
 
 def peak_memory(device):
-    """GB: the most that a GPU has lent, elsewhere the most that this process has held; None on
-    Windows, which does not say."""
+    """In GB, the most that a GPU has lent or, elsewhere, the most that this process has held. None
+    on Windows, which does not say."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+    if sys.platform == 'darwin':  # in bytes there, in KB elsewhere
+        return peak / 2 ** 30
+    return peak / 2 ** 20
 
 
 # ---------------------------------------------------------------- several processes
 
-@functools.cache
+@functools.cache  # setup() makes it, in every process at once
 def patient():
-    """A group of all processes on their CPUs, for what may rightly take hours."""
+    """The group of all processes, on their CPUs, for waits that may rightly take hours: a download,
+    or images that one process makes."""
     return dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
 
 def wait():
-    """Until every process has come here."""
+    """Wait until every process has come here."""
     if dist.is_initialized():
         dist.barrier(group=patient())
 
 
 @contextlib.contextmanager
 def first_of_its_machine():
-    """The block runs in one process of each machine, then in the others, for whom what it fetches
-    is there."""
+    """The block runs in one process of each machine, and then in the others, which find there what
+    the first has fetched."""
     first = os.environ.get('LOCAL_RANK', '0') == '0'
     if not first:
         wait()
@@ -149,80 +195,113 @@ def first_of_its_machine():
 
 
 def everywhere(value):
-    """The value of every process, in rank order: by pickle, through main memory."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=patient())
+    """The list of every process's value, in rank order. They travel by pickle, through main
+    memory."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None for _ in range(dist.get_world_size())]
+    dist.all_gather_object(values, value, group=patient())
     return values
 
 
 def agree(flag, mend, **facts):
-    """BadInput, shown by rank 0, unless every process has the same facts."""
+    """Raise BadInput, which rank 0 shows, unless every process has the same facts. flag and mend:
+    the first and the last words of the line."""
     each = everywhere(facts)
-    for key, value in each[0].items():
-        rank = next((r for r, other in enumerate(each) if other[key] != value), None)
-        if rank is not None:
-            raise BadInput(f'{flag}: {key} {each[rank][key]} in process {rank}, {value} in process '
-                           f'0; {mend}' if dist.get_rank() == 0 else '')
+    for name, value in each[0].items():
+        for rank, others in enumerate(each):
+            if others[name] == value:
+                continue
+            if dist.get_rank() > 0:
+                raise BadInput('')
+            raise BadInput(f'{flag}: {name} {others[name]} in process {rank}, '
+                           f'{value} in process 0; {mend}')
 
 
 def share_of_rank(n, rank, world):
+    """The range of those of n things that this rank works on; the shares differ by one at most."""
     return range(n * rank // world, n * (rank + 1) // world)
 
 
 # ---------------------------------------------------------------- signals
 
+LEAVE = (signal.SIGINT, signal.SIGTERM)    # save and leave after this step
+SAVE = getattr(signal, 'SIGUSR1', None)    # save and go on; Windows has no such signal
+WISHES = ('', 'save', 'leave')             # what signals ask for; the later outweighs the earlier
+
+
 def listen():
-    """A list to which the numbers of SIGINT, SIGTERM and SIGUSR1 are added. Once asked to leave,
-    another SIGINT or SIGTERM ends the process at once: a thread hears it, so even where it waits
-    in C for a process that hangs, and where no handler of Python's would run."""
-    heard, (ours, theirs) = [], socket.socketpair()
-    leave = signal.SIGINT, signal.SIGTERM
+    """From now on hear SIGINT, SIGTERM and SIGUSR1 -> a list that their numbers are added to, for
+    heard().
+
+    Once asked to leave, another SIGINT or SIGTERM ends the process at once, also where it hangs.
+    And it may hang in C, in a collective that waits for a process that hangs. No Python handler
+    runs there, since Python calls its handlers between two instructions of the main thread. So
+    another thread does the hearing: Python's handler in C writes the number of each signal to a
+    socket the moment it arrives, and the thread reads it there."""
+    received = []
+    reader, writer = socket.socketpair()
 
     def hear():
-        first = None
-        while number := ours.recv(1):
-            number, now = number[0], time.monotonic()
-            if number in leave and first and now > first + 0.5:  # torchrun repeats a terminal's
-                print('ended at the second signal', file=sys.stderr, flush=True)
-                os._exit(128 + number)
-            if number in leave and not first:
-                first = now
-                if os.environ.get('LOCAL_RANK', '0') == '0':
-                    print('leaving after this step; once more ends it at once', flush=True)
-            heard.append(number)
-    theirs.setblocking(False)
-    thread = threading.Thread(target=hear, daemon=True)
+        asked_at = None  # when the process was first asked to leave
+        while message := reader.recv(1):  # empty once stop() has shut the other end
+            number = message[0]
+            if number in LEAVE:
+                now = time.monotonic()
+                if asked_at is None:
+                    asked_at = now
+                    if os.environ.get('LOCAL_RANK', '0') == '0':
+                        print('leaving after this step; once more ends it at once', flush=True)
+                # A terminal sends Ctrl-C to every process, and torchrun then sends it to its own
+                # again. These two, at about the same time, are one.
+                elif now > asked_at + 0.5:
+                    print('ended at the second signal', file=sys.stderr, flush=True)
+                    os._exit(128 + number)  # sys.exit() would end this thread alone
+            received.append(number)
+
+    thread = threading.Thread(target=hear, daemon=True)  # daemon: no exit waits for it
     thread.start()
-    for number in (*leave, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
-        signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    for number in (*LEAVE, SAVE):
+        # Only signals with a handler in Python are written to the socket. It has nothing to do.
+        if number is not None:
+            signal.signal(number, lambda number, frame: None)
+    writer.setblocking(False)  # as set_wakeup_fd() demands: C's handler must not wait
+    # Where so many come that the socket is full, all that matters is in it.
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
     def stop():
         signal.set_wakeup_fd(-1)
-        theirs.shutdown(socket.SHUT_RDWR)  # forked readers of images hold it open
-        theirs.close()
+        # Forked readers of images hold copies of the socket, so that to close it would not end it.
+        writer.shutdown(socket.SHUT_RDWR)
+        writer.close()
         thread.join()
     AT_THE_END.callback(stop)
-    return heard
+    return received
 
 
 def deaf(worker):
-    """For a forked reader of images: not to pass on to the run the signals that it gets itself."""
+    """For a forked reader of images, so that the signals it gets are not heard by the run, whose
+    socket it has inherited. worker: its number, which PyTorch tells it."""
     signal.set_wakeup_fd(-1)
 
 
 def heard(signals, step, device, world):
-    """What the signals since the last call ask for: '', 'save' (SIGUSR1) or 'leave' (after saving).
-    Ranks hear them at different steps, so several agree on every 10th."""
+    """What the signals since the last call ask for: '', 'save' (and go on), or 'leave' (after
+    saving). signals: the list of listen().
+
+    Ranks hear a signal at different steps, so that they must agree on what to do, as they do on
+    every 10th step."""
     if world > 1 and step % 10:
         return ''
-    leave = any(number != getattr(signal, 'SIGUSR1', None) for number in signals)
-    wish = 2 if leave else 1 if signals else 0
+    arrived = signals[:]
+    del signals[:len(arrived)]  # not clear(): the thread may have added one by now
+    wish = ''
+    if any(number in LEAVE for number in arrived):
+        wish = 'leave'
+    elif SAVE in arrived:
+        wish = 'save'
     if world > 1:
-        wishes = torch.tensor(wish, device=device)
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        wish = int(wishes)
-    signals.clear()
-    return ('', 'save', 'leave')[wish]
+        strongest = torch.tensor(WISHES.index(wish), device=device)
+        dist.all_reduce(strongest, dist.ReduceOp.MAX)
+        wish = WISHES[int(strongest)]
+    return wish
