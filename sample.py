@@ -19,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import pfgm
 from support.cli import BadInput, Parser, above, say, write
-from support.flow import flow_flags, load_flow, place_for
+from support.flow import SAMPLING_FLAGS, exact_flow, flow_flags, load_flow
 from support.images import to_float, to_uint8
 from support.pictures import grid_of
-from support.processes import run, wait
+from support.processes import run, setup, wait
 from support.seeds import fingerprint
 from support.sets import load_images
 
@@ -51,7 +51,6 @@ def parse_args(argv=None):
     p.add_argument('--from', dest='start', metavar='IMAGES', help='what a flow of train.py '
                    '--source carries across (default: the images it was trained on), in turn')
     p.add_argument('--mask', metavar='IMAGE', help='of --inpaint')
-    kind.add_argument('--field_lines', action='store_true', help='the figure: a heart of charges')
     return p.parse_args(argv)
 
 
@@ -146,41 +145,6 @@ def restore(flow, args, device):
           + f', the first of {len(images)}' * (len(images) > 8))
 
 
-def field_lines(path):
-    """A PNG of the field lines of a heart of charges, from the hemisphere down to the plane."""
-    side = torch.arange(-1.2, 1.3, 0.11, dtype=torch.float64)
-    x, y = torch.meshgrid(side, side, indexing='xy')
-    heart = (x * x + y * y - 1) ** 3 <= x * x * y ** 3
-    charges = torch.stack([x[heart], y[heart]], 1)
-    n, z_max = 180, 4.0
-    i = torch.arange(n, dtype=torch.float64) + 0.5  # a Fibonacci lattice: even on the hemisphere
-    z, angle = 1 - i / n, math.pi * (1 + 5 ** 0.5) * i
-    x = torch.stack([angle.cos(), angle.sin()], 1) * (z_max * (1 - z * z).sqrt() / z)[:, None]
-    planes = [(torch.full((n,), z_max, dtype=x.dtype), x)]
-    pfgm.sample_ode(pfgm.ExactField(charges), x, z_max, 1e-3, 'heun', 799, z_exp=0,
-                    callback=lambda z, x: planes.append((z, x)))
-    z, x = (torch.stack(parts) for parts in zip(*planes))            # (steps, n), (steps, n, 2)
-    drawn = torch.hypot(x.norm(dim=2), z) <= 2.2                     # inside this hemisphere
-
-    def project(x, z):  # seen from the front and above
-        return torch.stack([800 + 330 * x[..., 0], 940 - 330 * (0.8 * z + 0.6 * x[..., 1])], -1)
-    image = Image.new('RGB', (1600, 1440), 'white')
-    draw = ImageDraw.Draw(image)
-    for k in x[-1, :, 1].argsort(descending=True).tolist():  # the farther ones first
-        points = project(x, z)[drawn[:, k], k].tolist()
-        for j, (start, end) in enumerate(zip(points, points[1:])):
-            share = j / len(points)
-            draw.line([*start, *end], (int(60 + 170 * share), 110 - int(60 * share),
-                                       int(210 - 130 * share)), 3)
-        u, v = points[0]
-        draw.ellipse([u - 6, v - 6, u + 6, v + 6], (40, 90, 200))
-    for u, v in project(charges, torch.zeros(())).tolist():
-        draw.ellipse([u - 6, v - 6, u + 6, v + 6], (215, 30, 50))
-    image = image.resize((800, 720), Image.Resampling.LANCZOS)
-    write('--out', path, lambda file: image.save(file, 'PNG'))
-    print(f'{path}: {n} field lines of {len(charges)} charges')
-
-
 # ---------------------------------------------------------------- files
 
 KINDS = ('.png', '.gif', '.npz')
@@ -273,10 +237,9 @@ def make_images(flow, images, args, place, special=None, rows=None):
     device, rank, world = place
     n = args.n if special is None else len(special)
     tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
-    source = getattr(flow.net, 'source', None)
+    source = flow.source
     tensors = [*tensors, source.pixels] if source else tensors
-    made_by = {k: v for k, v in vars(flow).items() if k != 'net'}  # last: others say why it differs
-    made_by = json.dumps({**made_by, 'net': f'{fingerprint(tensors):08x}', 'rows': rows})
+    made_by = json.dumps({**flow.settings(), 'net': f'{fingerprint(tensors):08x}', 'rows': rows})
     single = args.out.endswith(KINDS)
     folder = f'{args.out}.{zlib.crc32(made_by.encode()):08x}' if single else args.out
     if rank == 0:
@@ -323,7 +286,7 @@ def main(args):
     if args.gif and not args.out.endswith('.gif'):
         args.out = os.path.splitext(args.out)[0] + '.gif'
     known = args.inpaint or args.colorize
-    picture = args.encode or args.field_lines or known
+    picture = args.encode or known
     rows = args.interpolate is not None or args.rescale
     if args.interpolate and len(args.interpolate) != 2:
         raise BadInput(f'--interpolate {" ".join(args.interpolate)}: give two images, or none')
@@ -338,13 +301,25 @@ def main(args):
         raise BadInput(f'--out {args.out}: a picture; must end in .png')
     if (picture or args.out.endswith('.gif')) and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise BadInput(f'--out {args.out}: made by one process; run it without torchrun')
-    device, rank, world = place = place_for(args)
+    device, rank, world = place = setup(args.device, float64=args.exact)
     if rank == 0:
         check_out(args.out, args.out.endswith(KINDS))
-    if args.field_lines:
-        return field_lines(args.out)
-    flow, images = load_flow(args, device)
-    source = getattr(flow.net, 'source', None)
+    options = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    images = None
+    if args.exact and args.compile:
+        raise BadInput('--compile: --exact has no network; leave it out')
+    if args.exact:
+        dataset = args.dataset or 'glyphs'
+        images = load_images(dataset, args.data_dir, args.image_size)
+        flow = exact_flow(images, dataset, device, **options)
+    else:
+        flow = load_flow(args.ckpt, device, weights=args.weights, compiled=args.compile,
+                         dataset=args.dataset, data_dir=args.data_dir, source=args.start,
+                         bf16=args.bf16, **options)
+    source = flow.source
+    if (args.eta or flow.solver == 'renew') and (args.encode or args.interpolate):
+        raise BadInput(f'--solver {flow.solver}, --eta {args.eta}: fresh noise cannot be encoded; '
+                       'give another')
     if args.start and not source:
         raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
     args.n = args.n or (8 if known else min(64, len(source)) if source else 64)
@@ -352,8 +327,7 @@ def main(args):
         flow.classes = []  # images that are given may be of any class
     if rows:  # each of one class; images that are given have one way between them
         flow.classes = [k for k in flow.classes[:1 if args.interpolate else None] for _ in range(8)]
-    facts = {**vars(flow), 'schedule': flow.spacing()}
-    say('  '.join(f'{k} {v}' for k, v in facts.items() if k != 'net'))
+    say('  '.join(f'{k} {v}' for k, v in flow.settings().items()))
     if known:
         return restore(flow, args, device)
     if args.encode:
