@@ -9,6 +9,11 @@ from support import sets
 from support.tests.common import TINY, TINY_PP, script
 
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes minutes; run it with pytest -m slow -s')
+    config.addinivalue_line('markers', 'cuda: wants a GPU; run it with pytest -m cuda')
+
+
 @pytest.fixture(autouse=True)
 def only_where_they_can_run(request):
     if request.node.get_closest_marker('slow') and 'slow' not in request.config.option.markexpr:
@@ -50,3 +55,14 @@ def copied(trained, tmp_path):
 def here(tmp_path, monkeypatch):
     """The test runs in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def cuda_run(monkeypatch):
+    """A function that runs train.py with these flags on the GPU, with the same bits each time."""
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    flags = [word for word in TINY if word not in ('--device', 'cpu', '--no-bf16')]
+
+    def run_train(*more):
+        script(['train.py', *flags, '--device', 'cuda', *more])
+    return run_train
