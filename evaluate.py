@@ -8,12 +8,11 @@
     python evaluate.py --fid --sweep nfe=5,10,20,50 --solvers euler,unipc # a table, a plot
     python evaluate.py --compare out/*/ckpt.pt        # the same for several networks, and a strip
     python evaluate.py --judge --n 512                # by a classifier of the labelled training set
-    python evaluate.py --solver_bench --dataset images.zip               # solvers, no network
 
 Every result is also a line of results.jsonl. FID: arXiv 1706.08500, IS: 1606.03498, KID:
 1801.01401, precision and recall: 1904.06991, sliced Wasserstein: Bonneel et al. 2015.
 """
-import argparse
+import dataclasses
 import math
 import os
 import time
@@ -23,34 +22,27 @@ import numpy as np
 import torch
 
 import pfgm
-from support.bench import solver_bench, speed
 from support.checkpoint import in_folder
 from support.cli import BadInput, Parser, above, say, watch, write
-from support.figures import loss_curves
-from support.flow import DIVERGED, Flow, flow_flags, load_flow, place_for
+from support.flow import (DIVERGED, SAMPLING_FLAGS, exact_flow, flow_flags, load_flow)
 from support.images import Images, read_batches, to_uint8
 from support.metrics import (INCEPTION, Measured, POOL, frechet, inception_features,
     inception_score, judge_of, kid, load_inception, nearest_images, of_judge, pick_images,
     precision_recall, read_stats, sliced_wasserstein)
 from support.pictures import grid_of, plot, strip
-from support.processes import everywhere, run, share_of_rank
+from support.methods import VP
+from support.processes import everywhere, run, setup, share_of_rank
 from support.results import print_table, record_result
 from support.seeds import step_seed
 from support.sets import load_images
+from support.solvers import SOLVERS
 from support.students import straightness
-
-SOLVERS = ('rk45', *SOLVERS)
 
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
     for name, metric in METRICS.items():
         p.add_argument(f'--{name}', action='store_true', help=metric.help)
-    p.add_argument('--solver_bench', action='store_true', help='all solvers of --solvers at the '
-                   'NFEs of --sweep, in the exact field of --dataset: share of right ends')
-    p.add_argument('--bench', action='store_true', help='time the field and the CIFAR-10 network')
-    p.add_argument('--curves', nargs='+', metavar='LOG', help='plot the loss of these log.jsonl '
-                   'files against images seen, a moving mean over a tenth of each')
     flow_flags(p)
     p.set_defaults(tol=None)
     p.add_argument('--n', type=above(0, int), default=None, help='images (default: all of '
@@ -92,21 +84,17 @@ def parse_args(argv=None):
 def check_flags(args, asked):
     """Whatever can be known before any work is done, and where to write."""
     solvers = ','.join(args.solvers or ())
-    alone = next((name for name in ('bench', 'solver_bench', 'curves') if vars(args)[name]), '')
     for wrong, message in (
-        (not asked and not args.save_stats and not alone, 'no metric asked; give one or more of '
+        (not asked and not args.save_stats, 'no metric asked; give one or more of '
          + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz'),
         (not set(args.solvers or ()) <= set(SOLVERS),
          f'--solvers {solvers}: accepted: {",".join(SOLVERS)}, or some of them'),
-        (alone and int(os.environ.get('WORLD_SIZE', 1)) > 1, f'--{alone}: of one process; run it '
-         'without torchrun'),
-        (solvers and not args.sweep and not args.solver_bench,
-         f'--solvers {solvers}: belongs to --sweep nfe=5,10,20 or --solver_bench'),
-        (alone and asked, f'--{alone}: runs alone; leave --{asked[0]} out' if asked else ''),
-        (args.sweep and not alone and (not set(asked) - set(OF_FLOWS) or 'neighbours' in asked),
+        (solvers and not args.sweep,
+         f'--solvers {solvers}: belongs to --sweep nfe=5,10,20'),
+        (args.sweep and (not set(asked) - set(OF_FLOWS) or 'neighbours' in asked),
          '--sweep: give some of --fid --is --kid --prc --swd to sweep, and not --neighbours'),
-        (args.compare and (alone or args.samples or args.exact), '--compare: of checkpoints; leave '
-         '--samples, --exact and the benches out'),
+        (args.compare and (args.samples or args.exact), '--compare: of checkpoints; leave '
+         '--samples, --exact out'),
         (args.sweep and (args.nfe or args.solver), '--sweep: says itself how many calls; leave '
          '--nfe out, and give --solvers in place of --solver'),
         (args.samples and (args.sweep or args.exact or set(OF_FLOWS) & set(asked)), f'--samples '
@@ -123,10 +111,9 @@ def check_flags(args, asked):
         path, folder = vars(args)[flag], os.path.dirname(vars(args)[flag] or '')
         if folder and not os.path.isdir(folder):
             raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
-    home = '' if args.samples or args.exact or args.compare or alone else os.path.dirname(args.ckpt)
+    home = '' if args.samples or args.exact or args.compare else os.path.dirname(args.ckpt)
     args.results = args.results or os.path.join(home, 'results.jsonl')
-    name = ('solvers' if args.solver_bench else 'compare' if args.compare else 'curves' if
-            args.curves else 'sweep' if args.sweep else 'neighbours')
+    name = 'compare' if args.compare else 'sweep' if args.sweep else 'neighbours'
     args.out = args.out or os.path.join(os.path.dirname(args.results), f'{name}.png')
 
 
@@ -166,13 +153,19 @@ def load_flows(args, device):
     paths = args.compare or [args.ckpt]
     names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
     names = paths if len(set(names)) < len(names) else names
+    options = {name: vars(args)[name] for name in SAMPLING_FLAGS}
+    if args.exact:
+        images = load_images(args.dataset or 'glyphs', args.data_dir, args.image_size)
+        return {names[0]: exact_flow(images, args.dataset, device, **options)}, images
     flows = {}
     for name, path in zip(names, paths):
-        flows[name], images = load_flow(argparse.Namespace(**{**vars(args), 'ckpt': path}), device)
+        flows[name] = load_flow(path, device, weights=args.weights, compiled=args.compile,
+                                dataset=args.dataset, data_dir=args.data_dir, bf16=args.bf16,
+                                **options)
         if flows[name].shape != flows[names[0]].shape:
             raise BadInput(f'--compare {path}: makes images of {flows[name].shape}, the first '
                            'others; give checkpoints of one size')
-    return flows, images
+    return flows, None
 
 
 # ---------------------------------------------------------------- one pass over images
@@ -210,14 +203,14 @@ def bits_per_dim(flow, images, n, args, place):
     ends, rows = (flow.z_min, flow.z_max), []
     labels = images.labels if flow.classes else None
     if labels is not None:
-        names = getattr(flow, 'class_names', None)
+        names = flow.class_names
         if names and images.classes and names != images.classes:
             raise BadInput(f'{images.given}: its classes are {", ".join(images.classes)}, those of '
                            f'the network {", ".join(names)}; leave them out with --classes none')
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= flow.known:
+        if low < 0 or high >= flow.class_count:
             raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network '
-                           f'knows 0 to {flow.known - 1}; leave the labels out with --classes none')
+                           f'knows 0 to {flow.class_count - 1}; leave the labels out with --classes none')
     mine = torch.tensor(share_of_rank(n, rank, world)) * len(images) // n
     for chunk in watch(mine.split(args.batch_size), len(mine), 'bits/dim', rank):
         pixels, repeats = images[chunk.tolist()].cpu(), []
@@ -257,11 +250,11 @@ def flow_metrics(asked, name, flow, ref, args, place):
         say(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
         return {}
     if 'bpd' in asked:
-        if getattr(flow.net, 'source', None):
+        if flow.source is not None:
             raise BadInput(f'--bpd: {name} starts from images, of no known density; leave it out')
         count = min(256, args.n or 256) if args.compare else args.n or 256
         found = bits_per_dim(flow, images, min(count, len(images)), args, place)
-    if 'straightness' in asked and hasattr(flow.net, 'planes'):
+    if 'straightness' in asked and isinstance(flow.net, VP):
         rows = [straightness(flow.net, flow.prior(part.tolist()).to(device),
                              flow.labels_of(part.tolist(), device))
                 for part in torch.arange(args.n or 256).split(args.batch_size)]
@@ -274,7 +267,7 @@ def flow_metrics(asked, name, flow, ref, args, place):
         note = f'({split} images of {images.name})' if 'bpd' in asked else f'({name})'
         print('  '.join(f'{k} {v:.6g}' for k, v in found.items() if v is not None), '', note)
         about = dict(dataset=images.name, split=split) if 'bpd' in asked else {}
-        how = Flow(**{**vars(flow), 'solver': 'rk45', 'tol': args.bpd_tol})
+        how = dataclasses.replace(flow, solver='rk45', tol=args.bpd_tol)
         record_result(args, device, world, time.time() - clock,
                      {**(how.facts() if about else {}), **found, 'run': name, **about})
     return {k: found[k] for k in OF_FLOWS if k in found}
@@ -494,12 +487,7 @@ def main(args):
     asked = [name for name in METRICS if vars(args)[name]]
     wanted = set(asked) | ({'fid'} if args.save_stats else set())
     check_flags(args, asked)
-    if args.curves:
-        return loss_curves(args)
-    args.exact = args.exact or args.solver_bench
-    device, rank, world = place = place_for(args)
-    if args.solver_bench or args.bench:
-        return (speed if args.bench else solver_bench)(args, device)
+    device, rank, world = place = setup(args.device, float64=args.exact)
 
     # what is evaluated
     flows, source, train, trained_on, size, channels = {}, None, None, None, None, None
@@ -509,8 +497,8 @@ def main(args):
     elif asked or not (args.ref or args.dataset):
         flows, train = load_flows(args, device)
         first = next(iter(flows.values()))
-        channels, size, trained_on = *first.shape[:2], getattr(first.net, 'dataset', None)
-        timed = any(hasattr(flow.net, 'planes') for flow in flows.values())
+        channels, size, trained_on = *first.shape[:2], first.dataset
+        timed = any(isinstance(flow.net, VP) for flow in flows.values())
         if 'straightness' in asked and not timed:
             raise BadInput('--straightness: only vp, subvp, ddpm and rf have a time to be straight '
                            'in; give another --ckpt, or leave it out')
