@@ -5,106 +5,274 @@
     python sample.py --exact --dataset glyphs      # no network: the field of the data itself
     torchrun --nproc_per_node=8 -- sample.py --n 50000 --out samples.npz   # all GPUs, for FID
 
---out ends in .png (one grid), .gif (the flow from noise to images), .npz (arr_0, uint8 NHWC), or
-is a folder. Image i depends on --seed and i alone, however the work is split; it is a file as soon
-as it is made, and the same command again makes only what is missing.
+--out ends in .png (one grid), .gif (the flow from noise to images) or .npz (arr_0, uint8 NHWC), or
+is a folder. Image i depends on --seed and i alone, however the work is split. Each is a file as
+soon as it is made, and the same command again makes only what is missing.
 """
-import json
 import math
 import os
 import shutil
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 import pfgm
-from support.cli import BadInput, Parser, above, say, write
-from support.flow import SAMPLING_FLAGS, exact_flow, flow_flags, load_flow
+from support.cli import BadInput, Parser, above, say, watch, write
+from support.flow import SAMPLING_FLAGS, Kept, exact_flow, flow_flags, load_flow
 from support.images import to_float, to_uint8
-from support.pictures import grid_of
+from support.pictures import grid_of, write_grid
 from support.processes import run, setup, wait
+from support.sample_files import (check_out, claim, folder_of, read_images, save_images,
+                                  write_npz)
 from support.seeds import fingerprint
 from support.sets import load_images
 
 
+# ---------------------------------------------------------------- flags
+
 def parse_args(argv=None):
-    p = flow_flags(Parser(description=__doc__))
-    p.add_argument('--n', type=above(0, int), default=None, help='images (default: 64; of '
-                   '--inpaint and --colorize results an image, default: 8)')
-    p.add_argument('--out', default='samples.png', help='.png, .gif, .npz or a folder')
-    kind = p.add_mutually_exclusive_group()
-    kind.add_argument('--gif', action='store_true', help='like --out samples.gif')
-    kind.add_argument('--interpolate', nargs='*', metavar='IMAGE', help='rows of 8: slerp between '
-                      'two directions, both of the prior\'s norm; or between the latents of two '
-                      'images that are given')
-    kind.add_argument('--rescale', action='store_true',
-                      help='rows of 8: one direction, norms from a third to twice the prior\'s')
-    kind.add_argument('--encode', metavar='IMAGES', help='follow these images up to z_max and back')
-    kind.add_argument('--inpaint', metavar='IMAGES', help='make anew what is white in --mask, the '
-                      'rest kept as it is: a row an image, of it, what is kept, and results (by '
-                      'default of --solver renew --nfe 100)')
-    kind.add_argument('--colorize', metavar='IMAGES', help='the same, kept their grey')
-    p.add_argument('--from', dest='start', metavar='IMAGES', help='what a flow of train.py '
-                   '--source carries across (default: the images it was trained on), in turn')
-    p.add_argument('--mask', metavar='IMAGE', help='of --inpaint')
-    return p.parse_args(argv)
+    p = Parser(description=__doc__)
+    first = flow_flags(p)
+    first.add_argument('--n', type=above(0, int), default=None,
+                       help='images (default: 64; with --inpaint and --colorize so many results '
+                       'of each image, by default 8)')
+    first.add_argument('--out', default='samples.png',
+                       help='.png, .gif, .npz or a folder (default: samples.png)')
+
+    special = p.add_argument_group('special pictures, one at a time (default: none of them)')
+    one = special.add_mutually_exclusive_group()
+    one.add_argument('--gif', action='store_true',
+                     help='the way from noise to images: as with --out samples.gif')
+    one.add_argument('--interpolate', nargs='*', metavar='IMAGE',
+                     help='rows of 8: slerp between two directions of the prior, both with its '
+                     'norm; or between the latents of two images that are given')
+    one.add_argument('--rescale', action='store_true',
+                     help='rows of 8: one direction, with norms from a third of the prior\'s to '
+                     'twice that')
+    one.add_argument('--encode', metavar='IMAGES',
+                     help='follow these images up to z_max and back')
+    one.add_argument('--inpaint', metavar='IMAGES',
+                     help='make anew what is white in --mask, and keep the rest: a row an image, '
+                     'with the image, what is kept, and results (by default with --solver renew '
+                     '--nfe 100)')
+    one.add_argument('--colorize', metavar='IMAGES',
+                     help='the same, but what is kept is their grey')
+    special.add_argument('--mask', metavar='IMAGE', help='of --inpaint (default: none)')
+    special.add_argument('--from', dest='start', metavar='IMAGES',
+                         help='what a flow of train.py --source carries across (default: the '
+                         'images it was trained on, in turn)')
+    args = p.parse_args(argv)
+    if args.gif and not args.out.endswith('.gif'):
+        args.out = os.path.splitext(args.out)[0] + '.gif'
+    if (args.inpaint or args.colorize) and not args.solver:
+        args.solver = 'renew'
+        args.nfe = args.nfe or 100
+    return args
 
 
-def special_starts(args, flow, device):
-    """(the starts of --interpolate and --rescale, rows of 8 images; words that tell them from
-    others)."""
+def check_flags(args):
+    """Raises BadInput for flags that do not go together, before anything is loaded."""
+    if args.interpolate and len(args.interpolate) != 2:
+        given = ' '.join(args.interpolate)
+        raise BadInput(f'--interpolate {given}: give two images, or none')
+    if bool(args.inpaint) != bool(args.mask):
+        raise BadInput('--inpaint and --mask belong together; give both')
+    restores = args.inpaint or args.colorize
+    if restores and args.solver == 'rk45':
+        raise BadInput('--solver rk45: not of --inpaint and --colorize, whose steps are fixed; '
+                       'give another, or leave it out')
+    is_gif = args.out.endswith('.gif')
+    only_png = args.encode or restores
+    in_rows = args.interpolate is not None or args.rescale
+    if only_png and not args.out.endswith('.png') or in_rows and is_gif:
+        raise BadInput(f'--out {args.out}: a picture; must end in .png')
+    if (only_png or is_gif) and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise BadInput(f'--out {args.out}: made by one process; run it without torchrun')
+    if args.exact and args.compile:
+        raise BadInput('--compile: --exact has no network; leave it out')
+
+
+def check_flow(args, flow):
+    """Raises BadInput for flags that this flow does not take."""
+    renews = args.eta or flow.solver == 'renew'
+    if renews and (args.encode or args.interpolate):
+        raise BadInput(f'--solver {flow.solver}, --eta {args.eta}: fresh noise cannot be encoded; '
+                       'give another')
+    if args.start and flow.source is None:
+        raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
+
+
+# ---------------------------------------------------------------- images
+
+def make_images(flow, indices, batch_size, device, rank, starts=None):
+    """The images `indices`, from noise to pixels: yields (indices, uint8 (b, C, H, W) on the CPU) a
+    batch at a time. starts (n, C, H, W): on the plane z_max, in place of the prior's."""
+    nfe = 0
+    batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
+    for batch in watch(batches, len(indices), lambda: f'{flow.solver} nfe {nfe}', rank):
+        if starts is None:
+            x = flow.prior(batch)                  # on the plane z = z_max
+        else:
+            x = starts[batch]
+        x, nfe = flow.follow(x, device, batch)     # pfgm.sample_ode(), down to the data
+        yield batch, to_uint8(x).cpu()             # from [-1, 1] to grey levels
+
+
+def write_images(flow, n, out, batch_size, device, rank, world, rows=None, data=None):
+    """Make images 0 ... n - 1, of which each process makes a share, and write them as --out.
+
+    Images whose files are there already are not made again. rows: a Rows, whose starts replace the
+    prior's. data: the Images of an exact field, with which the samples are compared."""
+    weights = [data.pixels] if data is not None else list(flow.net.state_dict().values())
+    if flow.source is not None:
+        weights.append(flow.source.pixels)
+    # Where they differ from those of a folder, the first that differs is told: the plain words
+    # of settings() before the fingerprint.
+    made_by = dict(flow.settings(), net=f'{fingerprint(weights):08x}',
+                   rows=None if rows is None else rows.name)
+    folder = folder_of(out, made_by)
+    if rank == 0:
+        claim(folder, f'--out {out}', made_by)
+    wait()
+    paths = [os.path.join(folder, f'{i:06d}.png') for i in range(n)]
+    missing = [i for i in range(n) if not os.path.exists(paths[i])]
+    if len(missing) < n:
+        say(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
+    wait()  # every process has looked before any of them adds a file
+
+    starts = None if rows is None else rows.starts
+    save_images(make_images(flow, missing[rank::world], batch_size, device, rank, starts), paths)
+    wait()
+    if rank > 0:
+        return
+    lost = next((path for path in paths if not os.path.exists(path)), None)
+    if lost:
+        raise BadInput(f'--out {out}: {lost} is not there; all processes must write to one folder')
+
+    if data is not None:
+        compare_with(data, paths)
+    if out.endswith('.npz'):
+        write_npz(out, paths, flow.shape)
+    elif out.endswith('.png'):
+        write_picture(flow, out, read_images(paths), in_rows=rows is not None)
+    if folder != out:
+        shutil.rmtree(folder)
+    print(f'{out}: {n} images')
+
+
+def write_picture(flow, out, pixels, in_rows):
+    """All images, uint8 (n, C, H, W), as one grid: in rows of 8, or with one column for each class
+    where the classes fill the rows."""
+    nrow = None
+    classes = len(flow.classes)
+    if in_rows:
+        nrow = 8
+    elif 1 < classes <= 16 and len(pixels) % classes == 0:
+        nrow = classes
+    if flow.source is not None and not in_rows:  # each image after the one that became it
+        starts = flow.source.pixels[torch.arange(len(pixels)) % len(flow.source)]
+        pixels = torch.stack([starts, pixels], 1).flatten(0, 1)
+    write_grid('--out', out, pixels, nrow)
+
+
+def compare_with(data, paths):
+    """Print how many of the images made, the files `paths`, are images of the data set."""
+    pixels = data.pixels.cpu().flatten(1)
+    nearest = []
+    for k in range(0, len(paths), 64):
+        x = read_images(paths[k:k + 64]).flatten(1).double()
+        distances = [torch.cdist(x, part.double()) for part in pixels.split(4096)]
+        nearest.append(torch.cat(distances, 1).amin(1))
+    error = torch.cat(nearest) / pixels.shape[1] ** 0.5  # root mean square, in grey levels
+    print(f'{int((error < 1).sum())} of {len(paths)} samples are images of {data.name} to within '
+          f'a grey level, {error.max():.2f} RMS at most')
+
+
+# ---------------------------------------------------------------- special starts: rows of 8
+
+class Rows(NamedTuple):
+    """Starts of a picture in rows of 8, in place of the prior's."""
+    starts: torch.Tensor  # (8 * rows, C, H, W) on the plane z_max
+    name: str             # tells them from other starts
+
+
+ALONG = torch.linspace(0, 1, 8, dtype=torch.float64).view(8, 1, 1, 1)  # the places of a row
+
+
+def directions(x):
+    """x (rows, C, H, W) -> (x / |x|, |x|), float64 on the CPU, as (rows, 1, C, H, W) and
+    (rows, 1, 1, 1, 1): ready to be multiplied by ALONG."""
+    x = x.cpu().double()[:, None]
+    norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+    return x / norm, norm
+
+
+def prior_norm(flow):
+    """The norm of the prior's clipped draws; of one that is not clipped |z_max eps / sqrt(chi2_D)|
+    at the mean of chi2_D."""
+    return flow.upper_norm or flow.z_max * math.sqrt(math.prod(flow.shape)) / pfgm.unit(flow.D)
+
+
+def rescaled(flow, n):
+    """Rows of one direction each, with norms from a third of the prior's to twice that."""
+    a, _ = directions(flow.prior(range(0, 2 * max(n // 8, 1), 2)))
+    x = a * prior_norm(flow) * (1 / 3 + 5 / 3 * ALONG)
+    return Rows(x.flatten(0, 1).float(), 'rescale')
+
+
+def slerp(a, b, norm):
+    """Starts (8 * rows, C, H, W) of this norm, from directions a to b, both (rows, 1, C, H, W):
+    sin((1 - t) w) / sin w a + sin(t w) / sin w b, where w is the angle between the two."""
+    w = (a * b).sum((2, 3, 4), keepdim=True).clamp_max(1).acos().clamp_min(1e-6)  # not 0 / 0
+    x = norm * (((1 - ALONG) * w).sin() * a + (ALONG * w).sin() * b) / w.sin()
+    return x.flatten(0, 1).float()
+
+
+def between_draws(flow, n):
+    """Rows between two directions of the prior each, both with its norm."""
+    rows = max(n // 8, 1)
+    a, _ = directions(flow.prior(range(0, 2 * rows, 2)))
+    b, _ = directions(flow.prior(range(1, 2 * rows, 2)))
+    return Rows(slerp(a, b, prior_norm(flow)), 'interpolate')
+
+
+def between_images(flow, paths, data_dir, device):
+    """One row between the latents of two images, the files `paths`."""
     C, size, _ = flow.shape
-    ends = [load_images(path, args.data_dir, size, C, flag='--interpolate')[0]
-            for path in args.interpolate or ()]
-    x = flow.prior(range(2 * max(args.n // 8, 1)))
-    if ends:  # their latents in place of the prior's draws
-        x, _ = flow.follow(to_float(torch.stack(ends)), device, (0, 0), up=True)
-    x = x.cpu().double()
-    norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    x = x / norm
-    a, b = x[0::2, None], x[1::2, None]                         # (rows, 1, C, H, W), unit length
-    t = torch.linspace(0, 1, 8, dtype=torch.float64).view(1, 8, 1, 1, 1)
-    if ends:
-        norm = torch.lerp(norm[:1, None], norm[1:, None], t)
-    else:  # a prior that is not clipped: |z_max eps / sqrt(chi2_D)| at the mean of chi2_D
-        norm = flow.upper_norm or flow.z_max * math.sqrt(a[0].numel()) / pfgm.unit(flow.D)
-    if args.rescale:
-        told, x = 'rescale', a * norm * (1 / 3 + 5 / 3 * t)
-    else:  # slerp: sin((1-t) w) / sin w a + sin(t w) / sin w b, w the angle between a and b
-        w = (a * b).sum((2, 3, 4), keepdim=True).clamp_max(1).acos().clamp_min(1e-6)  # not 0 / 0
-        x = norm * (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin()
-        told = ' '.join(['interpolate'] + [f'{fingerprint([end]):08x}' for end in ends])
-    return x.flatten(0, 1).float(), told
+    ends = [load_images(path, data_dir, size, C, flag='--interpolate')[0] for path in paths]
+    latents, _ = flow.follow(to_float(torch.stack(ends)), device, (0, 0), up=True)
+    unit, norm = directions(latents)
+    x = slerp(unit[:1], unit[1:], torch.lerp(norm[:1], norm[1:], ALONG))
+    return Rows(x, f'interpolate {fingerprint(ends[:1]):08x} {fingerprint(ends[1:]):08x}')
 
 
-def write_flow_gif(flow, args, device):
-    """The same images at every step on the way down, as an animated GIF."""
+# ---------------------------------------------------------------- special pictures
+
+def write_gif(flow, n, out, device):
+    """The same n images at every step on the way down, as an animated GIF."""
     frames = []
 
-    def keep(z, x):  # far from the data x is huge: shown relative to its own largest value
+    def keep(z, x):  # far from the data x is huge: it is shown relative to its own largest value
         shown = x / x.abs().amax((1, 2, 3), keepdim=True).clamp_min(1)
         frames.append(to_uint8(shown.float()).cpu())
-    x = flow.prior(range(args.n))
+
+    x = flow.prior(range(n))
     keep(flow.z_max, x)
-    _, nfe = flow.follow(x, device, range(args.n), callback=keep)
-    frames = frames[::-(-len(frames) // 40)] + frames[-1:]
-    grids = [grid_of(frame) for frame in frames]
-    write('--out', args.out, lambda file: grids[0].save(
-        file, 'GIF', save_all=True, append_images=grids[1:], loop=0,
-        duration=[80] * (len(grids) - 1) + [2000]))
-    print(f'{args.out}: {args.n} images, {len(grids)} frames, {flow.solver} nfe {nfe}')
+    _, nfe = flow.follow(x, device, range(n), callback=keep)
+    every = math.ceil(len(frames) / 40)
+    grids = [grid_of(frame) for frame in frames[::every] + frames[-1:]]
+    milliseconds = [80 for _ in grids]
+    milliseconds[-1] = 2000
+    write('--out', out, lambda file: grids[0].save(
+        file, 'GIF', save_all=True, append_images=grids[1:], loop=0, duration=milliseconds))
+    print(f'{out}: {n} images, {len(grids)} frames, {flow.solver} nfe {nfe}')
 
 
-def encode(flow, args, device):
-    """Images up to z_max and back. A PNG with one image a row: input, latent, what comes back,
-    and |error| x 10; norms and errors are printed."""
-    C, size, _ = flow.shape
-    images = load_images(args.encode, args.data_dir, size, C, flag='--encode')
-    x = to_float(images[[*range(min(args.n, len(images)))]]).to(device)
+def encode(flow, images, out, device):
+    """Follow images uint8 (n, C, H, W) up to z_max and back, and print the norms of their latents
+    and the errors of what comes back. --out is a PNG with one image a row: the input, its latent,
+    what comes back, and |error| x 10."""
+    x = to_float(images).to(device)
     latent, nfe_up = flow.follow(x, device, up=True)
     back, nfe_down = flow.follow(latent, device)
     error = (back.to(x) - x).abs()
@@ -114,227 +282,106 @@ def encode(flow, args, device):
           f'(one grey level is 7.8e-3), nfe {nfe_up} up, {nfe_down} down')
     shown = latent / latent.abs().amax((1, 2, 3), keepdim=True)
     row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)
-    picture = grid_of(to_uint8(row.flatten(0, 1)), nrow=4)
-    write('--out', args.out, lambda file: picture.save(file, 'PNG'))
+    write_grid('--out', out, to_uint8(row.flatten(0, 1)), nrow=4)
 
 
-def restore(flow, args, device):
-    """Images of which a part is known, the rest made anew in --n ways: a PNG with one image a row,
-    the image, what is known of it, and the results."""
-    C, size, _ = flow.shape
-    given, flag = (args.inpaint, '--inpaint') if args.inpaint else (args.colorize, '--colorize')
-    images, rows = load_images(given, args.data_dir, size, C, flag=flag), []
-    if args.colorize and C == 1:
-        raise BadInput(f'--colorize {given}: the images of this network are grey')
-    if args.inpaint:
-        mask = load_images(args.mask, args.data_dir, size, 1, flag='--mask')[0].to(device) < 128
-        if mask.all():
-            raise BadInput(f'--mask {args.mask}: nothing in it is white, to be made anew')
+def grey(x):
+    """A projection of x (b, C, H, W): the mean of its channels, in each of them."""
+    return x.mean(1, keepdim=True).expand_as(x)
 
-    def part(x):  # a projection: grey is the mean of the channels
-        return x * mask if args.inpaint else x.mean(1, keepdim=True).expand_as(x)
-    for i in range(min(len(images), 8)):
+
+def outside_mask(path, data_dir, size, device):
+    """A projection of x (b, C, size, size): what is black in the image at `path`, and else 0."""
+    image = load_images(path, data_dir, size, 1, flag='--mask')[0]
+    black = image.to(device) < 128
+    if black.all():
+        raise BadInput(f'--mask {path}: nothing in it is white, to be made anew')
+    return lambda x: x * black
+
+
+def restore(flow, images, part, n, out, batch_size, device):
+    """Keep a part of each of up to 8 images, and make the rest of it anew in n ways: a PNG with one
+    image a row, the image, what is kept of it, and the results. part: a projection, see Kept."""
+    count = min(len(images), 8)
+    rows = []
+    for i in range(count):
         image = to_float(images[i])[None].to(device)
-        batches = torch.arange(i * args.n, (i + 1) * args.n).split(args.batch_size)
-        made = [flow.follow(flow.prior(b), device, b, known=(part, image))[0]
-                for b in map(torch.Tensor.tolist, batches)]
-        rows += [image, part(image), *(x.float() + part(image - x.float()) for x in made)]
-    picture = grid_of(to_uint8(torch.cat(rows)), args.n + 2)
-    write('--out', args.out, lambda file: picture.save(file, 'PNG'))
-    print(f'{args.out}: {args.n} results of each of {min(len(images), 8)} images'
-          + f', the first of {len(images)}' * (len(images) > 8))
+        rows += [image, part(image)]
+        for batch in torch.arange(i * n, (i + 1) * n).split(batch_size):
+            indices = batch.tolist()
+            x, _ = flow.follow(flow.prior(indices), device, indices, kept=Kept(part, image))
+            x = x.float()
+            rows.append(x + part(image - x))
+    write_grid('--out', out, to_uint8(torch.cat(rows)), n + 2)
+    line = f'{out}: {n} results of each of {count} images'
+    if len(images) > count:
+        line += f', the first of {len(images)}'
+    print(line)
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- from flags to images
 
-KINDS = ('.png', '.gif', '.npz')
-
-MARK = '.made_by.json'  # in a folder of samples: what made them
-
-
-def check_out(out, single):
-    """Whether --out can be written: now, not after an hour of sampling. single: one file."""
-    folder = os.path.dirname(out.rstrip('/'))
-    if folder and not os.path.isdir(folder):
-        raise BadInput(f'--out {out}: no folder {folder}; make it with: mkdir -p {folder}')
-    other = (os.path.isdir(out) == single if os.path.lexists(out) else
-             os.path.splitext(out)[1] and not single)
-    if other:
-        raise BadInput(f'--out {out}: must be a file that ends in .png, .gif or .npz, or a folder '
-                       'that does not')
-    try:
-        if single:
-            open(f'{out}.part', 'wb').close()
-            os.remove(f'{out}.part')
-        else:
-            os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f'--out {out}: cannot be written ({error}); give another') from error
-
-
-def mark(folder, flag, made_by):
-    """Make the folder, or go on with one that holds images made by the same flags: image i depends
-    on them and on i alone. They are written to it, so that other images are not taken for these."""
-    path = os.path.join(folder, MARK)
-    os.makedirs(folder, exist_ok=True)
-    try:
-        with open(path) as file:
-            before = dict(json.load(file))
-    except (OSError, ValueError, TypeError):
-        before = made_by
-        if os.listdir(folder):
-            raise BadInput(f'{flag}: {folder} is a folder that is not empty, and does not say what '
-                           'made it; give a new one') from None
-    for key, value in made_by.items():
-        if before.get(key) != value:
-            raise BadInput(f'{flag}: {folder} holds images made with {key} {before.get(key)}, not '
-                           f'{value}; give a new one, or remove that')
-    write(flag, path, lambda file: file.write(json.dumps(made_by).encode()))
-
-
-def save_png(path, pixels):
-    """uint8 (C, H, W) as a file, whole or not at all."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
-    write('--out', path, lambda file: image.save(file, 'PNG'))
-
-
-def read_images(paths):
-    """uint8 (n, C, H, W) of the files of save_png()."""
-    rows = np.stack([np.atleast_3d(Image.open(path)) for path in paths])  # (n, H, W, C)
-    return torch.from_numpy(rows).permute(0, 3, 1, 2)
-
-
-def write_npz(out, paths, shape):
-    """arr_0, uint8 (n, H, W, C), image by image: all of them may not fit in memory."""
-    C, H, W = shape
-    head = dict(descr='|u1', fortran_order=False, shape=(len(paths), H, W, C))
-
-    def save(file):
-        with zipfile.ZipFile(file, 'w') as archive, archive.open('arr_0.npy', 'w',
-                                                                 force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, head)
-            for path in paths:
-                array.write(Image.open(path).tobytes())
-    write('--out', out, save)
-
-
-def compare_with(images, paths):
-    """Print how many of the images made are images of a data set."""
-    found, errors = images.pixels.cpu().flatten(1), []
-    for k in range(0, len(paths), 64):
-        x = read_images(paths[k:k + 64]).flatten(1).double()
-        distance = torch.cat([torch.cdist(x, y.double()) for y in found.split(4096)], 1)
-        errors.append(distance.amin(1) / x.shape[1] ** 0.5)
-    error = torch.cat(errors)
-    print(f'{int((error < 1).sum())} of {len(paths)} samples are images of {images.name} to within '
-          f'a grey level, {error.max():.2f} RMS at most')
-
-
-def make_images(flow, images, args, place, special=None, rows=None):
-    """The images of --out, each process its share, each image a file as soon as it is made, so that
-    the same command again makes only what is missing. A .png or .npz is made of them at the end.
-    special, rows: of special_starts()."""
-    device, rank, world = place
-    n = args.n if special is None else len(special)
-    tensors = [images.pixels] if args.exact else flow.net.state_dict().values()
-    source = flow.source
-    tensors = [*tensors, source.pixels] if source else tensors
-    made_by = json.dumps({**flow.settings(), 'net': f'{fingerprint(tensors):08x}', 'rows': rows})
-    single = args.out.endswith(KINDS)
-    folder = f'{args.out}.{zlib.crc32(made_by.encode()):08x}' if single else args.out
-    if rank == 0:
-        mark(folder, f'--out {args.out}', json.loads(made_by))
-    wait()
-    paths = [os.path.join(folder, f'{i:06d}.png') for i in range(n)]
-    missing = [i for i in range(n) if not os.path.exists(paths[i])]
-    if len(missing) < n:
-        say(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
-    wait()  # all have looked before any adds to them
-    with ThreadPoolExecutor(4) as pool:  # files are written while the next batch is sampled
-        saved = ()
-        for indices, x, _ in flow.images(missing[rank::world], args.batch_size, device, rank,
-                                         special):
-            list(saved)  # a disk that is full ends the run here
-            saved = pool.map(save_png, [paths[i] for i in indices], to_uint8(x).cpu())
-        list(saved)
-    wait()
-    if rank > 0:
-        return
-    lost = next((path for path in paths if not os.path.exists(path)), None)
-    if lost:
-        raise BadInput(f'--out {args.out}: {lost} is not there; all processes must write to one '
-                       'folder')
-    if args.exact:
-        compare_with(images, paths)
-    if args.out.endswith('.npz'):
-        write_npz(args.out, paths, flow.shape)
-    elif single:
-        pixels = read_images(paths)
-        if source and special is None:  # each behind the image that became it
-            starts = source.pixels[torch.arange(n) % len(source)]
-            pixels = torch.stack([starts, pixels], 1).flatten(0, 1)
-        turns = len(flow.classes)  # one column a class, where they fill the rows
-        picture = grid_of(pixels, 8 if special is not None else
-                                   turns if 1 < turns <= 16 and n % turns == 0 else None)
-        write('--out', args.out, lambda file: picture.save(file, 'PNG'))
-    if single:
-        shutil.rmtree(folder)
-    print(f'{args.out}: {n} images')
-
-
-def main(args):
-    if args.gif and not args.out.endswith('.gif'):
-        args.out = os.path.splitext(args.out)[0] + '.gif'
-    known = args.inpaint or args.colorize
-    picture = args.encode or known
-    rows = args.interpolate is not None or args.rescale
-    if args.interpolate and len(args.interpolate) != 2:
-        raise BadInput(f'--interpolate {" ".join(args.interpolate)}: give two images, or none')
-    if bool(args.inpaint) != bool(args.mask):
-        raise BadInput('--inpaint and --mask belong together; give both')
-    if known and args.solver == 'rk45':
-        raise BadInput('--solver rk45: not of --inpaint and --colorize, whose steps are fixed; '
-                       'give another, or leave it out')
-    if known and not args.solver:
-        args.solver, args.nfe = 'renew', args.nfe or 100
-    if picture and not args.out.endswith('.png') or rows and args.out.endswith('.gif'):
-        raise BadInput(f'--out {args.out}: a picture; must end in .png')
-    if (picture or args.out.endswith('.gif')) and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise BadInput(f'--out {args.out}: made by one process; run it without torchrun')
-    device, rank, world = place = setup(args.device, float64=args.exact)
-    if rank == 0:
-        check_out(args.out, args.out.endswith(KINDS))
+def flow_from(args, data, device):
+    """The Flow that the flags ask for; data: the Images of --exact."""
     options = {name: getattr(args, name) for name in SAMPLING_FLAGS}
-    images = None
-    if args.exact and args.compile:
-        raise BadInput('--compile: --exact has no network; leave it out')
     if args.exact:
-        dataset = args.dataset or 'glyphs'
-        images = load_images(dataset, args.data_dir, args.image_size)
-        flow = exact_flow(images, dataset, device, **options)
+        flow = exact_flow(data, args.dataset or 'glyphs', device, **options)
     else:
         flow = load_flow(args.ckpt, device, weights=args.weights, compiled=args.compile,
                          dataset=args.dataset, data_dir=args.data_dir, source=args.start,
                          bf16=args.bf16, **options)
-    source = flow.source
-    if (args.eta or flow.solver == 'renew') and (args.encode or args.interpolate):
-        raise BadInput(f'--solver {flow.solver}, --eta {args.eta}: fresh noise cannot be encoded; '
-                       'give another')
-    if args.start and not source:
-        raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
-    args.n = args.n or (8 if known else min(64, len(source)) if source else 64)
-    if (args.interpolate or known) and not args.classes:
-        flow.classes = []  # images that are given may be of any class
-    if rows:  # each of one class; images that are given have one way between them
-        flow.classes = [k for k in flow.classes[:1 if args.interpolate else None] for _ in range(8)]
-    say('  '.join(f'{k} {v}' for k, v in flow.settings().items()))
-    if known:
-        return restore(flow, args, device)
+    check_flow(args, flow)
+    images_are_given = args.interpolate or args.inpaint or args.colorize
+    if images_are_given and not args.classes:
+        flow.classes = ()  # they may be of any class
+    if args.interpolate:
+        flow.classes = flow.classes[:1]  # there is but one row between them
+    if args.interpolate is not None or args.rescale:
+        flow.classes = tuple(label for label in flow.classes for _ in range(8))  # one a row
+    return flow
+
+
+def main(args):
+    check_flags(args)
+    device, rank, world = setup(args.device, float64=args.exact)
+    if rank == 0:
+        check_out(args.out)
+    data = None
+    if args.exact:
+        data = load_images(args.dataset or 'glyphs', args.data_dir, args.image_size)
+    flow = flow_from(args, data, device)
+    C, size, _ = flow.shape
+    n = args.n or 64
+    if args.n is None and flow.source is not None:
+        n = min(64, len(flow.source))
+    say('  '.join(f'{name} {value}' for name, value in flow.settings().items()))
+
     if args.encode:
-        return encode(flow, args, device)
+        images = load_images(args.encode, args.data_dir, size, C, flag='--encode')
+        return encode(flow, images[list(range(min(n, len(images))))], args.out, device)
+    if args.inpaint:
+        images = load_images(args.inpaint, args.data_dir, size, C, flag='--inpaint')
+        part = outside_mask(args.mask, args.data_dir, size, device)
+        return restore(flow, images, part, args.n or 8, args.out, args.batch_size, device)
+    if args.colorize:
+        images = load_images(args.colorize, args.data_dir, size, C, flag='--colorize')
+        if C == 1:
+            raise BadInput(f'--colorize {args.colorize}: the images of this network are grey')
+        return restore(flow, images, grey, args.n or 8, args.out, args.batch_size, device)
     if args.out.endswith('.gif'):
-        return write_flow_gif(flow, args, device)
-    make_images(flow, images, args, place, *(special_starts(args, flow, device) if rows else ()))
+        return write_gif(flow, n, args.out, device)
+
+    rows = None
+    if args.rescale:
+        rows = rescaled(flow, n)
+    elif args.interpolate:
+        rows = between_images(flow, args.interpolate, args.data_dir, device)
+    elif args.interpolate is not None:
+        rows = between_draws(flow, n)
+    if rows is not None:
+        n = len(rows.starts)
+    write_images(flow, n, args.out, args.batch_size, device, rank, world, rows, data)
+
 
 if __name__ == '__main__':
     run(main, parse_args())

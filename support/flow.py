@@ -1,5 +1,6 @@
-"""A trained network and how to follow it: with which solver, on which planes, from which noise. Read it
-if you want to know what sample.py does between the prior and an image.
+"""A trained network and how to follow it: with which solver, on which planes, from which noise.
+
+Read it if you want to know what sample.py does between the prior and an image.
 
     flow = load_flow('out/ckpt.pt', torch.device('cpu'), nfe=20)
     for indices, x, nfe in flow.images(range(64), batch_size=64, device=torch.device('cpu')):
@@ -9,7 +10,7 @@ import argparse
 import dataclasses
 import functools
 import math
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 
@@ -30,17 +31,27 @@ SOLVER_NAMES = (*SOLVERS, 'ddim', 'renew')  # of --solver; the last two add fres
 EDM_NFE = 35  # calls with which EDM and PFGM++ published CIFAR-10: 18 steps of heun
 
 
-def restoring(net, options, part, image, noise):
-    """The field of `net` where a part of the image is known, called like a network.
+class Kept(NamedTuple):
+    """What is kept of an image while the rest of it is made anew."""
+    part: Callable       # x (b, C, H, W) -> like x: a linear projection onto what is kept
+    image: torch.Tensor  # (1, C, H, W) in [-1, 1]
 
-    part(x) is a projection, onto what is known. On each plane part(x) is replaced by that of
-    image + z noise, the same noise on all planes, and what it leads to by the image's; the rest
+
+def restoring(net, options, kept, noise):
+    """The field of `net` where a part of the image is kept, called like a network.
+
+    On each plane that part of x is replaced by the part of image + z noise, with the same noise
+    (b, C, H, W) on all planes, and what it leads to is replaced by the part of the image; the rest
     follows the lines from there. Controllable generation of arXiv 2011.13456, Appendix I.
-    options: what drift() takes of net, and need not know of the field that is returned."""
+    options: the keywords with which drift() follows `net`. The field that is returned has used
+    them already, and is itself followed with z_exp=0 alone."""
+    part, image = kept
+
     def restored(x, z, labels=None):
-        at = x + part(image + pfgm.column(z, x) * noise - x)
-        towards = pfgm.drift(net, at, z, labels=labels, **options)  # x - xhat
-        return part(towards - x + image) - towards, -z
+        replaced = x + part(image + pfgm.column(z, x) * noise - x)
+        slope = pfgm.drift(net, replaced, z, labels=labels, **options)  # x - xhat
+        return part(slope - x + image) - slope, -z
+
     return restored
 
 
@@ -159,13 +170,13 @@ class Flow:
     # ------------------------------------------------------------ following it
 
     @torch.no_grad()
-    def follow(self, x, device, indices=(), up=False, callback=None, known=None):
+    def follow(self, x, device, indices=(), up=False, callback=None, kept=None):
         """x (b, C, H, W) from z_max down to z_min (and z = 0), or up -> (x, network calls).
 
         In float32, or in float64 for an exact field and for published denoisers. indices: of the
-        images, for classes and fresh noise. callback(z, x) after each step. known: (part, image),
-        what is kept of an image, see restoring(). Raises BadInput where the solver cannot go on, or
-        images are not finite."""
+        images, for classes and fresh noise. callback(z, x) after each step. kept: what is kept of
+        an image, see restoring(). Raises BadInput where the solver cannot go on, or images are not
+        finite."""
         labels = self.labels_of(indices, device)
         to_data, z_last = self.ending()
         z_from, z_to = (self.z_min, self.z_max) if up else (self.z_max, z_last)
@@ -174,9 +185,8 @@ class Flow:
         net = self.net
         options = dict(gamma=self.gamma, z_exp=self.z_exp, small_z=self.small_z,
                        guidance=self.guidance)
-        if known:
-            part, image = known
-            net = restoring(net, options, part, image, x / self.z_max)
+        if kept is not None:
+            net = restoring(net, options, kept, x / self.z_max)
             options = dict(z_exp=0.0)
         fixed = self.solver != 'rk45'
         if not fixed:
@@ -203,14 +213,13 @@ class Flow:
             raise BadInput(f'--ckpt: the network leads to images that are not finite; {DIVERGED}')
         return x, nfe
 
-    def images(self, indices, batch_size, device, rank=0, starts=None):
+    def images(self, indices, batch_size, device, rank=0):
         """Make the images `indices`, and yield (indices, x (b, C, H, W), network calls) a batch at
-        a time. starts (n, C, H, W) replaces the prior. Rank 0 says how far it has come."""
+        a time. Rank 0 says how far it has come."""
         nfe = 0
         batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         for batch in watch(batches, len(indices), lambda: f'{self.solver} nfe {nfe}', rank):
-            x = self.prior(batch) if starts is None else starts[batch]
-            x, nfe = self.follow(x, device, batch)
+            x, nfe = self.follow(self.prior(batch), device, batch)
             yield batch, x, nfe
 
     # ------------------------------------------------------------ words about it
@@ -218,9 +227,9 @@ class Flow:
     def settings(self):
         """All that its images depend on but for the network's weights and the images of `source`: a
         dict that json can write."""
-        fields = [field.name for field in dataclasses.fields(self)]
-        found = {name: getattr(self, name) for name in fields if name not in ('net', 'source')}
-        return dict(found, schedule=self.chosen_schedule(), classes=list(self.classes))
+        names = [field.name for field in dataclasses.fields(self)]
+        values = {name: getattr(self, name) for name in names if name not in ('net', 'source')}
+        return dict(values, schedule=self.chosen_schedule(), classes=list(self.classes))
 
     def facts(self):
         """What a line of results says of a flow, so that two that differ can be told apart."""
@@ -388,45 +397,73 @@ SAMPLING_FLAGS = ('solver', 'nfe', 'tol', 'schedule', 'z_min', 'to_data', 'small
 
 
 def flow_flags(p):
-    """p with the flags that say which flow to follow and how, the same in sample.py and evaluate.py."""
-    p.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt', help='ours or one of the '
-                   'authors, or the folder of a run')
-    p.add_argument('--weights', default='ema', choices=('ema', 'raw'))
-    p.add_argument('--exact', action='store_true', help='follow the field of --dataset instead')
-    p.add_argument('--dataset', default=None, help='of --exact (default: glyphs); or what the '
-                   'checkpoint was trained on (default: as it says)')
-    p.add_argument('--data_dir', default='data')
-    p.add_argument('--image_size', type=above(0, int), default=None, help='of --exact')
-    p.add_argument('--batch_size', type=above(0, int), default=64, help='images at a time')
-    p.add_argument('--solver', choices=SOLVER_NAMES, default=None, help='default: rk45, or where --nfe '
-                   'is given unipc (official checkpoints: heun; those of EDM and PFGM++: heun from '
-                   f'{EDM_NFE} calls on, unipc below)')
-    p.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0, help='fresh noise of ddim:'
-                   ' 0 none (it is euler), 1 ancestral sampling of DDPM (default: 0)')
-    p.add_argument('--nfe', type=above(0, int), default=None,
-                   help='network calls an image, of all solvers but rk45 (default: 100; '
-                   f'of one of --distill or --consistency 1, of EDM or PFGM++ {EDM_NFE})')
-    p.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None, help='planes of '
-                   'the steps (default: radius; official checkpoints: log; EDM and PFGM++ by heun: '
-                   'rho7); time: even in the t of vp, subvp, ddpm and rf')
-    p.add_argument('--z_min', type=above(0), default=None, help='the last plane (default: 1e-3 in '
-                   'PFGM and 0.002 sqrt(D) in PFGM++; with --nfe up to 5 sqrt(D) / nfe^2, but not '
-                   'by heun on networks of EDM and PFGM++)')
-    p.add_argument('--to_data', action=argparse.BooleanOptionalAction, default=None, help='make '
-                   'the last call on z_min and go straight to z = 0 (default: not with rk45, nor '
-                   'for official checkpoints)')
-    p.add_argument('--classes', type=unless('none', [], lambda text: text.split(',')), default=None,
-                   metavar='0,7,...', help='labels of the images or their names (cat,dog), in '
-                   'turn, or none (default: all, of a network trained with them)')
-    p.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0, help='classifier-free; '
-                   'other than 1 it takes two calls for each (default: 1)')
-    p.add_argument('--tol', type=above(0), default=1e-4, help='rtol and atol of rk45')
-    p.add_argument('--small_z', choices=('exact', 'official'), default=None,
-                   help='v_z below z_exp (default: exact; official for official checkpoints)')
-    p.add_argument('--bf16', action=argparse.BooleanOptionalAction, default=None, help='bfloat16 '
-                   'autocast (default: where it is fast, not for official checkpoints; '
-                   'never with rk45)')
-    p.add_argument('--compile', action='store_true', help='torch.compile the network')
-    p.add_argument('--seed', type=above(-1, int), default=0)
-    p.add_argument('--device', default='auto')
-    return p
+    """Add to the parser p, in groups, the flags that say which flow to follow and how: they are the
+    same in sample.py and evaluate.py. -> the group of those that most people need."""
+    yes_or_no = argparse.BooleanOptionalAction
+    first = p.add_argument_group('what most people need')
+    first.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt',
+                       help='a checkpoint, ours or one of the authors, or the folder of a run '
+                       '(default: %(default)s)')
+    first.add_argument('--nfe', type=above(0, int), default=None,
+                       help='network calls an image, with all solvers but rk45 (default: rk45 '
+                       'makes as many as --tol asks for, the others 100, networks of --distill or '
+                       f'--consistency 1, those of EDM and PFGM++ {EDM_NFE})')
+    first.add_argument('--classes', type=unless('none', [], lambda text: text.split(',')),
+                       default=None, metavar='0,7,...',
+                       help='labels of the images or their names (cat,dog), in turn, or none '
+                       '(default: all, where the network was trained with them)')
+    first.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0,
+                       help='classifier-free guidance; other than 1 it doubles the calls '
+                       '(default: 1)')
+    first.add_argument('--seed', type=above(-1, int), default=0,
+                       help='of all noise: image i depends on it and on i (default: 0)')
+
+    network = p.add_argument_group('the network, or the data in its place')
+    network.add_argument('--weights', default='ema', choices=('ema', 'raw'),
+                         help='the averaged weights, or those of the last step (default: ema)')
+    network.add_argument('--exact', action='store_true',
+                         help='no network: follow the field of all images of --dataset '
+                         '(default: off)')
+    network.add_argument('--dataset', default=None,
+                         help='of --exact (default: glyphs); or what the checkpoint was trained '
+                         'on (default: as it says)')
+    network.add_argument('--data_dir', default='data',
+                         help='where known data sets are kept (default: data)')
+    network.add_argument('--image_size', type=above(0, int), default=None,
+                         help='of --exact, pixels a side (default: as the data is)')
+
+    solver = p.add_argument_group('the solver')
+    solver.add_argument('--solver', choices=SOLVER_NAMES, default=None,
+                        help='default: rk45, or where --nfe is given unipc (official checkpoints: '
+                        f'heun; those of EDM and PFGM++: heun from {EDM_NFE} calls on, unipc '
+                        'below; those of --consistency: renew)')
+    solver.add_argument('--tol', type=above(0), default=1e-4,
+                        help='rtol and atol of rk45 (default: 1e-4)')
+    solver.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None,
+                        help='planes of the steps (default: radius; official checkpoints: log; '
+                        'EDM and PFGM++ by heun: rho7); time: even in the t of vp, subvp, ddpm '
+                        'and rf')
+    solver.add_argument('--to_data', action=yes_or_no, default=None,
+                        help='make the last call on z_min and go straight to z = 0 (default: not '
+                        'with rk45, nor for official checkpoints)')
+    solver.add_argument('--z_min', type=above(0), default=None,
+                        help='the last plane (default: 1e-3 in PFGM and 0.002 sqrt(D) in PFGM++; '
+                        'with --nfe up to 5 sqrt(D) / nfe^2, but not by heun on networks of EDM '
+                        'and PFGM++)')
+    solver.add_argument('--small_z', choices=('exact', 'official'), default=None,
+                        help='v_z below z_exp (default: exact; official for official checkpoints)')
+    solver.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0,
+                        help='fresh noise of ddim: with 0 none (it is euler), with 1 ancestral '
+                        'sampling of DDPM (default: 0)')
+
+    machine = p.add_argument_group('the machine')
+    machine.add_argument('--device', default='auto',
+                         help='auto, cpu, cuda, cuda:1 or mps (default: auto)')
+    machine.add_argument('--batch_size', type=above(0, int), default=64,
+                         help='images at a time (default: 64)')
+    machine.add_argument('--bf16', action=yes_or_no, default=None,
+                         help='bfloat16 autocast (default: where it is fast, not for official '
+                         'checkpoints; never with rk45)')
+    machine.add_argument('--compile', action='store_true',
+                         help='torch.compile the network (default: off)')
+    return first
