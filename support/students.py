@@ -1,5 +1,5 @@
-"""Networks that learn from a trained one, for few network calls: reflow, distillation, consistency. You
-need not read it to understand PFGM.
+"""Networks that learn from a trained one, for few network calls: reflow, distillation, consistency.
+You need not read it to understand PFGM.
 
 Reflow and distillation train on pairs, of noise and of the image that the teacher makes of it.
 """
@@ -56,12 +56,26 @@ def method_of_student(teacher, reflow, distill):
 
 
 def read_shard(path, shape):
-    """The memory map of a file of pairs; None where it is absent or of another shape."""
+    """The memory map of a file of pairs; None where it is absent, cut short or of another shape."""
     try:
         shard = np.load(path, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError):
         return None
-    return shard if shard.shape == shape and shard.dtype == np.float32 else None
+    if shard.shape != shape or shard.dtype != np.float32:
+        return None
+    return shard
+
+
+def make_pairs(teacher, indices, batch_size, device):
+    """The pairs `indices` of a teacher, a Flow: float32 (n, 2, C, S, S) on the CPU."""
+    pairs = []
+    for first in range(0, len(indices), batch_size):
+        batch = indices[first:first + batch_size]
+        x = teacher.prior(batch)
+        y, _ = teacher.follow(x, device, batch)
+        y = y.float().cpu()
+        pairs.append(torch.stack([(x - y) / teacher.z_max, y], 1))
+    return torch.cat(pairs)
 
 
 def pairs_of_teacher(teacher, count, folder, flag, batch_size, device, rank, world):
@@ -69,33 +83,28 @@ def pairs_of_teacher(teacher, count, folder, flag, batch_size, device, rank, wor
     the images y where it leads them, kept in `folder`. arXiv 2209.03003 Section 2.2.
 
     -> a data set of float32 (2, C, S, S): eps = (x - y) / z_max, and y, so that the line between
-    them is y + z eps. Each rank makes its share; pairs that this network has already made are kept.
-    flag: what named the teacher. Raises BadInput where the teacher cannot be followed."""
-    mark = fingerprint(teacher.net.state_dict().values(), teacher.seed)
+    them is y + z eps. Each rank makes its share of the files, and files that this network has made
+    before are kept. flag: what named the teacher. Raises BadInput where it cannot be followed."""
+    network = fingerprint(teacher.net.state_dict().values(), teacher.seed)
     shards = [range(count)[first:first + SHARD] for first in range(0, count, SHARD)]
-    paths = [os.path.join(folder, f'{mark:08x}-{k:05d}.npy') for k in range(len(shards))]
+    paths = [os.path.join(folder, f'{network:08x}-{k:05d}.npy') for k in range(len(shards))]
+    shapes = [(len(shard), 2, *teacher.shape) for shard in shards]
 
-    def read(k):
-        return read_shard(paths[k], (len(shards[k]), 2, *teacher.shape))
-
-    missing = [k for k in range(len(shards))[rank::world] if read(k) is None]
+    mine = range(rank, len(shards), world)
+    missing = [k for k in mine if read_shard(paths[k], shapes[k]) is None]
     todo = [shards[k] for k in missing]
-    for shard, k in zip(watch(todo, sum(map(len, todo)), 'pairs', rank), missing):
+    pairs_missing = sum(len(shard) for shard in todo)
+    # watch() comes first in zip(): it says its last line when it is asked for one more.
+    for shard, k in zip(watch(todo, pairs_missing, 'pairs', rank), missing):
         os.makedirs(folder, exist_ok=True)
-        pairs = []
-        for first in range(0, len(shard), batch_size):
-            batch = shard[first:first + batch_size]
-            x = teacher.prior(batch)
-            with given_by(flag):
-                y = teacher.follow(x, device, batch)[0].float().cpu()
-            pairs.append(torch.stack([(x - y) / teacher.z_max, y], 1))
-        pairs = torch.cat(pairs).numpy()
+        with given_by(flag):
+            pairs = make_pairs(teacher, shard, batch_size, device).numpy()
         write('--out_dir', paths[k], lambda file: np.save(file, pairs))
     wait()
-    made = [read(k) for k in range(len(shards))]
+    made = [read_shard(path, shape) for path, shape in zip(paths, shapes)]
     if any(shard is None for shard in made):
-        raise BadInput(f'--out_dir {os.path.dirname(folder)}: every process must see the same '
-                       'folder')
+        given = os.path.dirname(folder)
+        raise BadInput(f'--out_dir {given}: every process must see the same folder')
     return torch.utils.data.ConcatDataset(made)
 
 
