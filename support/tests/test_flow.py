@@ -1,0 +1,116 @@
+"""Flow: from where to where a network is followed, and what it refuses."""
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import optimize
+
+import pfgm
+from pfgm import ExactField
+from support.flow import Flow
+from support.images import to_float
+from support.solvers import ancestral
+from support.tests.common import (F64, TINY_PP, close, loaded, refuses, said, sampled, script,
+                                  seeded, spied)
+
+
+def flow_without_network(**fields):
+    """A Flow of PFGM with the published constants of CIFAR-10, for images of 4 x 4."""
+    constants = dict(net=None, shape=(1, 4, 4), D=1, z_min=1e-3, z_max=40.0, upper_norm=300.0,
+                     z_exp=5.0, gamma=5.0)
+    return Flow(**{**constants, **fields})
+
+
+def test_labels_of__are_the_classes_in_turn():
+    labels = flow_without_network(classes=(0, 3, 7)).labels_of(range(2, 6), 'cpu')
+    assert labels.tolist() == [7, 0, 3, 7]
+    assert flow_without_network().labels_of(range(2), 'cpu') is None
+
+
+def test_noise_of__goes_no_farther_than_the_prior():
+    noise = flow_without_network().noise_of(range(200))
+    norms = torch.cat([noise(step).flatten(1).norm(dim=1) for step in range(3)])
+    assert norms.max() <= 7.5 * (1 + 1e-6)  # 300 / 40
+    assert (norms > 7.49).sum() > 100
+    heavy_tailed = flow_without_network(upper_norm=None)
+    assert heavy_tailed.noise_of(range(200))(0).abs().max() > 100
+
+
+def test_ancestral__renews_the_noise_on_every_plane():
+    """x = xhat, then noise of the kernel anew: of one charge, the charge and that noise."""
+    y = torch.randn(1, 6, generator=seeded(), dtype=F64)
+    D = 3
+    noise = pfgm.kernel((2, 1000, 6), torch.ones(2, dtype=F64), math.inf, seeded(1))
+    path = []
+    end, nfe = pfgm.sample_ode(
+        ExactField(y, D=D), 9 * noise[0], 9.0, 0.5, ancestral(None, lambda i: noise[i]), 3, z_exp=0,
+        D=D, to_data=True, schedule_name='log', callback=lambda z, x: path.append((z, x)))
+    assert nfe == len(path) == 3
+    for (z, x), fresh in zip(path, noise):
+        close(x, y + z[0] * fresh, atol=1e-9)
+    close(end, y.expand(1000, 6), atol=1e-9)
+
+
+def test_prior__a_flow_between_two_data_sets_starts_from_images(straight, here):
+    """x_t = t y + (1 - t) s of images s and y, drawn at random and paired so that they are near in
+    each batch; samples start from s; reflow keeps the pairs."""
+    images = torch.randint(0, 256, (2, 7, 16, 16), generator=seeded()).to(torch.uint8)
+    for name, pixels in zip('sy', images):
+        np.save(f'{name}.npy', pixels)
+    s = to_float(images[0])[:, None]
+    command = ['train.py', *TINY_PP, *'--dataset y.npy --lr 1e-2 --sample_every 30'.split()]
+    with spied(pfgm.Denoiser, 'perturb') as perturb:
+        script([*command, *'--method rf --source s.npy --steps 30 --out_dir a'.split()])
+    batches = set()
+    for call in perturb.call_args_list:
+        y = call.args[1]
+        start = call.kwargs['eps']
+        distance = torch.cdist(start.flatten(1), s.flatten(1))
+        nearest = distance.argmin(1)
+        assert distance.amin(1).max() < 0.05                             # an image of the other set
+        cost = torch.cdist(y.flatten(1), s[nearest].flatten(1)).square()
+        least = cost[optimize.linear_sum_assignment(cost)].sum()
+        close(cost.diagonal().sum(), least, rtol=1e-5)
+        batches.add(tuple(sorted(nearest.tolist())))
+    assert len(batches) > 9
+
+    flags = '--ckpt a --nfe 8 --no-bf16'.split()  # by bfloat16 more than a grey level differs
+    made = sampled('a.npz', *flags, '--n', 9)
+    assert (made[7:] == made[:2]).all() and len(np.unique(made, axis=0)) == 7
+    script(['sample.py', '--device', 'cpu', *flags, *'--from s.npy --out a.png'.split()])
+    strip = np.asarray(Image.open('a.png').convert('L')).astype(int)     # pairs, s before y
+    assert (abs(strip[4:68:4, 4:68:4] - images[0, 0].numpy()) <= 1).all()
+
+    for kind in ('reflow', 'distill'):
+        out = said([*command, f'--{kind}', 'a', *f'--pairs 9 --steps 3 --out_dir {kind}'.split()])
+        eps, end = torch.from_numpy(np.load(*Path(kind, 'pairs').iterdir())).unbind(1)
+        close(end / 999 + eps, s[torch.arange(9) % 7], atol=1e-4)
+        assert 'the teacher: straightness' in out
+        assert len(sampled('b.npz', '--ckpt', kind)) == 7
+
+    refuses(['sample.py', '--ckpt', straight, '--from', 's.npy'], '--from s.npy: .* from noise')
+    refuses('evaluate.py --ckpt a --bpd --device cpu'.split(), '--bpd: .*from images')
+    refuses([*command, *'--source s.npy --method vp --out_dir c'.split()], '--source s.npy: b')
+
+
+@pytest.mark.parametrize('solver, value', [
+    ('rk45', math.nan), ('rk45', math.inf), ('unipc', math.inf), ('heun', math.nan),
+    ('ddim', math.nan)])
+def test_follow__makes_nothing_of_a_network_that_gives_nan(copied, monkeypatch, solver, value):
+    monkeypatch.chdir(copied)
+    saved = loaded('.')
+    saved['ema']['conv_out.bias'][:] = value
+    if solver == 'ddim':
+        saved['args'].update(method='vp', D=math.inf)
+    torch.save(saved, 'ckpt.pt')
+    flags = ['--ckpt', 'ckpt.pt', '--solver', solver, '--device', 'cpu', '--n', 2]
+    for more in ([], ['--encode', 'glyphs'], ['--gif'], ['--interpolate']):
+        refuses(['sample.py', *flags, '--out', 'a.png', *more], '--ckpt.*(diverged|not finite)')
+    refuses(['evaluate.py', *flags, '--swd', '--bpd'], 'diverged')
+    refuses(['sample.py', *flags, '--tol', '1e-12'], '--tol 1e-12: finer than the float32')
+    assert not [name for name in os.listdir('.')
+                if name.endswith(('.png', '.gif', '.npz', 'results.jsonl'))]
