@@ -1,47 +1,61 @@
-"""Checkpoints: one file of ours, read and written, pruned and averaged. You need not read it to
-understand the method.
+"""Checkpoints: from a file, ours or one of the authors', to a trained network; and several files
+pruned and averaged to one. You need not read it to understand the method.
+
+    net, flags = load_checkpoint('out/ckpt.pt')
+    v_x, v_z = net(x, z)              # x (B, C, S, S), z (B,); and labels (B,) where it has classes
+    flags['method'], flags['step']    # the flags of train.py, and the updates that were made
+
+    python -m support.checkpoint a.pt b.pt --out ema.pt
+
+A file of ours is a dict of state dicts and plain values: net and ema (the raw and the averaged
+weights), opt (the optimizer), step, args (the flags of train.py) and rng (the random generators). A
+pruned one has ema, step and args.
 """
-import codecs
+import math
 import os
 
-import numpy as np
 import torch
 
-from support.cli import BadInput, Parser, write
+from support.cli import BadInput, CLASS_LIMIT, Parser, write
 from support.methods import METHODS, as_flow
-from support.networks import BEFORE_D, build, check_shapes, check_tensors
+from support.networks import build, check_shapes, check_tensors
 from support.processes import run
-from support.published import convert_official, holds_objects, read_edm
+from support.published import NUMPY_NUMBERS, convert_official, holds_objects, read_edm
 
+
+# ---------------------------------------------------------------- reading and writing
 
 def load_checkpoint(path, weights='ema'):
-    """A trained network and the arguments it was trained with, with its `step`: (net in eval mode,
-    args dict); a denoiser comes as a baselines.Denoiser, called the same way.
+    """A trained network in eval mode, called net(x, z[, labels]) -> (v_x, v_z), and the mapping of
+    the flags that it was trained with, with its `step`.
 
-    Reads our files and the authors', told apart by content; nothing in a file is executed.
-    Raises BadInput where the file is absent, truncated, of another kind or another architecture."""
-    saved, part = read_checkpoint(path, weights == 'raw'), {'ema': 'ema', 'raw': 'net'}[weights]
+    The file may be ours or one of the authors of PFGM, PFGM++ and EDM; its content tells. weights:
+    'ema' or 'raw'. Nothing in a file is executed. Raises BadInput where the file is absent,
+    damaged, of another kind, or not of the architecture that it claims."""
+    saved = read_checkpoint(path, whole=weights == 'raw')
+    part = 'net' if weights == 'raw' else 'ema'
     if part not in saved:
         raise BadInput(f'--weights {weights}: {path} holds the EMA only; use --weights ema')
-    args = {**saved['args'], 'step': saved['step']}
-    return as_flow(build(saved[part], args, path), args).eval(), args
+    flags = dict(saved['args'], step=saved['step'])
+    net = build(saved[part], flags, path)
+    return as_flow(net, flags).eval(), flags
 
 
 def read_checkpoint(path, whole=False):
-    """The file as a dict of net, ema, opt, step, args (and rng where it is ours), on the CPU; of
-    ema, step, args where it was pruned, or is of EDM's kind and not `whole` asked for. Raises
-    BadInput as load_checkpoint does."""
+    """The file as a dict in our own form, on the CPU: net, ema, opt, step, args and rng, or ema,
+    step and args where it was pruned. The authors' files have no rng.
+
+    whole: of a file of EDM or PFGM++ give net and opt too, if it has them; without, only its EMA.
+    Raises BadInput as load_checkpoint() does."""
+    if not os.path.lexists(path):
+        raise BadInput(f'--ckpt {path}: no such file; make one with: python train.py')
     if not os.path.isfile(path):
-        missing = 'no such file' if not os.path.lexists(path) else 'not a file'
-        raise BadInput(f'--ckpt {path}: {missing}; make one with: python train.py')
-    scalar = np.float64().__reduce__()[0]  # the official lr is one
-    numpy_numbers = [np.dtype, np.dtypes.Float64DType, (codecs.encode, '_codecs.encode'),
-                     *((scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core'))]
+        raise BadInput(f'--ckpt {path}: not a file; make one with: python train.py')
     try:
         if holds_objects(path):
             saved = read_edm(path, whole)
         else:
-            with torch.serialization.safe_globals(numpy_numbers):
+            with torch.serialization.safe_globals(NUMPY_NUMBERS):
                 saved = torch.load(path, map_location='cpu', weights_only=True)
         keys = saved.keys() if isinstance(saved, dict) else set()
         if {'model', 'ema', 'optimizer', 'step'} <= keys:
@@ -49,9 +63,6 @@ def read_checkpoint(path, whole=False):
         elif not {'ema', 'args', 'step'} <= keys:
             raise BadInput(f'--ckpt {path}: not a checkpoint of train.py (net, ema, opt, step, '
                            'args), nor one of the authors of PFGM, PFGM++ or EDM')
-        saved['args'] = {**BEFORE_D, **saved['args']}
-        if saved['args'].get('M') == 0:  # so older files said that their method has no charges
-            saved['args'].update(M=None, field_batch=1)
         check_contents(saved)
     except BadInput:
         raise
@@ -64,27 +75,8 @@ def read_checkpoint(path, whole=False):
     return saved
 
 
-def check_contents(saved):
-    """ValueError where something that sampling needs is not there or of the wrong kind."""
-    args, names = {**saved['args'], 'step': saved['step']}, saved['args'].get('class_names') or []
-    for part in {'net', 'ema'} & saved.keys():
-        check_tensors(saved[part])
-    good = dict(
-        step=type(args['step']) is int and args['step'] >= 0, method=args['method'] in METHODS,
-        class_names=isinstance(names, list) and all(isinstance(name, str) for name in names),
-        data=isinstance(args.get('data') or [], list), D=args['D'] >= 1,
-        sigma_data=0 < args['sigma_data'] < 1e9)
-    if not args.get('official'):
-        norm = args['upper_norm']  # None: a prior that is not clipped
-        good.update({key: 0 <= args[key] < 1e9 for key in ('z_max', 'z_exp', 'gamma')},
-                    z_min=0 < args['z_min'] < args['z_max'],
-                    upper_norm=norm is None or 0 <= norm < 1e9)
-    for key in (key for key in good if not good[key]):
-        raise ValueError(f'{key} {args[key]!r}')
-
-
 def save(path, checkpoint):
-    """Whole or not at all, and on the disk before the old file goes."""
+    """Write the file whole or not at all; the new one is on the disk before the old one goes."""
     def durable(file):
         torch.save(checkpoint, file)
         file.flush()
@@ -92,14 +84,147 @@ def save(path, checkpoint):
     write('checkpoint', path, durable)
 
 
-# ---------------------------------------------------------------- the folder of a run
-
 def in_folder(path):
-    """An argparse type: the ckpt.pt of a folder, else the path itself."""
+    """An argparse type: the path of a checkpoint; that of a folder means the ckpt.pt in it."""
     return os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
 
 
+# ---------------------------------------------------------------- what a file must hold
+#
+# A file from a stranger may say anything. What sampling and training read of its flags is therefore
+# checked here, once, so that no other place meets a text for a number. networks.blank() checks the
+# flags of the architecture.
+
+def number(low, high):
+    """A test of values: an int or a float in [low, high], which NaN is not."""
+    return lambda value: isinstance(value, (int, float)) and low <= value <= high
+
+
+def whole_number(low, high):
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def optional(test):
+    return lambda value: value is None or test(value)
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_truth(value):
+    return isinstance(value, bool)
+
+
+def is_plain(value):
+    """Whether it is None, a number, a text, or a list of these."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return all(item is None or isinstance(item, (bool, int, float, str)) for item in items)
+
+
+def is_method(value):
+    return is_text(value) and value in METHODS
+
+
+def is_identity(value):
+    """Of a data set, as images.Images has it: how many images, their names' and labels' marks."""
+    return (isinstance(value, list) and len(value) == 3
+            and all(whole_number(0, 2 ** 64)(item) for item in value))
+
+
+def are_names(value):
+    return isinstance(value, list) and all(is_text(name) for name in value)
+
+
+def is_field_batch(value):
+    return value == 'all' or whole_number(1, 2 ** 31)(value)
+
+
+# What every checkpoint says, also one made of a published file.
+FLAGS = dict(method=is_method, D=number(1, math.inf), sigma_data=number(1e-30, 1e9),
+             classes=whole_number(0, CLASS_LIMIT), ncsnpp=is_truth, label_first=is_truth,
+             m_draws=whole_number(1, 2 ** 10), skip=is_truth, muon=is_truth, decay=number(0, 1),
+             edm=is_truth)
+
+# The constants of its flow, which follow from the image size where PFGM published the file.
+CONSTANTS = dict(z_min=number(1e-30, 1e9), z_max=number(0, 1e9), z_exp=number(0, 1e9),
+                 gamma=number(0, 1e9), upper_norm=optional(number(0, 1e9)))
+
+# What a run of train.py says besides.
+RUN_FLAGS = dict(
+    dataset=is_text, data=is_identity, class_names=optional(are_names), source=optional(is_text),
+    reflow=optional(is_text), distill=optional(is_text), consistency=is_truth,
+    M=optional(whole_number(1, 10 ** 6)), sigma=number(1e-9, 1e9), tau=number(1e-9, 1e9),
+    field_batch=is_field_batch, batch_size=whole_number(1, 2 ** 31), flip=is_truth,
+    steps=whole_number(1, 2 ** 31), sample_every=whole_number(0, 2 ** 31), lr=number(0, 1e9),
+    warmup=whole_number(0, 2 ** 31), ema_decay=number(0, 1),
+    loss=lambda value: value in ('sum', 'mean'))
+
+
+def check_contents(saved):
+    """ValueError where a part of a checkpoint is missing that sampling or training needs, or is of
+    the wrong type, or out of range."""
+    for part in ('net', 'ema'):
+        if part in saved:
+            if not isinstance(saved[part], dict):
+                raise ValueError(f'{part} is not a dict of tensors')
+            check_tensors(saved[part])
+    if not whole_number(0, 2 ** 62)(saved['step']):
+        raise ValueError(f'step {saved["step"]!r}')
+    if not isinstance(saved['args'], dict):
+        raise ValueError('args is not a dict of flags')
+    check_flags(saved['args'])
+
+
+def check_flags(flags):
+    """ValueError where a flag of a checkpoint cannot be one."""
+    for key, value in flags.items():
+        if not (is_text(key) and is_plain(value)):
+            raise ValueError(f'{key!r} in its args is not a plain value')
+    official, edm = flags.get('official', False), flags.get('edm', False)
+    tests = dict(FLAGS)
+    if not official:
+        tests.update(CONSTANTS)
+    if not (official or edm):
+        tests.update(RUN_FLAGS)
+    for key in tests:
+        if key not in flags:
+            raise ValueError(f'{key} is missing from its args')
+    for key, test in dict(FLAGS, **CONSTANTS, **RUN_FLAGS).items():
+        if key in flags and not test(flags[key]):
+            raise ValueError(f'{key} {flags[key]!r}')
+
+    method = flags['method']
+    if official and method != 'pfgm' or edm and method != 'pfgmpp':
+        raise ValueError(f'method {method!r} of a published file')
+    if not official and flags['z_min'] >= flags['z_max']:
+        raise ValueError(f'z_min {flags["z_min"]} is not below z_max {flags["z_max"]}')
+    if method == 'pfgm' and not official and flags['M'] is None:
+        raise ValueError('M is missing from its args')
+    names = flags.get('class_names') or []
+    if flags['classes'] and len(names) > flags['classes']:
+        raise ValueError(f'{len(names)} class_names of {flags["classes"]} classes')
+
+
 # ---------------------------------------------------------------- pruning and averaging
+
+def average(paths, out):
+    """Write to the file `out` the mean of the EMAs of checkpoints of one architecture, with the
+    args of the last of them and the step of the most trained."""
+    checkpoints = [read_checkpoint(path) for path in paths]
+    first = checkpoints[0]['ema']
+    for saved, path in zip(checkpoints, paths):
+        build(saved['ema'], saved['args'], path)  # which refuses what is no network
+        check_shapes(first, saved['ema'], path)
+    if os.path.exists(out):
+        raise BadInput(f'--out {out}: exists; give a new name')
+    mean = {}
+    for name in first:
+        total = sum(saved['ema'][name].double() for saved in checkpoints)
+        mean[name] = (total / len(checkpoints)).float()
+    step = max(saved['step'] for saved in checkpoints)
+    save(out, dict(ema=mean, step=step, args=checkpoints[-1]['args']))
+
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
@@ -110,16 +235,9 @@ def parse_args(argv=None):
 
 
 def main(args):
-    saved = [read_checkpoint(path) for path in args.ckpt]
-    for s, path in zip(saved, args.ckpt):
-        build(s['ema'], s['args'], path)
-        check_shapes(saved[0]['ema'], s['ema'], path)
-    if os.path.exists(args.out):
-        raise BadInput(f'--out {args.out}: exists; give a new name')
-    mean = {k: sum(s['ema'][k].double() for s in saved).div(len(saved)).float()
-            for k in saved[0]['ema']}
-    save(args.out, dict(ema=mean, step=max(s['step'] for s in saved), args=saved[-1]['args']))
-    print(f'{args.out}: the EMA of {len(saved)} checkpoint{"s" * (len(saved) > 1)}')
+    average(args.ckpt, args.out)
+    count = len(args.ckpt)
+    print(f'{args.out}: the EMA of {count} checkpoint' + ('s' if count > 1 else ''))
 
 
 if __name__ == '__main__':
