@@ -1,47 +1,65 @@
-"""The Muon optimizer. Read it if you want to know what --muon does.
+"""The Muon optimizer. Read it if you want to know what --muon does; the papers train with Adam.
 """
-
 import torch
+
+ENDS = ('embed', 'label', 'conv_in', 'conv_out')  # the layers of a UNet that Adam moves
 
 
 def orthogonal(G):
-    """The matrices G (k, m, n) with all singular values brought to 0.7 ... 1.2, by five steps of a
-    quintic Newton-Schulz iteration, taken in G G^T, the smaller of the two squares."""
+    """Bring all singular values of the matrices G (k, m, n) to between 0.7 and 1.2, by five steps
+    of the quintic Newton-Schulz iteration of arXiv 2502.16982.
+
+    A step multiplies G by a polynomial p of S = G G^T, and so S by p^2. Since all of these commute,
+    the five polynomials are multiplied among themselves first: they are m x m, the smaller of the
+    two squares, and G meets their product only once."""
     if G.shape[1] > G.shape[2]:
         return orthogonal(G.mT).mT
     G = G / G.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-30)
-    S, one = G @ G.mT, torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
-    turn = p = 3.4445 * one - 4.775 * S + 2.0315 * S @ S
-    for _ in range(4):  # every step multiplies G by a polynomial p(S), hence S by p(S)^2
+    one = torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
+    S = G @ G.mT
+    p = 3.4445 * one - 4.775 * S + 2.0315 * S @ S
+    product = p
+    for _ in range(4):
         S = p @ p @ S
         p = 3.4445 * one - 4.775 * S + 2.0315 * S @ S
-        turn = p @ turn
-    return turn @ G
+        product = p @ product
+    return product @ G
 
 
 class Muon(torch.optim.Adam):
-    """Adam, but a weight of two or more dimensions inside the network moves along its averaged
-    gradient made orthogonal, by as much as Adam would: Muon, arXiv 2502.16982 Eq. 4."""
+    """Adam for the vectors of a network and for the layers at its ends. Every other weight moves
+    along its averaged gradient, made orthogonal as a matrix, and as far as Adam would move it. Muon,
+    arXiv 2502.16982 Eq. 4.
 
-    def __init__(self, net, lr, **how):
-        ends = (getattr(net, name, None) for name in ('embed', 'label', 'conv_in', 'conv_out'))
-        outer = {p for part in ends if part for p in part.parameters()}
-        inside = [p for p in net.parameters() if p.dim() > 1 and p not in outer]
-        rest = [p for p in net.parameters() if p.dim() == 1 or p in outer]
-        super().__init__([dict(params=rest), dict(params=inside, betas=(0.95, 0.99))], lr=lr,
-                         betas=(0.9, 0.99), **how)
+    ends: the names of those layers, which a network need not have."""
+
+    def __init__(self, net, lr, fused=None, ends=ENDS):
+        by_adam = []
+        by_muon = []
+        for name, p in net.named_parameters():
+            if p.dim() < 2 or name.split('.')[0] in ends:
+                by_adam.append(p)
+            else:
+                by_muon.append(p)
+        groups = [dict(params=by_adam), dict(params=by_muon, betas=(0.95, 0.99))]
+        super().__init__(groups, lr=lr, betas=(0.9, 0.99), fused=fused)
 
     @torch.no_grad()
     def step(self):
-        inside, shapes = self.param_groups[1], {}
-        lr, inside['lr'] = inside['lr'], 0.0  # Adam averages the gradients, and moves nothing
+        by_muon = self.param_groups[1]
+        lr = by_muon['lr']
+        by_muon['lr'] = 0.0  # so that Adam averages their gradients, but does not move them
         super().step()
-        inside['lr'] = lr
-        for p in inside['params']:
-            ahead = torch.lerp(p.grad, self.state[p]['exp_avg'], 0.95).reshape(len(p), -1)
-            shapes.setdefault(ahead.shape, {})[p] = ahead
-        for shape, moves in shapes.items():
-            for p, move in zip(moves, orthogonal(torch.stack([*moves.values()]))):
+        by_muon['lr'] = lr
+
+        moves = {}  # {shape of a matrix: {weight: its move}}, to make those of one shape at once
+        for p in by_muon['params']:
+            nesterov = torch.lerp(p.grad, self.state[p]['exp_avg'], 0.95)
+            matrix = nesterov.reshape(len(p), -1)
+            moves.setdefault(matrix.shape, {})[p] = matrix
+        for shape, of_shape in moves.items():
+            turned = orthogonal(torch.stack(list(of_shape.values())))
+            for p, move in zip(of_shape, turned):
                 p.sub_(move.view(p.shape), alpha=0.2 * max(shape) ** 0.5 * lr)
 
 
