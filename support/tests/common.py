@@ -1,6 +1,7 @@
 """What the tests share: tiny runs of the scripts, and how they are compared."""
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -17,17 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-import sample
-import train
-from support import bench, checkpoint, figures, sets
+from support import sets
 from support.processes import run
 
 HERE = Path(__file__).parents[2]  # the folder of the scripts
 SHARED = HERE.parent / 'shared'   # reference numbers that not everyone has
 F64 = torch.float64
-SCRIPTS = dict(train=train, sample=sample, evaluate=evaluate, checkpoint=checkpoint, bench=bench,
-               figures=figures)
+MODULES = ('checkpoint', 'bench', 'figures')  # run by python -m support.<name>
 TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
        '--sample_every 0 --device cpu --no-bf16 --lr 2e-3 --decay 0 --no-classes'.split()
 TINY_PP = TINY[:TINY.index('--field_batch')] + TINY[TINY.index('--field_batch') + 2:]
@@ -74,7 +71,8 @@ class Linear(torch.nn.Module):
 
 def script(command):
     """Run a command line in this process; a list of words, the first a script."""
-    module = SCRIPTS[command[0].removesuffix('.py')]
+    name = command[0].removesuffix('.py')
+    module = importlib.import_module(f'support.{name}' if name in MODULES else name)
     run(module.main, module.parse_args([str(word) for word in command[1:]]))
 
 
