@@ -11,16 +11,14 @@ import sys
 
 import numpy as np
 import pytest
-from scipy import integrate, stats
-
-from support.tests.common import (F64, HERE, TINY, Linear, close, joined, network, randn, script,
-                                  seeded)  # which sets the number of threads before torch starts
-
 import torch
+from scipy import integrate, stats
 
 import pfgm
 import unet
 from pfgm import ExactField
+from support.tests.common import (F64, HERE, TINY, Linear, close, joined, network, randn, script,
+                                  seeded)
 
 DATA = HERE / 'support' / 'tests' / 'data'  # reference numbers of the authors' code
 

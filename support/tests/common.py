@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 # Networks this small are no faster on two threads, and far slower where something else runs too.
-os.environ['OMP_NUM_THREADS'] = '1'  # before torch; the scripts that tests start inherit it
+os.environ['OMP_NUM_THREADS'] = '1'  # the scripts that tests start inherit it
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ import torch
 from support import sets
 from support.processes import run
 
+torch.set_num_threads(1)
 HERE = Path(__file__).parents[2]  # the folder of the scripts
 SHARED = HERE.parent / 'shared'   # reference numbers that not everyone has
 F64 = torch.float64
