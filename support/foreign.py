@@ -1,5 +1,8 @@
-"""Other people's folders, zips, arrays and labels, read so that nothing in them runs, fills the memory
-or goes unsaid. You need not read it to understand the method.
+"""Other people's folders, zips, arrays and labels: which images they hold, and of which classes.
+You need not read it to understand the method.
+
+The files are strangers': nothing in them runs, none of them fills the memory, and what is decided
+for the user (a split chosen, images left out) is handed back in words, so that it can be said.
 """
 import functools
 import json
@@ -13,48 +16,89 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-# Folders that are splits: train/ val/, Train/ TEST/, training_set/ test_set/, train2017/ val2017/,
-# and behind a beginning that all share seg_train/ seg_test/.
+IMAGE_EXTENSIONS = tuple('.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
+
+# Folders that are splits: train/ val/, Train/ TEST/, training_set/ test_set/, train2017/ val2017/.
 SPLIT = re.compile('(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:'
                    'ing)?))[-_ ]?(?:set|split|data|images|imgs)?[-_ ]?[0-9]*', re.I)
 
-PICTURES = 'images image imgs img jpegimages'.split()  # beside folders that are not to train on:
-
-ABOUT_THEM = 'labels label masks mask annotations annotation segmentations'.split()
+# A folder of pictures, and the folders beside it that hold no images to train on.
+PICTURES = 'images image imgs img jpegimages'.split()
+ABOUT_PICTURES = 'labels label masks mask annotations annotation segmentations'.split()
 
 ENTRY_LIMIT = 256 << 20  # bytes that a file, or a zip's entry, may have
 
-ZIP_LOCK, ZIPS = threading.Lock(), {}  # archives by (path, process): forked ones share a position
+ZIPS = {}  # open archives, by (path, process): forked processes would share a position in the file
+ZIP_LOCK = threading.Lock()
+
+
+class RawSet(NamedTuple):
+    """A data set whose images are found, but not decoded."""
+    root: Optional[str]                    # the folder or .zip of the files; None: an array
+    entries: object                        # n names of files in root, or an array: uint8 (n, H, W)
+                                           # or (n, H, W, C)
+    labels: Optional[torch.Tensor] = None  # int64 (n,)
+    classes: Optional[list] = None         # the name of each class
+    unlabelled: str = 'no labels'          # where labels is None: what there is instead, in words
+    notes: tuple = ()                      # what was decided for the user, in words
+    paths: Optional[list] = None           # n names that stay the same where the set is moved or
+                                           # zipped; None: those of entries
+    apart: bool = True                     # of a test split: whether its images are others than
+                                           # those to train on
+
+
+class NoLabels(Exception):
+    """A set has no labels that can be used, and the message says what there is instead. This never
+    refuses the set: labels may not even be wanted."""
 
 
 # ---------------------------------------------------------------- folders and zips
 
 def files_below(root):
-    """The files in a folder and its folders, relative to it. Links are followed, but for those that
-    lead to a folder they are in and, within what a link led to, to where the walk has been."""
-    def refuse(error):  # by default os.walk passes over a folder that it may not read
+    """Yields the files in a folder and in all folders below it, as paths relative to it.
+
+    Links are followed, but not in circles: no link to a folder that the link lies in, and within
+    what a link led to no link to a folder where the walk has been. Raises OSError for a folder that
+    may not be read."""
+    def refuse(error):  # by default os.walk passes over such a folder
         raise error
+
     top = os.path.realpath(root)
-    above, seen = {root: ((top,), False)}, {top}  # a folder's own folders; was any a link?
+    # For each folder still to be walked: the real paths of the folders from the top down to it, and
+    # whether any of them was reached by a link.
+    ways = {root: ((top,), False)}
+    seen = {top}
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        chain, linked = above.pop(folder)
-        yield from (os.path.normpath(os.path.join(os.path.relpath(folder, root), file))
-                    for file in files)
-        names, folders[:] = folders[:], []
-        for name in names if top != '/' or chain[-1] not in ('/proc', '/sys', '/dev') else ():
-            path, real = os.path.join(folder, name), os.path.join(chain[-1], name)
-            if os.path.islink(path):
+        way, by_link = ways.pop(folder)
+        relative = os.path.relpath(folder, root)
+        for file in files:
+            yield os.path.normpath(os.path.join(relative, file))
+        names = list(folders)
+        folders.clear()  # os.walk goes on into those that are put back
+        if top == '/' and way[-1] in ('/proc', '/sys', '/dev'):
+            continue
+        for name in names:
+            path = os.path.join(folder, name)
+            real = os.path.join(way[-1], name)
+            is_link = os.path.islink(path)
+            if is_link:
                 real = os.path.realpath(path)
-                back = any(os.path.join(up, '').startswith(os.path.join(real, '')) for up in chain)
-                if back or linked and real in seen:
+                leads_back = any(is_within(above, real) for above in way)
+                if leads_back or by_link and real in seen:
                     continue
-            above[path] = (*chain, real), linked or os.path.islink(path)
+            ways[path] = (*way, real), by_link or is_link
             seen.add(real)
             folders.append(name)
 
 
+def is_within(path, folder):
+    """Whether a path is that folder or lies in it."""
+    return os.path.join(path, '').startswith(os.path.join(folder, ''))
+
+
 def open_entry(archive, name, limit):
-    """A zip's entry as a file, of which no read unpacks more than was asked for; or ValueError."""
+    """An entry of a zip as a file, none of whose reads unpacks more than was asked for. Raises
+    ValueError for one that says it is larger than `limit` bytes, or that is packed otherwise."""
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError('packed by other than deflate')  # a read of that unpacks all at once
@@ -64,108 +108,276 @@ def open_entry(archive, name, limit):
 
 
 def read_bytes(root, entry):
-    """The contents, of up to ENTRY_LIMIT bytes, of a file of a folder or .zip."""
+    """The contents of a file in the folder or .zip `root`. Raises ValueError for one of more than
+    ENTRY_LIMIT bytes, and for what is no file."""
     if os.path.isdir(root):
-        if not os.path.isfile(os.path.join(root, entry)):  # opening a named pipe waits for ever
+        path = os.path.join(root, entry)
+        if not os.path.isfile(path):  # opening a named pipe waits for ever
             raise ValueError('not a file')
-        if os.path.getsize(os.path.join(root, entry)) > ENTRY_LIMIT:
+        if os.path.getsize(path) > ENTRY_LIMIT:
             raise ValueError(f'a file of more than {ENTRY_LIMIT} bytes')
-        with open(os.path.join(root, entry), 'rb') as file:
+        with open(path, 'rb') as file:
             return file.read()
-    with ZIP_LOCK:
+    with ZIP_LOCK:  # the threads that decode share one position in the archive
         key = root, os.getpid()
-        archive = ZIPS[key] = ZIPS.get(key) or zipfile.ZipFile(root)
-        file = open_entry(archive, entry, ENTRY_LIMIT)
-        return b''.join(iter(lambda: file.read(1 << 20), b''))
+        if key not in ZIPS:
+            ZIPS[key] = zipfile.ZipFile(root)
+        file = open_entry(ZIPS[key], entry, ENTRY_LIMIT)
+        return b''.join(iter(lambda: file.read(1 << 20), b''))  # checks the CRC at the end
 
 
-# ---------------------------------------------------------------- what folders mean
+# ---------------------------------------------------------------- which folders are classes
 
-def natural_key(name):
-    """A key that sorts 2 before 10."""
-    return [int(part) if k % 2 else part for k, part in enumerate(re.split('([0-9]+)', name))], name
+class Level(NamedTuple):
+    """A level of folders that are not classes."""
+    depth: int    # 0 for the outermost folders, 1 for those in them
+    splits: dict  # of the folders whose images count: 'train', 'val' or 'test', or '' for no split
 
 
 def layout(paths):
-    """Takes the folders that are no classes out of paths, {name: its parts}: one that holds all,
-    splits, images/ beside masks/. -> (paths, {name: train, val or test} or {}, notes)."""
-    splits, notes = {}, []
-    while stay := no_classes(paths.values()):
-        depth, folders = stay
+    """Take the folders that are not classes out of the paths of images: one that holds everything,
+    those of splits, and images/ where masks/ lies beside it.
+
+    paths: {name: the parts of its path} -> (paths of those that count, without such folders; {name:
+    'train', 'val' or 'test'}, empty where there are no splits; notes for the user)."""
+    splits = {}
+    notes = []
+    while level := level_without_classes(paths.values()):
+        depth, folders = level
         kept = {name: path for name, path in paths.items() if path[depth] in folders}
         if len(kept) < len(paths):
             first = next(name for name in paths if name not in kept)
-            notes.append(f'without {len(paths) - len(kept)} images beside '
-                         f'{", ".join(sorted(folders))} (first: {first!r})')
-        found = {name: folders[path[depth]] for name, path in kept.items()}
-        if any(found.values()):  # in train/ there may be train/ and val/
-            splits = {name: kind if splits.get(name, 'train') == 'train' else splits[name]
-                      for name, kind in found.items()}
+            beside = ', '.join(sorted(folders))
+            notes.append(f'without {len(paths) - len(kept)} images beside {beside} '
+                         f'(first: {first!r})')
+        outer, splits = splits, {}
+        for name, path in kept.items():
+            split = outer.get(name, '')
+            if split in ('', 'train'):  # in train/ there may be train/ and val/
+                split = folders[path[depth]] or split
+            if split:
+                splits[name] = split
         paths = {name: path[:depth] + path[depth + 1:] for name, path in kept.items()}
     return paths, splits, notes
 
 
-def no_classes(paths):
-    """(level, {folder: the split it is, or ''}) of a level of folders that are no classes, or None;
-    those that are not among them go. A class may be called train: splits are some of training
-    beside others, or all there is, on the second level only both."""
-    levels = [{path[depth] if len(path) > depth + 1 else '' for path in paths} for depth in (0, 1)]
-    for depth, folders in enumerate(levels):
-        shared = len(re.sub('[^-_. ]*$', '', os.path.commonprefix(list(folders - {''}))))
-        found = {folder: match.lastgroup for folder in folders
-                 if (match := SPLIT.fullmatch(folder[shared:]))}
-        beside = 'train' in found.values() and len({*found.values()}) > 1
-        if beside and (not depth or {*found} == folders) or not depth and found and (
-                {*found} == folders - {''}):
-            return depth, found
-    first, pictures = levels[0], [folder for folder in levels[0] if folder.lower() in PICTURES]
-    if len(pictures) == 1 and all(k.lower() in ABOUT_THEM for k in first - {*pictures}):
-        return 0, {pictures[0]: ''}
-    return None if len(first) > 1 or '' in first else (0, dict.fromkeys(first, ''))
+def level_without_classes(paths):
+    """The first Level of these paths whose folders are not classes, or None."""
+    def folders_at(depth):  # '' stands for the files that lie in no folder there
+        return {path[depth] if len(path) > depth + 1 else '' for path in paths}
+
+    outer = folders_at(0)
+    inner = folders_at(1)
+    # A class may be called train. Folders are splits where some are for training and some are not;
+    # or, of the outermost, where there are no others; and of the inner ones only where both hold.
+    splits = split_folders(outer)
+    if has_training_and_more(splits) or splits and splits.keys() == outer - {''}:
+        return Level(0, splits)
+    splits = split_folders(inner)
+    if has_training_and_more(splits) and splits.keys() == inner:
+        return Level(1, splits)
+    pictures = [folder for folder in outer if folder.lower() in PICTURES]
+    if len(pictures) == 1:
+        others = outer - set(pictures)
+        if all(folder.lower() in ABOUT_PICTURES for folder in others):
+            return Level(0, {pictures[0]: ''})
+    if len(outer) == 1 and '' not in outer:
+        return Level(0, dict.fromkeys(outer, ''))
+    return None
 
 
-def table_values(root, tables, paths):
-    """The label of each path, None without, by the files `tables`, {name: the parts of its folder},
-    of {"labels": [["00000/img00000000.png", 6], ...]} or null."""
-    found = {}
-    try:
-        for name, folder in tables.items():
-            labels = json.loads(read_bytes(root, name))['labels']
-            for image, label in dict(labels or ()).items():
-                found['/'.join([*folder, *re.split(r'[/\\]', image)])] = label
-    except Exception as error:  # it may hold anything
-        return f'labels in {name} that cannot be read ({error!r})'
-    return [found.get('/'.join(path)) for path in paths] if found else f'no labels, null in {name}'
+def split_folders(folders):
+    """{folder: 'train', 'val' or 'test'} of the folders whose names are those of splits, behind a
+    beginning that all folders share: seg_train, seg_test."""
+    prefix = os.path.commonprefix(list(folders - {''}))
+    start = len(re.sub('[^-_. ]*$', '', prefix))  # up to the last separator in it
+    matches = {folder: SPLIT.fullmatch(folder[start:]) for folder in folders}
+    return {folder: match.lastgroup for folder, match in matches.items() if match}
 
 
-def as_labels(values, names, words=()):
-    """(int64 (n,), classes or None, '') of a value for each of names, an integer or one of `words`,
-    numbered in natural order; or (None, None, what there is instead)."""
-    classes = sorted({*words} - {None}, key=natural_key)
-    if isinstance(values, str) or len(classes) == 1:
-        return None, None, values if isinstance(values, str) else 'no labels'
-    numbers = {word: k for k, word in enumerate(classes)}
-    values = list(map(numbers.get, values)) if classes else values
+def has_training_and_more(splits):
+    return 'train' in splits.values() and len(set(splits.values())) > 1
+
+
+def natural_key(name):
+    """A key that sorts 2 before 10."""
+    parts = re.split('([0-9]+)', name)  # every second one is digits
+    return [int(part) if k % 2 else part for k, part in enumerate(parts)], name
+
+
+# ---------------------------------------------------------------- labels
+
+def integer_labels(values, names):
+    """One whole number for each of the images `names`, in any form -> int64 (n,). None stands for a
+    label that is missing. Raises NoLabels."""
     bare = [name for name, value in zip(names, values) if value is None]
+    if bare and len(bare) == len(names):
+        raise NoLabels('no labels')
     if bare:
-        some = f'no label for {len(bare)} of {len(names)} images (first: {bare[0]!r})'
-        return None, None, some if len(bare) < len(names) else 'no labels'
+        raise NoLabels(f'no label for {len(bare)} of {len(names)} images (first: {bare[0]!r})')
     try:
-        values, hint = np.asarray(values), ''
+        values = np.asarray(values)
+        hint = ''
         if values.ndim == 2 and values.shape[1] > 1:
-            one = (values.sum(1) == 1).all()
-            hint = ', one-hot: give their argmax(1)' if one else ', several an image'
-    except (ValueError, TypeError):  # lists of several lengths, or of words
-        return None, None, 'labels that are not all whole numbers'
-    if values.size == len(names) and values.dtype.kind in 'iu':
-        return torch.from_numpy(values.reshape(-1).astype(np.int64)), classes or None, ''
-    return None, None, f'{values.dtype} labels {values.shape} for {len(names)} images{hint}'
+            is_one_hot = (values.sum(1) == 1).all()
+            hint = ', one-hot: give their argmax(1)' if is_one_hot else ', several an image'
+    except (ValueError, TypeError) as error:  # lists of several lengths, or of words
+        raise NoLabels('labels that are not all whole numbers') from error
+    if values.size != len(names) or values.dtype.kind not in 'iu':
+        raise NoLabels(f'{values.dtype} labels {values.shape} for {len(names)} images{hint}')
+    return torch.from_numpy(values.reshape(-1).astype(np.int64))
+
+
+def word_labels(words, vocabulary, names):
+    """A word for each of the images `names`, numbered by its place among the words of `vocabulary`
+    in natural order -> (int64 (n,), classes). None is no word. Raises NoLabels."""
+    classes = sorted(set(vocabulary) - {None}, key=natural_key)
+    if len(classes) < 2:
+        raise NoLabels('no labels')
+    numbers = {word: k for k, word in enumerate(classes)}
+    return integer_labels([numbers.get(word) for word in words], names), classes
+
+
+def table_labels(root, tables, paths, names):
+    """Labels from the files dataset.json of NVlabs' dataset_tool.py, each of which holds
+    {"labels": [["00000/img00000000.png", 6], ...]} or null -> (int64 (n,), classes or None).
+
+    tables: {name of such a file: the parts of its folder}. paths: the parts of the path of each of
+    the images `names`. Raises NoLabels."""
+    by_path = {}
+    for table, folder in tables.items():
+        try:  # it may hold anything
+            pairs = json.loads(read_bytes(root, table))['labels']
+            for image, label in dict(pairs or ()).items():
+                by_path['/'.join([*folder, *re.split(r'[/\\]', image)])] = label
+        except Exception as error:
+            raise NoLabels(f'labels in {table} that cannot be read ({error!r})') from error
+    if not by_path:
+        raise NoLabels(f'no labels, null in {table}')
+    values = [by_path.get('/'.join(path)) for path in paths]
+    words = [value if isinstance(value, str) else None for value in values]
+    if any(word is not None for word in words):
+        return word_labels(words, words, names)
+    return integer_labels(values, names), None
+
+
+# ---------------------------------------------------------------- the images of a folder or zip
+
+def list_images(root, split):
+    """The RawSet of a folder or .zip.
+
+    Files with other extensions than IMAGE_EXTENSIONS are ignored. Labels come from dataset.json
+    where there is one. Else the outermost folders that layout() leaves are the classes; those of
+    the images to train on are also the classes of a test split. Raises ValueError where there are
+    no images for the split."""
+    parts = files_of(root)
+    tables = {name: path[:-1] for name, path in parts.items() if path[-1:] == ['dataset.json']}
+    parts = {name: path for name, path in parts.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
+    if not parts:
+        raise ValueError(f"no images in it, which end in {' '.join(IMAGE_EXTENSIONS)}")
+    paths, splits, notes = layout(parts)
+    served = chosen_split(splits, split)
+    if splits:
+        counts = Counter(splits.values())
+        others = ' or '.join(f'{other} ({counts[other]})' for other in counts if other != served)
+        note = f'its {served} split'
+        if others:
+            note += f', not {others}'
+        notes.append(note)
+    chosen = [name for name in paths if splits.get(name, '') == served]  # all, without splits
+    to_train_on = [name for name in paths if splits.get(name, 'train') == 'train'] or chosen
+
+    labels = classes = None
+    unlabelled = ''
+    folder_of = {name: path[0] if len(path) > 1 else None for name, path in paths.items()}
+    try:
+        if tables:
+            labels, classes = table_labels(root, tables, [parts[name] for name in chosen], chosen)
+        elif all(is_numbered(paths[name]) for name in to_train_on):
+            raise NoLabels('folders that number the images, and no dataset.json')
+        else:
+            labels, classes = word_labels([folder_of[name] for name in chosen],
+                                          [folder_of[name] for name in to_train_on], chosen)
+    except NoLabels as error:
+        unlabelled = str(error)
+    return RawSet(root, chosen, labels, classes, unlabelled, tuple(notes),
+                  ['/'.join(paths[name]) for name in chosen], apart=served in ('test', 'val'))
+
+
+def files_of(root):
+    """{name: the parts of its path} of the files in a folder or .zip, in order. __MACOSX is left
+    out, and so are paths with a part that begins with a dot ('..' is one)."""
+    if os.path.isdir(root):
+        names = files_below(root)
+        separator = re.escape(os.sep)
+    else:
+        with zipfile.ZipFile(root) as archive:
+            names = archive.namelist()
+        separator = r'[/\\]'  # some programs of Windows write the other one
+    hidden = re.compile(r'(^|[/\\])(\.[^/\\]|__MACOSX/)')
+    return {name: [part for part in re.split(separator, name) if part not in ('', '.')]
+            for name in sorted(set(names)) if not hidden.search(name)}
+
+
+def chosen_split(splits, split):
+    """Which split of {name: 'train', 'val' or 'test'} serves as `split`, train or test: '' where
+    there are none. The validation images serve as test images, and the training images where there
+    is nothing else. Raises ValueError where there is nothing to train on."""
+    if not splits:
+        return ''
+    present = list(dict.fromkeys(splits.values()))
+    if split in present:
+        return split
+    if split == 'train':
+        raise ValueError(f'holds {" and ".join(present)}, but nothing to train on')
+    return 'val' if 'val' in present else 'train'
+
+
+def is_numbered(path):
+    """Whether the path is 00000/img00000000.png, whose folder only counts, as NVlabs'
+    dataset_tool.py writes it."""
+    return re.fullmatch(r'[0-9]{5}/\D*[0-9]{5,}\.\w+', '/'.join(path)) is not None
 
 
 # ---------------------------------------------------------------- arrays
 
+def read_arrays(path, split):
+    """The RawSet of a .npy, or of a .npz with MedMNIST's keys or x, images or arr_0. Raises
+    ValueError for arrays that are no images."""
+    arrays = arrays_of(path)
+    keys = ['x', 'images', 'train_images', 'arr_0']
+    if split == 'test':
+        keys = ['test_images', 'val_images', *keys]
+    key = next((key for key in keys if key in arrays), None)
+    if key is None:
+        raise ValueError(f"holds {[*arrays]}, none of {', '.join(keys)}")
+    notes = []
+    others = [name for name in arrays if name.endswith('_images') and name != key]
+    if others:
+        notes.append(f'its {key}, not {" or ".join(others)}')
+    array, note = as_uint8(in_rows(arrays[key]()))
+    if note:
+        notes.append(note)
+
+    label_keys = ['y', 'labels']
+    if key.endswith('_images'):
+        label_keys = [key.replace('images', 'labels')]
+    labels = None
+    unlabelled = 'no labels'
+    label_key = next((name for name in label_keys if name in arrays), None)
+    if label_key is not None:
+        try:
+            labels = integer_labels(arrays[label_key](), range(len(array)))
+        except NoLabels as error:
+            unlabelled = str(error)
+        except Exception as error:  # a damaged or hostile array raises almost anything
+            unlabelled = f'{label_key} that cannot be read ({error!r})'
+    return RawSet(None, array, labels, None, unlabelled, tuple(notes),
+                  apart=key in ('test_images', 'val_images'))
+
+
 def arrays_of(path):
-    """{name: a function that reads it} of the arrays of a .npz, or of the one, x, of a .npy."""
+    """{name: a function that reads it} for the arrays of a .npz, or for the one, x, of a .npy."""
     stored = np.load(path, mmap_mode='r', allow_pickle=False)
     if isinstance(stored, np.ndarray):
         return {'x': lambda: stored}
@@ -177,110 +389,53 @@ def arrays_of(path):
 
 
 def in_rows(array):
-    """Images (n, H, W), (n, H, W, C) or (n, C, H, W) as one of the first two; else ValueError."""
-    n, *shape = array.shape
-    if array.ndim == 4 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+    """Images (n, H, W), (n, H, W, C) or (n, C, H, W) as one of the first two. Raises ValueError for
+    others."""
+    shape = array.shape
+    depths = (1, 3, 4)  # of grey, RGB and RGBA
+    if array.ndim == 4 and shape[3] not in depths and shape[1] in depths:
         array = np.moveaxis(array, 1, 3)
-    flat = array.ndim == 3 and shape[0] != shape[1]  # of images that are wide: of another layout?
-    one = flat and shape[1] in (1, 3, 4)
-    if array.size == 0 or one or flat and (n == shape[0] or shape[1] > 4 * shape[0]) or not (
-            array.ndim == 3 or array.ndim == 4 and array.shape[3] in (1, 3, 4)):
-        mend = '; one image? give x[None]' if one else (
-            '; the last axis counts them? give np.moveaxis(x, -1, 0)' * (array.ndim in (3, 4)))
-        raise ValueError(f'images of shape {(n, *shape)}{mend}' + ', else x[..., None]' * flat)
-    return array[..., 0] if array.shape[3:] == (1,) else array
+    if array.size == 0:
+        raise ValueError(f'an array of shape {shape}, which holds no images')
+    if array.ndim == 3:
+        n, height, width = shape
+        if height != width and width in depths:
+            raise ValueError(f'images of shape {shape}; one image? give x[None], else x[..., None]')
+        if height != width and (n == height or width > 4 * height):
+            raise ValueError(f'images of shape {shape}; the last axis counts them? give '
+                             'np.moveaxis(x, -1, 0), else x[..., None]')
+    elif array.ndim != 4:
+        raise ValueError(f'images of shape {shape}')
+    elif array.shape[3] not in depths:
+        raise ValueError(f'images of shape {shape}; the last axis counts them? give '
+                         'np.moveaxis(x, -1, 0)')
+    if array.shape[3:] == (1,):
+        return array[..., 0]
+    return array
 
 
 def as_uint8(array):
-    """(array, notes) of uint8, or of floats in [0, 1] or [-1, 1], whichever most of them are in: up
-    to 1e-3 beyond an end is clipped. ValueError for others."""
+    """Pixels of uint8, or floats in [0, 1] or [-1, 1], whichever most of them are in -> (uint8
+    array, a note for the user or ''). Up to 1e-3 beyond an end is clipped. Raises ValueError for
+    others."""
     if array.dtype == np.uint8:
-        return array, []
+        return array, ''
     if array.dtype.kind != 'f':
         raise ValueError(f'holds {array.dtype}; give uint8, from 0 to 255')
-    low, high = float(array.min()), float(array.max())  # NaN, if there is one
-    below = float((array < -1e-3).mean())
-    base = -1 if below >= 0.01 and low < -0.5 else 0
-    if not (low >= base - 1e-3 and high <= 1 + 1e-3):
-        raise ValueError(f'holds values from {low:.6g} to {high:.6g}, {100 * below:.3g} % of them '
-                         'below 0: not in [0, 1] nor [-1, 1]; scale them, or clip them to one')
-    beyond, pixels = int(((array < base) | (array > 1)).sum()), np.empty(array.shape, np.uint8)
-    for k in range(0, len(array), 256):  # a float copy of all might not fit
+    low = float(array.min())
+    high = float(array.max())
+    below_zero = float((array < -1e-3).mean())
+    base = -1 if below_zero >= 0.01 and low < -0.5 else 0
+    if not (low >= base - 1e-3 and high <= 1 + 1e-3):  # false for NaN too
+        raise ValueError(f'holds values from {low:.6g} to {high:.6g}, {100 * below_zero:.3g} % of '
+                         'them below 0: not in [0, 1] nor [-1, 1]; scale them, or clip them to one')
+    note = ''
+    beyond = int(((array < base) | (array > 1)).sum())
+    if beyond:
+        most = max(base - low, high - 1)
+        note = f'{beyond} values up to {most:.1e} beyond [{base}, 1] clipped'
+    pixels = np.empty(array.shape, np.uint8)
+    for k in range(0, len(array), 256):  # a float copy of all might not fit in memory
         part = array[k:k + 256].astype(np.promote_types(array.dtype, np.float32)).clip(base, 1)
         pixels[k:k + 256] = np.rint((part - base) * (255 / (1 - base)))
-    return pixels, [f'{beyond} values up to {max(base - low, high - 1):.1e} beyond [{base}, 1] '
-                    'clipped'] * (beyond > 0)
-
-IMAGE_EXTENSIONS = tuple('.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
-
-
-class Found(NamedTuple):
-    """What find() finds."""
-    root: Optional[str]                    # a folder or .zip
-    source: object                         # names in it, or uint8 (n, H, W) or (n, H, W, C)
-    labels: Optional[torch.Tensor] = None  # int64 (n,)
-    classes: Optional[list] = None         # their names
-    unlabelled: str = 'no labels'          # what there is instead
-    notes: list = []                       # what was decided for the user
-    paths: Optional[list] = None           # what layout() leaves of the names
-    apart: bool = True                     # of a test split: whether it is not the training images
-
-
-# ---------------------------------------------------------------- folders, zips and arrays
-
-def list_images(root, split):
-    """The Found of a folder or .zip. Other extensions, __MACOSX and paths with a part that begins
-    with a dot ('..' too) are ignored. dataset.json, of NVlabs' dataset_tool.py, has the labels of
-    the images below its folder; without it the first folders of what layout() leaves are classes.
-    """
-    if os.path.isdir(root):
-        names, slash = files_below(root), re.escape(os.sep)
-    else:
-        with zipfile.ZipFile(root) as archive:
-            names, slash = archive.namelist(), r'[/\\]'  # Windows has programs that write the other
-    parts = {name: [part for part in re.split(slash, name) if part not in ('', '.')]
-             for name in sorted({*names}) if not re.search(r'(^|[/\\])(\.[^/\\]|__MACOSX/)', name)}
-    tables = {name: path[:-1] for name, path in parts.items() if path[-1:] == ['dataset.json']}
-    parts = {name: path for name, path in parts.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
-    if not parts:
-        raise ValueError(f"no images in it, which end in {' '.join(IMAGE_EXTENSIONS)}")
-    paths, splits, notes = layout(parts)
-    counts = Counter(splits.values())
-    if splits and split == 'train' and not counts[split]:
-        raise ValueError(f'holds {" and ".join(counts)}, but nothing to train on')
-    served = next(kind for kind in (split, 'val', 'train', '') if counts[kind] or not kind)
-    others = ' or '.join(f'{kind} ({k})' for kind, k in counts.items() if kind != served)
-    notes += [f'its {served} split{", not " * bool(others)}{others}'] * bool(splits)
-    chosen = [name for name in paths if splits.get(name, '') == served]
-    base = [name for name in paths if splits.get(name, 'train') == 'train'] or chosen
-    folder = {name: path[0] if len(path) > 1 else None for name, path in paths.items()}
-    shards = all(re.fullmatch(r'[0-9]{5}/\D*[0-9]{5,}\.\w+', '/'.join(paths[k])) for k in base)
-    values = (table_values(root, tables, [parts[name] for name in chosen]) if tables else
-              'folders that number the images, and no dataset.json' if shards else
-              [folder[name] for name in chosen])
-    labels, classes, why = as_labels(values, chosen, [folder[name] for name in base] if not tables
-                                     else [word for word in values if isinstance(word, str)])
-    return Found(root, chosen, labels, classes, why, notes, ['/'.join(paths[k]) for k in chosen],
-                 apart=served in ('test', 'val'))
-
-
-def read_arrays(path, split):
-    """The Found of a .npy, or a .npz with MedMNIST's keys or x, images or arr_0."""
-    arrays = arrays_of(path)
-    keys = ['test_images', 'val_images'] * (split == 'test') + [
-        'x', 'images', 'train_images', 'arr_0']
-    key = next((key for key in keys if key in arrays), None)
-    if key is None:
-        raise ValueError(f"holds {[*arrays]}, none of {', '.join(keys)}")
-    own = [key.replace('images', 'labels')] if '_images' in key else ['y', 'labels']
-    own = next((name for name in own if name in arrays), None)
-    try:
-        values = arrays[own]() if own else 'no labels'
-    except Exception as error:  # they may not even be wanted
-        values = f'{own} that cannot be read ({error!r})'
-    others = ' or '.join(k for k in arrays if k.endswith('_images') and k != key)
-    notes = [f'its {key}, not {others}'] * bool(others)
-    array, clipped = as_uint8(in_rows(arrays[key]()))
-    labels, _, why = as_labels(values, range(len(array)))
-    return Found(None, array, labels, None, why, notes + clipped,
-                 apart=key.startswith(('test', 'val')))
+    return pixels, note

@@ -1,5 +1,5 @@
-"""Images as tensors: decoding, batches, their order, and images as charges. Read it if you want to know
-what a training step is given.
+"""Images as tensors: decoding, batches, their order, and images as charges. Read it if you want to
+know what a training step is given: training_batches(), at the end.
 """
 import io
 import multiprocessing
@@ -26,176 +26,316 @@ FORMATS = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()  # not EPS, for which Pillow 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access instead
 
 
-def probe(root, source, channels):
-    """-> (shorter side of the first readable image, channels or 1 if all are grey, else 3, whether
-    that is 3), as in SETS."""
-    found = [read_image(root, source[k]) for k in sorted({k * len(source) // 64 for k in range(64)})]
-    images = [image for image, _ in found if image]
-    if not images:
-        raise ValueError(f'none of {len(found)} images can be read ({source[0]!r}: {found[0][1]})')
-    grey = not channels and not any(map(coloured, images)) and not any(
-        coloured(read_image(root, entry, whole=False)[0]) for entry in source)
-    channels = channels or (1 if grey else 3)
-    return min(images[0].size), channels, channels == 3
+# ---------------------------------------------------------------- one image
+
+class Unreadable(Exception):
+    """An image cannot be decoded. The message says why."""
 
 
-def coloured(image):
-    return bool(image and image.mode == 'RGB' and np.ptp(np.asarray(image), axis=2).any())
+def open_image(root, entry):
+    """A PIL image that is not decoded yet. root and entry: as in foreign.RawSet; an entry is the
+    name of a file in root or, where root is None, the pixels themselves."""
+    if root is None:
+        return Image.fromarray(entry)
+    return Image.open(io.BytesIO(read_bytes(root, entry)), formats=FORMATS)
 
 
-def read_image(root, entry, whole=True):
-    """-> (PIL image of mode L or RGB, None) or (None, why it cannot be read): the first frame,
-    turned as its EXIF says, transparency on white, 16 bits scaled to 8; info['lost'] says which.
-    whole=False leaves one of a grey mode as it is, not even decoded."""
+def read_image(root, entry):
+    """Decode an image -> (PIL image of mode L or RGB, what it lost on the way, in words). Raises
+    Unreadable."""
     try:
-        image = Image.fromarray(entry) if root is None else Image.open(
-            io.BytesIO(read_bytes(root, entry)), formats=FORMATS)
-        if not whole and (image.mode in ('1', 'L', 'LA') or image.mode[0] in 'IF'):
-            return image, None
-        lost = ['of several frames, the first taken'] * getattr(image, 'is_animated', False)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in 'IF':  # convert() would clip these at 255
-            values = np.asarray(image)
-            if image.mode == 'F' or values.min() < 0 or values.max() > 65535:
-                raise ValueError(f'mode {image.mode}; accepted: 8 or 16 bits a channel')
-            image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            lost += ['transparent, put on white'] * (image.getextrema()[3][0] < 255)
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        image = image.convert('L' if image.mode in '1L' else 'RGB')
-        image.info = dict(lost=lost)
-        return image, None
+        return simplified(open_image(root, entry))
     except Exception as error:  # Pillow's plugins raise almost anything on a broken file
-        return None, repr(error)
+        raise Unreadable(repr(error)) from error
+
+
+def simplified(image):
+    """A PIL image of any kind as one of mode L or RGB: its first frame, turned as its EXIF says,
+    transparency on white, 16 bits scaled to 8. -> (the image, what it lost, in words)."""
+    lost = []
+    if getattr(image, 'is_animated', False):  # an attribute of some formats only
+        lost.append('of several frames, the first taken')
+    ImageOps.exif_transpose(image, in_place=True)
+    if is_deep(image):  # convert() would clip these at 255
+        values = np.asarray(image)
+        if image.mode == 'F' or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f'mode {image.mode}; accepted: 8 or 16 bits a channel')
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        least_alpha = image.getextrema()[3][0]
+        if least_alpha < 255:
+            lost.append('transparent, put on white')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('L' if image.mode in ('1', 'L') else 'RGB'), lost
+
+
+def is_deep(image):
+    """Whether the mode of a PIL image is one of more than 8 bits, all of which are grey."""
+    return image.mode[0] in 'IF'
+
+
+def has_colour(image):
+    """Whether any pixel of an image that read_image() returned is not grey."""
+    return image.mode == 'RGB' and bool(np.ptp(np.asarray(image), axis=2).any())
+
+
+def entry_has_colour(root, entry):
+    """Whether an image has colour. One of a grey mode need not be decoded to tell, and one that
+    cannot be read has none."""
+    try:
+        image = open_image(root, entry)
+        if image.mode in ('1', 'L', 'LA') or is_deep(image):
+            return False
+        return has_colour(simplified(image)[0])
+    except Exception:  # as in read_image()
+        return False
+
+
+def evenly_spaced(n, count=64):
+    """Up to `count` different indices, in order, over n images."""
+    return sorted({k * n // count for k in range(count)})
+
+
+def probe(root, entries, channels=None):
+    """The size and channels that fit a set: (shorter side of its first readable image, channels).
+    channels None: 1 if all images are grey, else 3. Raises ValueError where none of 64 images can
+    be read."""
+    images = []
+    problems = []
+    for k in evenly_spaced(len(entries)):
+        try:
+            image, _ = read_image(root, entries[k])
+            images.append(image)
+        except Unreadable as error:
+            problems.append(str(error))
+    if not images:
+        raise ValueError(f'none of {len(problems)} images can be read '
+                         f'({entries[0]!r}: {problems[0]})')
+    if channels is None:  # most sets in colour show it here, without a look at all of their images
+        coloured = any(has_colour(image) for image in images)
+        coloured = coloured or any(entry_has_colour(root, entry) for entry in entries)
+        channels = 3 if coloured else 1
+    return min(images[0].size), channels
+
+
+# ---------------------------------------------------------------- a set of images
+
+class Decoded(NamedTuple):
+    """An image as Images.decode() returns it."""
+    pixels: Optional[np.ndarray]  # uint8 (C, S, S); None where it cannot be read
+    problem: str                  # why it cannot be read
+    changes: list                 # what was done to it beyond decoding, in words
 
 
 class Images(torch.utils.data.Dataset):
-    """pixels uint8 (n, C, S, S), or None for a large set, which is decoded at each access; labels
-    int64 (n,) or None; classes, a list of names, or None; name, image_size, channels, flip; flag,
-    which gave the name; identity, the same at another place."""
+    """A data set: n images of S x S pixels and C channels, each with a label or none.
 
-    def __init__(self, name, flag, found, image_size, channels, flip, is_known_set=False):
-        self.is_known_set = is_known_set
-        self.name, self.flag, self.given = name, flag, f'{flag} {name}'
-        self.root, self.source, self.labels, self.classes, self.unlabelled = found[:5]
-        self.image_size, self.channels, self.flip = image_size, channels, flip
-        self.pixels, self.skipped, self.apart = None, 0, found.apart
-        told = (self.source[::-(-len(self) // 16)].tobytes() if self.root is None else
-                '\n'.join(found.paths or self.source).encode(errors='surrogateescape'))
+        len(images)        n
+        images[k]          image k: uint8 (C, S, S)
+        images[[k, ...]]   several: uint8 (b, C, S, S)
+        images.labels      their classes: int64 (n,), or None
+
+    Where they fit in memory, fill() decodes all of them into `pixels`, (n, C, S, S). The images of
+    a larger set are decoded at each access, and its `pixels` are None. Training takes its batches
+    from training_batches(), and everything else from read_batches(). sets.load_images() makes it.
+    """
+
+    def __init__(self, name, flag, raw, image_size, channels, flip, is_known_set=False):
+        """raw: the foreign.RawSet of its files or arrays."""
+        self.name = name                  # str: a name in sets.SETS, or the path of a user's set
+        self.flag = flag                  # str: the flag that gave it, such as --dataset
+        self.given = f'{flag} {name}'     # str: with which messages to the user begin
+        self.is_known_set = is_known_set  # bool: whether `name` is one in sets.SETS. The size that
+                                          # these are used at is part of what they are, so they may
+                                          # be enlarged to it; a user's own images may not
+        self.image_size = image_size      # int: S
+        self.channels = channels          # int: C, 1 for grey and 3 for colour
+        self.flip = flip                  # bool: whether to mirror half of them in training, where
+                                          # --flip does not say
+        self.pixels = None                # uint8 (n, C, S, S), or None: decoded at each access
+        self.labels = raw.labels          # int64 (n,), or None
+        self.classes = raw.classes        # list of str, the name of each class, or None
+        self.unlabelled = raw.unlabelled  # str: what there is instead, where labels are None
+        self.apart = raw.apart            # bool: of a test split, see foreign.RawSet
+        self.root = raw.root              # str or None: where the files of entries are
+        self.entries = raw.entries        # names of files or uint8 array, see foreign.RawSet; None
+                                          # once all are decoded
+        self.skipped = 0                  # int: how many accesses met an image that was broken
+
+        # Three numbers that tell sets apart, and stay the same where a set is moved: how many
+        # images there are, their names (or some of their pixels), and their labels.
+        if self.root is None:
+            every = -(-len(self) // 16)  # 16 images or fewer
+            names = self.entries[::every].tobytes()
+        else:
+            names = '\n'.join(raw.paths or self.entries).encode(errors='surrogateescape')
         labels = [] if self.labels is None else [self.labels]
-        self.identity = [len(self), zlib.crc32(told), fingerprint(labels)]
+        self.identity = [len(self), zlib.crc32(names), fingerprint(labels)]
 
     def __len__(self):
-        return len(self.source if self.pixels is None else self.pixels)
+        return len(self.entries if self.pixels is None else self.pixels)
 
     def __getitem__(self, index):
-        """uint8 (C, S, S), or (b, C, S, S) for a list. A large set serves the next readable image
-        (beside the label of the one asked for) for one that is not, saying so once a process."""
+        """uint8 (C, S, S), or (b, C, S, S) for a list of indices.
+
+        Where an image of a large set cannot be read, the next one that can is served in its place
+        (with the label of the one that was asked for), and a line on stderr says so, once a
+        process."""
         if self.pixels is not None:
             return self.pixels[index]
         if isinstance(index, list):
             return torch.stack([self[k] for k in index])
-        first = range(len(self))[index]  # IndexError beyond the end
+        first = range(len(self))[index]  # IndexError beyond the end, which ends an iteration
         for k in range(first, first + len(self)):
-            pixels, problem, _ = self.decode(k % len(self))
-            if problem is None:
-                return torch.from_numpy(pixels)
+            decoded = self.decode(k % len(self))
+            if decoded.pixels is not None:
+                return torch.from_numpy(decoded.pixels)
             if not self.skipped:
                 print(f'{self.given}: the next image replaces each that cannot be read '
-                      f'(first: {problem})', file=sys.stderr)
+                      f'(first: {decoded.problem})', file=sys.stderr)
             self.skipped += 1
-        raise BadInput(f'{self.given}: no image can be read (last: {problem})')
+        raise BadInput(f'{self.given}: no image can be read (last: {decoded.problem})')
 
     def class_count(self, flag='--classes'):
-        """How many classes its labels are, for a flag; BadInput where they do for none."""
+        """How many classes the labels are. Raises BadInput in the name of `flag`, which wants them,
+        where there are no labels, or other than 0, 1, 2, ... with none left out."""
         if self.labels is None:
             raise BadInput(f'{flag}: {self.name} has {self.unlabelled}; give a folder with one '
                            'folder a class, or one integer an image, or leave it out')
         labels = self.labels.unique().tolist()
-        without = [name for k, name in enumerate(self.classes or ()) if k not in labels]
-        if len(labels) > CLASS_LIMIT or labels != list(range(len(labels))) or without:
-            raise BadInput(f'{flag}: {len(labels)} labels from {labels[0]} to {labels[-1]}'
-                           + f', no image of {", ".join(without)}' * bool(without)
-                           + f'; accepted: 0, 1, 2, ... with none left out, at most {CLASS_LIMIT}'
-                           + '; or give --no-classes' * (flag == '--classes'))
+        empty = [name for k, name in enumerate(self.classes or ()) if k not in labels]
+        counts_up = labels == list(range(len(labels)))
+        if not counts_up or empty or len(labels) > CLASS_LIMIT:
+            problem = f'{flag}: {len(labels)} labels from {labels[0]} to {labels[-1]}'
+            if empty:
+                problem += f', no image of {", ".join(empty)}'
+            mend = f'accepted: 0, 1, 2, ... with none left out, at most {CLASS_LIMIT}'
+            if flag == '--classes':
+                mend += '; or give --no-classes'
+            raise BadInput(f'{problem}; {mend}')
         return len(labels)
 
     def decode(self, k):
-        """-> (uint8 array (C, S, S), None, what was lost): image k's centred square, resized; or
-        (None, why not, []). Raises BadInput for a file of the user's that is smaller: enlarging it
-        would blur the set."""
-        image, problem = read_image(self.root, self.source[k])
-        if image is None:
-            return None, f'{self.source[k]!r}: {problem}', []
-        size, side = self.image_size, min(image.size)
-        if side < size and self.root is not None and not self.is_known_set:
-            raise BadInput(f'{self.given}: {self.source[k]!r} is {image.width}x{image.height}; '
+        """Image k as Decoded: its centred square, resized. Raises BadInput for one of a user's own
+        files that is smaller than image_size: enlarging it would blur the set."""
+        entry = self.entries[k]
+        try:
+            image, lost = read_image(self.root, entry)
+        except Unreadable as error:
+            return Decoded(None, f'{entry!r}: {error}', [])
+        size = self.image_size
+        side = min(image.size)
+        is_own_file = self.root is not None and not self.is_known_set
+        if side < size and is_own_file:
+            raise BadInput(f'{self.given}: {entry!r} is {image.width}x{image.height}; '
                            f'give an --image_size of at most {side}, not {size}')
-        lost = image.info['lost'] + ['cropped to the centre square'] * (
-            image.width != image.height) + [f'resized to {size} x {size}'] * (side != size) + [
-            'coloured, made grey'] * (self.channels == 1 and coloured(image))
-        side = min(side, 140) if self.name == 'celeba64' else side  # the crop that papers use
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        changes = list(lost)
+        if image.width != image.height:
+            changes.append('cropped to the centre square')
+        if side != size:
+            changes.append(f'resized to {size} x {size}')
+        if self.channels == 1 and has_colour(image):
+            changes.append('coloured, made grey')
+        if self.name == 'celeba64':  # the crop that papers use
+            side = min(side, 140)
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
         image = image.convert('L' if self.channels == 1 else 'RGB')
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-        return np.array(image).reshape(size, size, -1).transpose(2, 0, 1), None, lost
+        pixels = np.array(image).reshape(size, size, -1).transpose(2, 0, 1)
+        return Decoded(pixels, '', changes)
+
+    def decode_many(self, indices):
+        """Yields decode(k) for each of the indices, in order."""
+        if self.image_size < 64:  # on tiny images threads lose more by waiting for the GIL
+            yield from map(self.decode, indices)
+            return
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without it
+            yield from pool.map(self.decode, indices)
 
     def fill(self):
-        """Fills pixels, leaving out (and saying so in one line) what cannot be read; of a set too
-        large for that looks at 64 images -> notes of what they lose, and of a set next to black."""
-        n, size, bad, lost = len(self), self.image_size, {}, Counter()
-        large = n * self.channels * size ** 2 > MEMORY_LIMIT
-        some = sorted({k * n // 64 for k in range(64)}) if large else range(n)
-        looked = 'looked at ' if large else ''
-        pixels = np.zeros((len(some), self.channels, size, size), np.uint8)
-        fit = self.root is None and (*self.source.shape, 1)[1:4] == (size, size, self.channels)
-        if fit and not large:  # decode() changes nothing
-            pixels[:] = self.source.reshape(n, size, size, -1).transpose(0, 3, 1, 2)
-            some = []
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            # Pillow decodes without the GIL; on tiny images threads lose more by waiting for it.
-            decoded = (pool.map if size >= 64 else map)(self.decode, some)
-            for k, (image, problem, words) in enumerate(decoded):
-                lost.update(words)
-                if problem is None:
-                    pixels[k] = image
+        """Decode all images into `pixels`. Of a set that is too large for memory 64 are looked at.
+
+        Those that cannot be read are left out, and a line on stderr says so. Returns what else the
+        user should be told of the images, in words. Raises BadInput where none can be read, or one
+        of the user's own is smaller than image_size."""
+        n = len(self)
+        size = self.image_size
+        is_large = n * self.channels * size ** 2 > MEMORY_LIMIT
+        indices = evenly_spaced(n) if is_large else range(n)
+        pixels = np.zeros((len(indices), self.channels, size, size), np.uint8)
+        problems = {}  # by row of pixels
+        changes = Counter()
+        if not is_large and self.is_as_wanted():
+            pixels[:] = self.entries.reshape(n, size, size, -1).transpose(0, 3, 1, 2)
+        else:
+            for row, decoded in enumerate(self.decode_many(indices)):
+                changes.update(decoded.changes)
+                if decoded.pixels is None:
+                    problems[row] = decoded.problem
                 else:
-                    bad[k] = problem
-        if len(bad) == len(pixels):
-            raise BadInput(f'{self.given}: no image {looked}can be read (first: {bad[0]})')
-        if bad and not large:
-            print(f'{self.given}: skipped {len(bad)} of {n} images that cannot be read '
-                  f'(first: {next(iter(bad.values()))})', file=sys.stderr)
-            keep = [k for k in range(n) if k not in bad]
-            pixels, self.labels = pixels[keep], None if self.labels is None else self.labels[keep]
-        if not large:
-            self.pixels, self.source = torch.from_numpy(pixels), None
-        return [f'{k} of {len(some)} images {looked}{word}' for word, k in lost.items()] + [
-            f'nearly black, no value above {pixels.max()} of 255'] * bool(pixels.max() < 64)
+                    pixels[row] = decoded.pixels
+
+        looked = 'looked at ' if is_large else ''
+        if len(problems) == len(pixels):
+            raise BadInput(f'{self.given}: no image {looked}can be read (first: {problems[0]})')
+        if problems and not is_large:
+            first = next(iter(problems.values()))
+            print(f'{self.given}: skipped {len(problems)} of {n} images that cannot be read '
+                  f'(first: {first})', file=sys.stderr)
+            kept = [row for row in range(n) if row not in problems]
+            pixels = pixels[kept]
+            if self.labels is not None:
+                self.labels = self.labels[kept]
+        if not is_large:
+            self.pixels = torch.from_numpy(pixels)
+            self.entries = None
+        notes = [f'{count} of {len(indices)} images {looked}{change}'
+                 for change, count in changes.items()]
+        if pixels.max() < 64:
+            notes.append(f'nearly black, no value above {pixels.max()} of 255')
+        return notes
+
+    def is_as_wanted(self):
+        """Whether the entries are an array of the wanted size and channels, which decode() would
+        leave as it is."""
+        if self.root is not None:
+            return False
+        shape = self.entries.shape[1:]
+        if len(shape) == 2:
+            shape = (*shape, 1)
+        return shape == (self.image_size, self.image_size, self.channels)
 
 
-def read_batches(data, indices, device='cpu', workers=0):
-    """Yields uint8 (b, C, S, S) on `device` for each 1-D int64 CPU tensor of `indices`, in order. A
-    small set moves to the device and stays there; `workers` processes decode a large one."""
-    if data.pixels is not None:
-        data.pixels = data.pixels.to(device)
+# ---------------------------------------------------------------- batches
+
+def read_batches(images, indices, device='cpu', workers=0):
+    """Yields uint8 (b, C, S, S) on `device` for each 1-D int64 CPU tensor of `indices`, in order.
+
+    A set that is in memory moves to the device and stays there. A large one is decoded by `workers`
+    processes, or in this one if there are 0. Raises BadInput as Images.decode() does, and where
+    such a process ends."""
+    if images.pixels is not None:
+        images.pixels = images.pixels.to(device)
         for index in indices:
-            yield data.pixels[index.to(device)]
+            yield images.pixels[index.to(device)]
         return
     pin = torch.device(device).type == 'cuda'
     loader = torch.utils.data.DataLoader(
-        data, sampler=(index.tolist() for index in indices), batch_size=None, num_workers=workers,
+        images, sampler=(index.tolist() for index in indices), batch_size=None, num_workers=workers,
         pin_memory=pin, worker_init_fn=deaf, collate_fn=to_shared_memory,
-        generator=torch.Generator())  # else its seed moves the global stream
+        generator=torch.Generator())  # without one, its seed would be drawn from the global stream
     try:
         if workers:
             multiprocessing.Lock()  # where it cannot, the loader would say so in many lines
         for batch in loader:
             yield batch.to(device, non_blocking=pin)
-    except BadInput as error:  # from a worker it comes with a traceback in its message
-        raise BadInput(str(error).rpartition('BadInput: ')[2].strip()) from None
+    except BadInput as error:
+        # Raised in a worker, its message comes with a traceback before it.
+        message = str(error).rpartition('BadInput: ')[2].strip()
+        raise BadInput(message) from None
     except (RuntimeError, OSError) as error:
         if not workers or not re.search('DataLoader worker|shared memory|shm|Errno', str(error)):
             raise
@@ -203,9 +343,12 @@ def read_batches(data, indices, device='cpu', workers=0):
 
 
 def to_shared_memory(batch):
-    """The batch in shared memory already in its worker, where a failure is raised: later, in the
-    thread that sends it, it would only be printed, and the run would wait for ever."""
-    return batch.share_memory_() if torch.utils.data.get_worker_info() else batch
+    """The batch, moved to shared memory already in the worker that read it, where a failure is
+    raised. Later, in the thread that sends it, a failure would only be printed, and the run would
+    wait for ever."""
+    if torch.utils.data.get_worker_info() is None:
+        return batch
+    return batch.share_memory_()
 
 
 def to_float(pixels):
@@ -213,55 +356,64 @@ def to_float(pixels):
     return pixels.float() / 127.5 - 1
 
 
+def to_uint8(x):
+    """Float in [-1, 1] -> uint8, rounded. What lies beyond is clipped: a file holds [0, 255]."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def mean_norm(images, n=10_000):
+    """The mean Euclidean norm, a float, of up to n evenly spaced images scaled to [-1, 1]."""
+    n = min(n, len(images))
+    total = 0.0
+    for part in (torch.arange(n) * len(images) // n).split(32):
+        total += to_float(images[part.tolist()]).flatten(1).norm(dim=1).double().sum()
+    return float(total) / n
+
+
+# ---------------------------------------------------------------- images as charges
+
 class Charges:
-    """The images pixels, uint8 (K, C, H, W), as charges in [-1, 1], and behind them with `mirror`
-    their mirror images: kept as they are, and made a few at a time, as the field asks for them."""
+    """Images as the charges of a field, in [-1, 1]. They are kept as uint8, and made float a few at
+    a time, as pfgm.poisson_field() asks for them by len() and split()."""
 
     def __init__(self, pixels, mirror=False, dtype=torch.float32):
-        self.pixels, self.mirror, self.dtype, self.device = pixels, mirror, dtype, pixels.device
+        self.pixels = pixels         # uint8 (n, C, H, W)
+        self.mirror = mirror         # bool: whether n mirrored images follow, K = 2 n in all
+        self.dtype = dtype           # of the charges
+        self.device = pixels.device
 
     def __len__(self):
-        return len(self.pixels) * (1 + self.mirror)
+        return 2 * len(self.pixels) if self.mirror else len(self.pixels)
 
     def __getitem__(self, index):
-        """index (k,) -> (k, C, H, W) of dtype."""
+        """index int64 (k,) -> (k, C, H, W) of dtype."""
         pixels = self.pixels[index % len(self.pixels)]
         if self.mirror:
-            mirrored = (index >= len(self.pixels)).view(-1, 1, 1, 1)
-            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+            is_mirrored = (index >= len(self.pixels)).view(-1, 1, 1, 1)
+            pixels = torch.where(is_mirrored, pixels.flip(-1), pixels)
         return to_float(pixels).to(self.dtype)
 
     def split(self, size):
+        """All of them in order, `size` at a time, like Tensor.split()."""
         return (self[index] for index in torch.arange(len(self), device=self.device).split(size))
 
     def assigned(self, x, generator):
-        """As many images at random as x (B, C, H, W) has, in the order in which the sum of squared
-        distances to x is least: optimal transport in a batch, arXiv 2302.00482."""
+        """A random image for each x (B, C, H, W), so that the sum of squared distances is as small
+        as these B images allow: optimal transport in a batch, arXiv 2302.00482 -> like x."""
         from scipy.optimize import linear_sum_assignment
         images = self[torch.randint(len(self), x.shape[:1], generator=generator, device=x.device)]
         distance = torch.cdist(x.flatten(1), images.flatten(1)).square()
-        return images[torch.from_numpy(linear_sum_assignment(distance.cpu())[1]).to(x.device)]
+        _, order = linear_sum_assignment(distance.cpu())
+        return images[torch.from_numpy(order).to(x.device)]
 
 
 def charges_of(images, flag, device='cpu', mirror=False, dtype=torch.float32):
-    """All of the images as Charges; BadInput where they do not fit in memory."""
+    """All of the Images as Charges on the device, to which they move. Raises BadInput, in the name
+    of `flag`, where they do not fit in memory."""
     if images.pixels is None:
         raise BadInput(f'{flag}: {len(images)} images of {images.name} do not fit in memory')
     images.pixels = images.pixels.to(device)
     return Charges(images.pixels, mirror, dtype)
-
-
-def to_uint8(x):
-    """float in [-1, 1] -> uint8, rounded; beyond the range is cut to [0, 255], all a file holds."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def mean_norm(data, n=10_000):
-    """Mean Euclidean norm, a float, of up to n evenly spaced images scaled to [-1, 1]."""
-    n = min(n, len(data))
-    parts = (torch.arange(n) * len(data) // n).split(32)
-    norms = [to_float(data[part.tolist()]).flatten(1).norm(dim=1).double().sum() for part in parts]
-    return float(sum(norms)) / n
 
 
 # ---------------------------------------------------------------- the images of a training step
@@ -280,7 +432,8 @@ class Batch(NamedTuple):
 
 
 def image_order(n, count, seed, step):
-    """Endless indices (count,) of step, step + 1, ...: one shuffle of all n images an epoch."""
+    """Yields the indices (count,) of step, step + 1, ... without end: one shuffle of all n images
+    an epoch. A step has the same indices wherever the order begins."""
     def shuffled(epoch):
         generator = torch.Generator().manual_seed(step_seed(seed, 2 ** 32 + epoch))
         return torch.randperm(n, generator=generator)
@@ -296,9 +449,9 @@ def image_order(n, count, seed, step):
 
 
 def shuffled_images(images, count, seed, step, flip, labelled, workers, device, rank, world):
-    """Endless (x (count, C, S, S) in [-1, 1], labels (count,) or None, generator) of step,
-    step + 1, ..., mirrored at random if `flip`: the same on every rank, from seed and step alone.
-    """
+    """Yields (x (count, C, S, S) in [-1, 1], labels (count,) or None, generator, None) of step,
+    step + 1, ... without end. The images are mirrored at random if `flip`. All of it depends on
+    seed and step alone, and is the same on every rank."""
     indices = image_order(len(images), count, seed, step)
     split = images.pixels is None and world > 1  # each rank decodes a share of a large set
     if split:
@@ -317,18 +470,21 @@ def shuffled_images(images, count, seed, step, flip, labelled, workers, device, 
         if flip:
             flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
             x = torch.where(flipped, x.flip(-1), x)
-        yield x, images.labels[order].to(device) if labelled else None, generator
+        labels = images.labels[order].to(device) if labelled else None
+        yield x, labels, generator, None
 
 
 def shuffled_pairs(pairs, count, seed, step, classes, device):
-    """Endless (y (count, C, S, S), labels (count,) or None, generator, eps like y) of step,
-    step + 1, ..., from the pairs of students.py, whose labels are `classes` classes in turn."""
+    """Yields (y (count, C, S, S), labels (count,) or None, generator, eps like y) of step,
+    step + 1, ... without end, from the pairs of students.py, whose labels are `classes` classes in
+    turn."""
     orders = image_order(len(pairs), count, seed, step)
     for step, order in enumerate(orders, step):
         rows = torch.from_numpy(np.stack([pairs[k] for k in order.tolist()]))
         eps, y = (part.to(device) for part in rows.unbind(1))
         generator = torch.Generator(device).manual_seed(step_seed(seed, step))
-        yield y, (order % classes).to(device) if classes else None, generator, eps
+        labels = (order % classes).to(device) if classes else None
+        yield y, labels, generator, eps
 
 
 def images_a_step(batch_size, field_batch):
@@ -338,11 +494,12 @@ def images_a_step(batch_size, field_batch):
 
 def training_batches(images, batch_size, field_batch, seed, step, *, flip, classes, workers, device,
                      rank, world, source=None, pairs=None):
-    """An endless Batch of step, step + 1, ..., from seed and step alone.
+    """Yields the Batch of step, step + 1, ... without end. It depends on seed and step alone.
 
     field_batch: how many charges define the field, 'all', or 1: each image is its own. classes: how
-    many the network is told of, 0 for none. source: Charges that are paired with the images, as
-    their noise. pairs: a data set of pairs_of_teacher(), in place of the images."""
+    many classes the network is told of, 0 for none. source: Charges that are paired with the
+    images, as their noise. pairs: a data set of students.pairs_of_teacher(), in place of the
+    images."""
     every = None  # the charges of every step, and their labels
     every_label = None
     if pairs is not None:
@@ -355,12 +512,14 @@ def training_batches(images, batch_size, field_batch, seed, step, *, flip, class
         count = images_a_step(batch_size, field_batch)
         steps = shuffled_images(images, count, seed, step, flip, bool(classes), workers, device,
                                 rank, world)
-    for x, label, generator, *eps in steps:
+    for x, label, generator, eps in steps:
         clean = x[:batch_size]
-        eps = eps[0] if eps else None
-        charges, charge_labels = every, every_label
         if pairs is None and field_batch not in ('all', 1):
-            charges, charge_labels = x, label
+            charges = x
+            charge_labels = label
+        else:
+            charges = every
+            charge_labels = every_label
         if source is not None and eps is None:
             eps = source.assigned(clean, generator)
         labels = among = None

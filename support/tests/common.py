@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from support import sets
+from support.cli import BadInput
 from support.processes import run
 
 torch.set_num_threads(1)
@@ -91,6 +92,12 @@ def refuses(command, message):
     text = stderr.getvalue()
     assert stop.value.code == 2 and text.count('\n') == 1, text
     assert re.search(message, text), text
+
+
+def load_refuses(message, *args, **options):
+    """load_images() ends in one line that begins with a flag and matches `message`."""
+    with pytest.raises(BadInput, match=rf'^(?=--).*{message}.*\Z'):
+        sets.load_images(*args, **options)
 
 
 def sampled(out, *flags):

@@ -7,6 +7,7 @@ import torch
 
 from support import sets
 from support.tests.common import TINY, TINY_PP, script
+from support.tests.made import pictures
 
 
 def pytest_configure(config):
@@ -43,6 +44,12 @@ def straight(tmp_path_factory):
 def few_glyphs(monkeypatch):
     """The glyphs are 200 images."""
     monkeypatch.setattr(sets, 'glyphs', functools.partial(sets.glyphs, 200))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of ten images, 0.png to 9.png."""
+    return pictures(tmp_path / 'set', *(f'{k}.png' for k in range(10)))
 
 
 @pytest.fixture

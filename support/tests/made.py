@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.sets import load_images
+
 
 class Payload:
     """A pickle of it runs a command that leaves a file called hacked."""
@@ -38,6 +40,12 @@ def pictures(root, *names, side=8):
 
 def classes_of(folder, *names):
     return pictures(folder, *(f'{name}/{i}.png' for name in names for i in range(8)), side=16)
+
+
+def array_set(tmp_path, array, **options):
+    """The Images of a .npy that holds the array."""
+    np.save(tmp_path / 'a.npy', array)
+    return load_images(tmp_path / 'a.npy', **options)
 
 
 def written(save, *args, **options):

@@ -1,0 +1,255 @@
+"""Decoding, batches, and what a training step is given."""
+import io
+import itertools
+import os
+import signal
+import time
+import zipfile
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support import foreign
+from support import images as images_module
+from support.cli import BadInput
+from support.images import image_order, mean_norm, read_batches, to_float, training_batches
+from support.processes import AT_THE_END, listen
+from support.sets import load_images
+from support.tests.common import close, seeded
+from support.tests.made import encoded, encrypted, picture, shows, zipped
+
+# ---------------------------------------------------------------- one image
+
+@pytest.mark.parametrize('mode, ending, shown', [
+    ('P', 'png', 'RGB'), ('L', 'png', 'L'), ('1', 'png', 'L'), ('LA', 'png', 'L'),
+    ('RGBA', 'png', 'RGB'), ('RGB', 'bmp', 'RGB'), ('CMYK', 'jpg', 'RGB'), ('RGB', 'JPEG', 'RGB'),
+    ('RGB', 'webp', 'RGB'), ('P', 'gif', 'RGB'),
+])
+def test_read_image__any_mode_becomes_grey_or_rgb(tmp_path, mode, ending, shown):
+    picture().convert(mode).save(tmp_path / f'a.{ending}')
+    images = load_images(tmp_path)
+    assert shows(images[0], Image.open(tmp_path / f'a.{ending}').convert(shown))
+    assert images.flip == (shown == 'RGB')
+    assert images.labels is None and images.classes is None
+
+
+RAMP = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
+DEEP = RAMP * np.uint16(257)  # of 16 bits
+RED = np.full((4, 4, 3), (255, 0, 0), np.uint8)
+QUARTER_TURN = b'II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0'  # in EXIF
+
+
+@pytest.mark.parametrize('raw, shown', [
+    pytest.param(encoded(Image.fromarray(DEEP)), RAMP, id='png_of_16_bits'),
+    pytest.param(encoded(Image.fromarray(DEEP), 'TIFF'), RAMP, id='tiff_of_16_bits'),
+    pytest.param(b'P5 4 4 65535\n' + DEEP.astype('>u2').tobytes(), RAMP, id='pgm_of_16_bits'),
+    pytest.param(encoded(Image.new('RGBA', (4, 4))), np.full((4, 4), 255), id='transparent'),
+    pytest.param(encoded(Image.new('LA', (4, 4))), np.full((4, 4), 255), id='clear_grey'),
+    pytest.param(encoded(Image.fromarray(np.pad(RED, ((0, 0), (3, 3), (0, 0))))), RED, id='wide'),
+    pytest.param(encoded(Image.fromarray(RAMP), exif=QUARTER_TURN), np.rot90(RAMP, -1),
+                 id='turned'),
+])
+def test_read_image__shows_all_bits_on_white_the_centre_square_upright(tmp_path, raw, shown):
+    (tmp_path / 'a.png').write_bytes(raw)
+    assert shows(load_images(tmp_path)[0], shown)
+
+
+@pytest.mark.parametrize('limit', [2 << 30, 0])
+def test_probe__one_coloured_image_of_many_makes_a_coloured_set(tmp_path, capsys, monkeypatch,
+                                                                limit):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', limit)
+    is_large = limit == 0
+    for k in range(200):  # 64 of these are looked at first, and 101 is not among them
+        size = (8, 12) if k % 50 == 0 else (8, 8)
+        colour = (200, 30, 30) if k == 101 else (90, 90, 90)
+        Image.new('RGB', size, colour).save(tmp_path / f'{k:03d}.png')
+    assert load_images(tmp_path).channels == 3
+    assert ('4 of 200' in capsys.readouterr().out) == (not is_large)
+
+    grey = torch.stack(list(load_images(tmp_path, channels=1, image_size=4)))
+    assert grey.shape == (200, 1, 4, 4) and grey.unique().tolist() == [81, 90]
+    out = capsys.readouterr().out  # what is lost is said: of a large set, of the 64
+    assert 'resized to 4 x 4' in out
+    assert ('1 of 200 images coloured' in out) == (not is_large)
+
+
+# ---------------------------------------------------------------- a set of images
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_fill__skips_what_cannot_be_read_and_labels_follow(tmp_path, capsys, monkeypatch, kind):
+    path = tmp_path / 'in' / f'a.{kind}'
+    image = encoded(picture())
+    entries = [(f'{"cat" if k % 2 else "ant"}/{k}.png', encoded(picture(k))) for k in range(6)]
+    entries += [('a.txt', b''), ('__MACOSX/cat/0.png', image), ('cat/.0.png', image)]  # no images
+    entries += [('cat/6.png', b''), ('cat/half.png', image[:80]),  # broken ones
+                ('cat/bomb.png', encoded(Image.new('L', (64, 64)))),
+                ('cat/long.png', image + bytes(100_000)),
+                ('dog/0.png', b'junk')]  # all that there is of dogs
+    path.parent.mkdir()
+    if kind == 'folder':
+        zipfile.ZipFile(io.BytesIO(zipped(entries))).extractall(path)
+    else:
+        entries += [('../evil.png', image), ('/../evil.png', image), ('cat/locked.png', image)]
+        path.write_bytes(encrypted(zipped(entries)))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 64 * 64 - 1)  # over it, but not twice: a warning
+    monkeypatch.setattr(foreign, 'ENTRY_LIMIT', 100_000)
+
+    images = load_images(path, image_size=8)
+    err = capsys.readouterr().err
+    counted = '6 of 12' if kind == 'zip' else '5 of 11'
+    assert f'skipped {counted}' in err and err.count('\n') == 1
+    assert len(images) == 6
+    assert images.classes == ['ant', 'cat', 'dog'] and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for shown, k in zip(images, (0, 2, 4, 1, 3, 5)):
+        assert shows(shown, picture(k))
+    with pytest.raises(BadInput, match='--classes: 2 labels from 0 to 1, no image of dog;'):
+        images.class_count()
+    assert os.listdir(tmp_path) == ['in'] and os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize('source', ['set', 'a.zip', 'a.npy'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_read_batches__a_set_beyond_memory_serves_the_same(folder, tmp_path, monkeypatch, source,
+                                                           workers):
+    np.save(tmp_path / 'a.npy', [np.asarray(picture(k)) for k in range(10)])
+    files = [(file.name, file.read_bytes()) for file in folder.iterdir()]
+    (tmp_path / 'a.zip').write_bytes(zipped(files))
+    small = load_images(tmp_path / source)
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
+    large = load_images(tmp_path / source)
+    assert small.pixels.shape == (10, 3, 8, 8) and large.pixels is None
+    assert torch.equal(torch.stack(list(large)), small.pixels)  # plain iteration ends
+
+    norms = to_float(small.pixels).flatten(1).norm(dim=1)
+    state = torch.get_rng_state()
+    indices = [torch.randint(10, (4,), generator=seeded(k)) for k in range(6)]
+    for images in (small, large):
+        served = read_batches(images, indices, workers=workers)
+        for batch, index in zip(served, indices, strict=True):
+            assert torch.equal(batch, small.pixels[index])
+        close(mean_norm(images), norms.mean(), rtol=1e-6)
+        close(mean_norm(images, n=5), norms[::2].mean(), rtol=1e-6)
+    assert (torch.get_rng_state() == state).all()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_read_batches__large_sets_pass_over_what_cannot_be_read(folder, monkeypatch, capfd,
+                                                                workers):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
+    (folder / '9.png').write_text('broken')
+    large = load_images(folder)
+    batch, = read_batches(large, [torch.tensor([9, 9, 0])], workers=workers)
+    assert torch.equal(batch[0], batch[2])
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+    picture(0, 4).save(folder / '9.png')
+    with pytest.raises(BadInput, match='^--dataset .*9.png.* is 4x4') as caught:
+        list(read_batches(large, [torch.tensor([9])], workers=workers))
+    assert '\n' not in str(caught.value)
+
+
+def kill_this_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+NO_SHARED_MEMORY = RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: '
+                                'No space left on device (28)')
+
+
+@pytest.mark.parametrize('fault, refusal, message', [
+    (kill_this_process, BadInput, '--workers 0.*shm-size'),
+    (ZeroDivisionError('as raised'), ZeroDivisionError, 'as raised'),
+    (NO_SHARED_MEMORY, BadInput, '^--workers: .*No space left.*--workers 0'),
+])
+def test_read_batches__a_reader_that_dies_ends_in_one_line(folder, monkeypatch, fault, refusal,
+                                                           message):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
+    large = load_images(folder)
+    with patch.object(torch.Tensor, 'share_memory_', side_effect=fault):  # called by the reader
+        with pytest.raises(refusal, match=message):
+            list(read_batches(large, [torch.tensor([1])], workers=1))
+        assert len(list(read_batches(large, [torch.tensor([1])]))) == 1
+
+
+def test_listen__a_run_that_ends_does_not_wait_for_its_readers():
+    heard = listen()
+    child = os.fork()
+    if child == 0:  # as a reader of images: it holds all that is open
+        time.sleep(60)
+        os._exit(0)
+    began = time.time()
+    AT_THE_END.close()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert time.time() - began < 30 and heard == []
+
+
+# ---------------------------------------------------------------- the images of a training step
+
+def batches_of(images, batch_size, field_batch, step=0, flip=False, classes=10):
+    """training_batches() of one process on the CPU."""
+    return training_batches(images, batch_size, field_batch, 0, step, flip=flip, classes=classes,
+                            workers=0, device=torch.device('cpu'), rank=0, world=1)
+
+
+def test_image_order__shows_all_images_once_an_epoch_and_goes_on_from_any_step():
+    steps = list(itertools.islice(image_order(10, 4, 0, 0), 10))  # 4 epochs
+    for epoch in torch.cat(steps).split(10):
+        assert epoch.sort().values.tolist() == list(range(10))
+    for step in (1, 2, 5, 9):
+        assert torch.equal(next(image_order(10, 4, 0, step)), steps[step])
+    assert not torch.equal(next(image_order(10, 4, 1, 0)), steps[0])
+
+
+def test_training_batches__hide_a_tenth_of_the_labels():
+    """The papers on guidance drop a label with probability 0.1, arXiv 2207.12598."""
+    images = load_images()
+    steps = 100
+    size = 1000
+    batches = batches_of(images, size, 1)
+    order = image_order(len(images), size, 0, 0)
+    hidden = 0
+    for batch, index in itertools.islice(zip(batches, order), steps):
+        is_hidden = batch.labels == -1
+        hidden += int(is_hidden.sum())
+        labels = images.labels[index]
+        assert torch.equal(batch.labels[~is_hidden], labels[~is_hidden])
+    draws = steps * size
+    deviation = (0.1 * 0.9 / draws) ** 0.5  # of the share, about 0.001
+    close(hidden / draws, 0.1, atol=4 * deviation)
+
+
+@pytest.mark.parametrize('field_batch', [200, 'all'])
+def test_training_batches__the_charges_of_a_point_are_of_its_class(field_batch):
+    images = load_images()
+    batch = next(batches_of(images, 100, field_batch))
+    index = next(image_order(len(images), 200, 0, 0))
+    if field_batch == 'all':
+        charge_labels = images.labels
+    else:
+        charge_labels = images.labels[index]
+        assert torch.equal(batch.charges, to_float(images.pixels[index]))
+        assert torch.equal(batch.clean, batch.charges[:100])
+    assert batch.among.shape == (100, len(batch.charges))
+    for label, among in zip(batch.labels, batch.among):
+        if label == -1:
+            assert among.all()
+        else:
+            assert torch.equal(among, charge_labels == label)
+
+
+def test_training_batches__go_on_from_any_step_and_mirror_half_of_the_images():
+    images = load_images()
+    batches = list(itertools.islice(batches_of(images, 400, 1, flip=True, classes=0), 3))
+    again = next(batches_of(images, 400, 1, step=2, flip=True, classes=0))
+    assert torch.equal(again.clean, batches[2].clean)
+    assert again.labels is None and again.charges is None and again.eps is None
+
+    plain = next(batches_of(images, 400, 1, step=2, classes=0))
+    is_same = (again.clean == plain.clean).flatten(1).all(1)
+    is_mirrored = (again.clean == plain.clean.flip(-1)).flatten(1).all(1)
+    assert (is_same | is_mirrored).all()
+    assert 140 < is_mirrored.sum() < 260
