@@ -122,7 +122,7 @@ SECOND = '00001/img00001000.png'
     ({'a.png': 1}, 'no labels'),
     ({FIRST: 1}, 'no label for 1 of 2'),
     ({FIRST: .5, SECOND: 0}, 'float64 labels'),
-    ({FIRST: 'dog', SECOND: [0]}, 'no label for 1 of 2'),
+    ({FIRST: 'dog', SECOND: [0]}, 'no labels'),
     ({FIRST: [0, 1], SECOND: [1, 0]}, 'one-hot: give their argmax'),
     ({FIRST: [1, 1], SECOND: [1, 0]}, 'several an image'),
 ])

@@ -205,7 +205,7 @@ def test_image_order__shows_all_images_once_an_epoch_and_goes_on_from_any_step()
 
 
 def test_training_batches__hide_a_tenth_of_the_labels():
-    """The papers on guidance drop a label with probability 0.1, arXiv 2207.12598."""
+    """As classifier-free guidance is trained, arXiv 2207.12598."""
     images = load_images()
     steps = 100
     size = 1000
