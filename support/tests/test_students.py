@@ -1,0 +1,171 @@
+"""Students: what they are trained on, and what they make of it."""
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pfgm
+from support import checkpoint, students
+from support.flow import load_flow
+from support.methods import VP, RectifiedFlow
+from support.tests.common import (F64, TINY, TINY_PP, close, loaded, losses, refuses, said, script,
+                                  spied)
+from support.tests.published_files import edm_file, tiny_official
+
+CPU = torch.device('cpu')
+
+
+def followed(path, nfe, n):
+    """The flow of a checkpoint, n draws of its prior, and where it leads them."""
+    flow = load_flow(str(path), CPU, nfe=nfe, bf16=False)
+    x = flow.prior(range(n))
+    end, _ = flow.follow(x, CPU, range(n))
+    return flow, x, end
+
+
+# ---------------------------------------------------------------- straightness
+
+def test_straightness__of_known_lines():
+    y = torch.linspace(-1, 1, 6, dtype=F64)
+    x = 999 * torch.randn(5, 6, dtype=F64)
+    # A rectified flow of one data point y: F = y - eps, and the lines are straight.
+    flow = RectifiedFlow(lambda x, c_noise: ((y - x) / (1 - c_noise[:, None] / 999), None))
+    close(students.straightness(flow, x), torch.zeros(5), atol=1e-12)
+    # VP with eps = 0: x / alpha stays as it is.
+    flow = VP(lambda x, c_noise: (torch.zeros_like(x), None))
+    alpha = flow.alpha(flow.planes(flow.high, flow.low, 50))
+    whole = alpha[-1] - alpha[0]
+    bent = (whole - 50 * alpha.diff()).square().mean() / whole ** 2
+    close(students.straightness(flow, x), bent.expand(5), rtol=1e-9)
+
+
+# ---------------------------------------------------------------- reflow and distillation
+
+def test_pairs_of_teacher__outlive_a_kill(straight, here, monkeypatch):
+    monkeypatch.setattr(students, 'SHARD', 16)
+    command = ['train.py', *TINY_PP, '--distill', straight, *'--pairs 40 --out_dir a'.split()]
+    assert 'pairs: 40/40' in said([*command, '--steps', 2])
+    shards = sorted(Path('a/pairs').iterdir())
+    made = [shard.read_bytes() for shard in shards]
+    eps, y = torch.from_numpy(np.concatenate([np.load(shard) for shard in shards])).unbind(1)
+    assert abs(eps.mean()) < 0.05 and abs(eps.std() - 1) < 0.05
+    close(y, followed(straight, students.PAIR_NFE, 40)[2], atol=1e-4)
+    shards[0].unlink()
+    shards[2].write_bytes(made[2][:500])
+    assert 'pairs: 24/24' in said([*command, '--steps', 4])
+    assert [shard.read_bytes() for shard in shards] == made
+    refuses(['train.py', *TINY_PP, *'--distill a --out_dir b'.split()], 'itself a student')
+
+
+def test_method_of_student__is_the_teachers(straight, here):
+    command = ['train.py', *TINY_PP, '--distill', straight, *'--pairs 40 --out_dir b'.split()]
+    np.save('a.npy', np.zeros((9, 16, 16), np.uint8))
+    for flag, value, message in (
+            ('--reflow', straight, 'two runs'),
+            ('--method', 'pfgm', '--method pfgm, D inf: a student of .* D, inf'),
+            ('--dataset', 'a.npy', 'a.npy: --distill .* was trained on glyphs; give')):
+        refuses([*command, flag, value], message)
+
+
+def test_pairs_of_teacher__need_the_teacher_again_when_the_run_goes_on(straight, here):
+    shutil.copy(straight / 'ckpt.pt', 't.pt')
+    command = ['train.py', *TINY_PP, *'--distill t.pt --pairs 8 --out_dir c --steps'.split()]
+    script([*command, 1])
+    Path('t.pt').unlink()
+    refuses([*command, 2], '--distill t.pt: no such file')
+
+
+def check_perturb(calls, net, flow, x):
+    """The points that were trained on lie where sampling begins, on z_max, at the draws x."""
+    far = x.flatten(1).norm(dim=1).max()
+    for call in calls:
+        moved, z = net.perturb(*call.args[1:], **call.kwargs)
+        gap = torch.cdist(moved.flatten(1).double(), x.flatten(1).double()).amin(1)
+        assert (z == flow.z_max).all() and gap.max() < 1e-4 * far
+
+
+@pytest.mark.parametrize('teacher, student, D', [
+    ('--method pfgm', 'pfgmpp', 1), ('--D 3', 'pfgmpp', 3), ('--method vp', 'rf', math.inf),
+    ('--method ddpm', 'rf', math.inf), ('--method rf', 'rf', math.inf),
+    ('official', 'pfgmpp', 1), ('edm', 'pfgmpp', 128)])
+def test_distill__makes_of_any_teacher_a_student_of_one_call(teacher, student, D, here,
+                                                            monkeypatch):
+    """The student is trained where sampling begins, x on z_max, towards where x is led."""
+    monkeypatch.setattr(students, 'PAIR_NFE', 4)
+    path = 'a/ckpt.pt'
+    network = TINY_PP
+    if teacher in ('official', 'edm'):
+        path = 'net.pth'
+        network = '--dataset x.npy --channels 3 --warmup 1 --batch_size 8'.split()
+        np.save('x.npy', np.zeros((9, 32, 32, 3), np.uint8))
+    if teacher == 'official':
+        tiny_official(path)
+    elif teacher == 'edm':
+        edm_file(path, pfgmpp=True, D=128)
+    else:
+        script(['train.py', *network, *teacher.split(), *'--steps 4 --lr 1e-2 --out_dir a'.split()])
+    command = ['train.py', *network, '--distill', path, *'--device cpu --no-bf16 --log_every 1 '
+               '--pairs 8 --steps 9 --lr 1e-2 --grad_clip 9 --out_dir b'.split()]
+    with spied(pfgm.Denoiser, 'perturb') as perturb:
+        script(command)
+    net, args = checkpoint.load_checkpoint('b/ckpt.pt')
+    assert (args['method'], args['D'], args['z_exp']) == (student, D, 0)
+    assert losses('b')[-1] < losses('b')[0]
+    if teacher not in ('--method vp', '--method ddpm'):  # whose students begin farther out
+        flow, x, ends = followed(path, 4, 8)
+        pairs = np.load(*Path('b/pairs').iterdir())
+        close(pairs[:, 1], ends, atol=1e-4 * float(ends.abs().max()))
+        assert flow.z_max == args['z_max'] and flow.upper_norm == args['upper_norm']
+        check_perturb(perturb.call_args_list, net, flow, x)
+    assert 'nfe 1 ' in said('sample.py --ckpt b --n 3 --device cpu'.split())
+
+
+# ---------------------------------------------------------------- consistency training
+
+@pytest.mark.parametrize('flags', ['--D 2', '--D inf --classes', '--method vp'])
+def test_at_lower_level__is_what_the_stopped_network_makes_of_the_same_noise(flags, here,
+                                                                             monkeypatch):
+    script(['train.py', *TINY_PP, *flags.split(), *'--steps 2 --lr 1e-2 --out_dir a'.split()])
+    at_lower_level = students.at_lower_level
+    stages = []
+    expected = []  # the target and the weight of each step's loss
+
+    def checked(flow, clean, moved, z, labels, stage):
+        image, share = at_lower_level(flow, clean, moved, z, labels, stage)
+        close(share, (1 - (1 + 8 / (1 + torch.exp(z / flow.unit))) / 2 ** stage).clamp_min(0),
+              atol=1e-6)
+        r = pfgm.column(share, clean)
+        scale = pfgm.column(moved.flatten(1).abs().amax(1) + 1, clean)
+        lower = clean + r * (moved - clean)
+        with torch.no_grad():
+            v_x, _ = flow(lower, share * z, *labels)
+        close(image / scale, torch.where(r > 0, lower + v_x, clean) / scale, rtol=1e-3, atol=1e-4)
+        assert not image.requires_grad and flow.training
+        stages.append(stage)
+        expected.append((image - moved, flow.weight(moved, z) / (1 - share)))
+        return image, share
+
+    monkeypatch.setattr(students, 'at_lower_level', checked)
+    command = ['train.py', *TINY_PP, *re.findall('--classes', flags),
+               *'--consistency --init_from a --lr 1e-3 --out_dir b --steps'.split()]
+    with spied(pfgm, 'field_loss') as field_loss:
+        script([*command, 16])
+    assert stages == [1 + step // 2 for step in range(16)]
+    assert loaded('b')['args']['method'] == loaded('a')['args']['method']
+    assert field_loss.call_count == 16
+    for (target, weight), call in zip(expected, field_loss.call_args_list):
+        _, (v_x, _), w, _ = call.args
+        close(v_x, target)
+        close(w, weight, rtol=1e-6)
+
+    sampling = 'sample.py --ckpt b --n 3 --device cpu'.split()
+    assert 'solver renew  nfe 1 ' in said(sampling)
+    assert 'solver renew  nfe 2 ' in said([*sampling, '--nfe', 2])
+    refuses([*sampling, '--encode', 'glyphs'], '--solver renew.*fresh noise cannot be encoded')
+    assert '): the levels of --consistency lie further apart' in said([*command, 17])
+    refuses(['train.py', *TINY, '--consistency', '--out_dir', 'c'], '--consistency: trains')
+    refuses(['train.py', *TINY_PP, '--distill', 'b', '--out_dir', 'c'], 'itself a student')
