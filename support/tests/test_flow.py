@@ -40,6 +40,15 @@ def test_noise_of__goes_no_farther_than_the_prior():
     assert heavy_tailed.noise_of(range(200))(0).abs().max() > 100
 
 
+def test_ending__is_the_plane_of_the_last_call_before_z_0():
+    flow = flow_without_network(solver='unipc', nfe=10)
+    assert flow.ending() == (True, 25 / 10 ** 3)  # solvers.last_plane()
+    assert flow_without_network(solver='unipc', nfe=100).ending() == (True, 1e-3)
+    assert flow_without_network(solver='heun', nfe=10, z_last=0.5).ending() == (True, 0.5)
+    assert flow_without_network(solver='rk45').ending() == (False, 1e-3)
+    assert flow_without_network(solver='heun', nfe=10, to_data=False).ending() == (False, 1e-3)
+
+
 def test_ancestral__renews_the_noise_on_every_plane():
     """x = xhat, then noise of the kernel anew: of one charge, the charge and that noise."""
     y = torch.randn(1, 6, generator=seeded(), dtype=F64)

@@ -115,6 +115,14 @@ def test_ancestral__a_step_renews_what_eta_says_of_the_noise(eta, fresh):
     close(end, [[5 / 4 * (9 - fresh ** 2) ** 0.5 + fresh] * 2], rtol=1e-12)
 
 
+@pytest.mark.parametrize('D, nfe, expected', [
+    (1, 1, 5.0), (1, 4, 5 / 16), (1, 5, 0.2), (1, 10, 0.025), (1, 20, 0.003125),
+    (4, 10, 0.1), (100, 5, 2.0), (math.inf, 10, 0.05)])
+def test_last_plane__is_5_sqrt_D_over_nfe_squared_and_for_pfgm_25_over_nfe_cubed(D, nfe, expected):
+    close(last_plane(1e-3, nfe, D), expected, rtol=1e-12)
+    assert last_plane(9.0, nfe, D) == 9.0  # never below z_min
+
+
 def test_deciding_z__is_where_the_weights_of_two_charges_separate():
     """Below it a point that is z away from one of two charges belongs to it, far above to both."""
     charges = torch.tensor([[-1.0] * 8, [1.0] * 8], dtype=F64)
