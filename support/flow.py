@@ -370,7 +370,8 @@ def class_numbers(words, count, names):
     """
     if words is None:
         return range(count)
-    names = names or []
+    if not names or not count:  # a network without classes may still know those of its images
+        names = []
     counted = all(not name.isdecimal() for name in names)  # a class may itself be called 3
     numbers = []
     for word in words:
