@@ -7,7 +7,8 @@
 
 --out ends in .png (one grid), .gif (the flow from noise to images) or .npz (arr_0, uint8 NHWC), or
 is a folder. Image i depends on --seed and i alone, however the work is split. Each is a file as
-soon as it is made, and the same command again makes only what is missing.
+soon as it is made, and the same command again makes only what is missing. The way of an image, from
+the prior along the field lines to pixels, is in make_images() below.
 """
 import math
 import os
