@@ -9,8 +9,7 @@
     python evaluate.py --compare out/*/ckpt.pt        # the same for several networks, and a strip
     python evaluate.py --judge --n 512                # by a classifier of the labelled training set
 
-Every result is also a line of results.jsonl. FID: arXiv 1706.08500, IS: 1606.03498, KID:
-1801.01401, precision and recall: 1904.06991, sliced Wasserstein: Bonneel et al. 2015.
+Every result is also a line of results.jsonl. What the numbers mean is in support/metrics.py.
 """
 import dataclasses
 import math
@@ -20,17 +19,20 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
+from PIL import Image
 
 import pfgm
 from support.checkpoint import in_folder
-from support.cli import BadInput, Parser, above, say, watch, write
-from support.flow import (DIVERGED, SAMPLING_FLAGS, exact_flow, flow_flags, load_flow)
+from support.cli import BadInput, Parser, above, check_folder, one_of, say, several, watch
+from support.flow import DIVERGED, SAMPLING_FLAGS, exact_flow, flow_flags, load_flow
 from support.images import Images, read_batches, to_uint8
-from support.metrics import (INCEPTION, Measured, POOL, frechet, inception_features,
-    inception_score, judge_of, kid, load_inception, nearest_images, of_judge, pick_images,
-    precision_recall, read_stats, sliced_wasserstein)
-from support.pictures import grid_of, plot, strip
+from support.inception import (INCEPTION, POOL, Measured, collect, load_inception, read_stats,
+                               write_stats)
+from support.judge import Judge, judge_of, judged, part_legible
 from support.methods import VP
+from support.metrics import (frechet, inception_score, kid, nearest_images, pick_images,
+                             precision_recall, sliced_wasserstein)
+from support.pictures import check_png, grid_of, plot, strip, write_png
 from support.processes import everywhere, run, setup, share_of_rank
 from support.results import print_table, record_result
 from support.seeds import step_seed
@@ -39,482 +41,693 @@ from support.solvers import SOLVERS
 from support.students import straightness
 
 
+# ---------------------------------------------------------------- flags
+
 def parse_args(argv=None):
     p = Parser(description=__doc__)
+    metrics = p.add_argument_group('metrics, one or more')
     for name, metric in METRICS.items():
-        p.add_argument(f'--{name}', action='store_true', help=metric.help)
+        metrics.add_argument(f'--{name}', action='store_true', help=metric.help)
+
+    samples = p.add_argument_group('samples')
+    samples.add_argument('--n', type=above(0, int), default=None,
+                         help='images (default: all of --samples; else 50000 with Inception '
+                         'metrics, 1000 without, 256 for bpd)')
+    samples.add_argument('--samples', default=None,
+                         help='evaluate this folder, .zip or .npz (arr_0), at --image_size if '
+                         'given, and no network')
+    samples.add_argument('--sweep', type=several(above(0, int), prefix='nfe='),
+                         metavar='nfe=5,10,20', help='make them with so many network calls each')
+    samples.add_argument('--solvers', type=several(one_of(SOLVERS)), default=None,
+                         help=f'of --sweep, of {",".join(SOLVERS)} (default: unipc); rk45 is one '
+                         'point, at --tol')
+    samples.add_argument('--compare', nargs='+', type=in_folder, metavar='CKPT',
+                         help='sweep these side by side, with a strip of samples from the same '
+                         'seeds (default: --swd --bpd, nfe=5,10,20,50; bits/dim of up to 256 '
+                         'images)')
+
+    reference = p.add_argument_group('what they are compared with')
+    reference.add_argument('--ref', default=None,
+                           help='these images, or a .npz of mu and sigma (default: the training '
+                           'split of --dataset, not mirrored)')
+    reference.add_argument('--save_stats', metavar='FILE.npz',
+                           help='write mu and sigma of the reference')
+    reference.add_argument('--inception', default=None, metavar='FILE',
+                           help=f"{INCEPTION} (default: torch hub's copy, downloaded once), or "
+                           'random: a check of the plumbing')
+    reference.add_argument('--resize', choices=('tf1', 'pytorch'), default='tf1',
+                           help='to 299 pixels; tf1: as in the TensorFlow graph behind the FIDs '
+                           'that score_sde, PFGM and EDM published; pytorch: as in pytorch-fid '
+                           '(default: tf1)')
+    reference.add_argument('--repeats', type=above(0, int), default=1,
+                           help='of --bpd, each with noise and a Hutchinson probe of its own '
+                           '(default: 1)')
+    reference.add_argument('--workers', type=above(-1, int), default=4,
+                           help='processes that read a set too large for memory (default: 4)')
+
+    output = p.add_argument_group('output')
+    output.add_argument('--out', default=None,
+                        help='picture of --sweep, --compare or --neighbours (default: sweep.png, '
+                        'compare.png or neighbours.png beside --results)')
+    output.add_argument('--results', default=None,
+                        help='a line is appended to it (default: results.jsonl beside --ckpt; in '
+                        'this folder with --samples or --exact)')
     flow_flags(p)
     p.set_defaults(tol=None)
-    p.add_argument('--n', type=above(0, int), default=None, help='images (default: all of '
-                   '--samples; else 50000 with Inception metrics, 1000 without, 256 for bpd)')
-    p.add_argument('--samples', default=None, help='evaluate this folder, .zip or .npz (arr_0), '
-                   'at --image_size if given')
-    p.add_argument('--workers', type=above(-1, int), default=4, help='processes that read a set '
-                   'too large for memory (default: 4)')
-    p.add_argument('--ref', default=None, help='compare with these images, or with a .npz of mu '
-                   'and sigma (default: the training split of --dataset, not mirrored)')
-    p.add_argument('--save_stats', metavar='FILE.npz', help='write mu, sigma of the reference')
-    p.add_argument('--inception', default=None, metavar='FILE', help=f'{INCEPTION} (default: '
-                   "torch hub's copy, downloaded once), or random: a check of the plumbing")
-    p.add_argument('--resize', choices=('tf1', 'pytorch'), default='tf1', help='to 299 pixels; '
-                   'tf1: as in the TensorFlow graph behind the FIDs that score_sde, PFGM and EDM '
-                   'published; pytorch: as in pytorch-fid (default: tf1)')
-    p.add_argument('--repeats', type=above(0, int), default=1, help='of --bpd, each with noise '
-                   'and a Hutchinson probe of its own (default: 1)')
-    p.add_argument('--sweep', metavar='nfe=5,10,20', help='network calls', type=lambda text: [
-        above(0, int)(part) for part in text.removeprefix('nfe=').split(',')])
-    p.add_argument('--compare', nargs='+', type=in_folder, metavar='CKPT', help='sweep these side '
-                   'by side, with a strip of samples from the same seeds (default: --swd --bpd, '
-                   'nfe=5,10,20,50; bits/dim of up to 256 images)')
-    p.add_argument('--solvers', type=lambda text: text.split(','), default=None, help='of --sweep, '
-                   f'of {",".join(SOLVERS)} (default: unipc); rk45 is one point, at --tol')
-    p.add_argument('--out', default=None, help='picture of --sweep, --compare or --neighbours '
-                   '(default: sweep.png, compare.png or neighbours.png beside --results)')
-    p.add_argument('--results', default=None, help='a line is appended to it (default: '
-                   'results.jsonl beside --ckpt; in this folder with --samples or --exact)')
     args = p.parse_args(argv)
-    args.bpd_tol, args.tol = args.tol or 1e-5, args.tol or 1e-4
+    args.bpd_tol = args.tol or 1e-5
+    args.tol = args.tol or 1e-4
     if args.compare:
         args.sweep = args.sweep or [5, 10, 20, 50]
-        if not any(vars(args)[name] for name in METRICS):
-            args.swd = args.bpd = True
+        if not asked_by(args):
+            args.swd = True
+            args.bpd = True
     return args
 
 
-def check_flags(args, asked):
-    """Whatever can be known before any work is done, and where to write."""
-    solvers = ','.join(args.solvers or ())
-    for wrong, message in (
-        (not asked and not args.save_stats, 'no metric asked; give one or more of '
-         + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz'),
-        (not set(args.solvers or ()) <= set(SOLVERS),
-         f'--solvers {solvers}: accepted: {",".join(SOLVERS)}, or some of them'),
-        (solvers and not args.sweep,
-         f'--solvers {solvers}: belongs to --sweep nfe=5,10,20'),
-        (args.sweep and (not set(asked) - set(OF_FLOWS) or 'neighbours' in asked),
-         '--sweep: give some of --fid --is --kid --prc --swd to sweep, and not --neighbours'),
-        (args.compare and (args.samples or args.exact), '--compare: of checkpoints; leave '
-         '--samples, --exact out'),
-        (args.sweep and (args.nfe or args.solver), '--sweep: says itself how many calls; leave '
-         '--nfe out, and give --solvers in place of --solver'),
-        (args.samples and (args.sweep or args.exact or set(OF_FLOWS) & set(asked)), f'--samples '
-         f'{args.samples}: images without their flow; leave --sweep, --bpd, --straightness and '
-         '--exact out'),
-        (args.samples and asked != ['is'] and not (args.ref or args.dataset),
-         f'--samples {args.samples}: compared with what? give --dataset or --ref'),
-    ):
-        if wrong:
-            raise BadInput(message)
-    if args.out and not args.out.endswith('.png'):
-        raise BadInput(f'--out {args.out}: a picture; must end in .png')
-    for flag in ('results', 'save_stats', 'out'):
-        path, folder = vars(args)[flag], os.path.dirname(vars(args)[flag] or '')
-        if folder and not os.path.isdir(folder):
-            raise BadInput(f'--{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
-    home = '' if args.samples or args.exact or args.compare else os.path.dirname(args.ckpt)
-    args.results = args.results or os.path.join(home, 'results.jsonl')
-    name = 'compare' if args.compare else 'sweep' if args.sweep else 'neighbours'
-    args.out = args.out or os.path.join(os.path.dirname(args.results), f'{name}.png')
+def asked_by(args):
+    """The names of the metrics that are asked for."""
+    return [name for name in METRICS if vars(args)[name]]
 
 
-def check_counts(asked, n, n_ref):
-    """Fewer images than an estimator needs are refused. n_ref None: no reference, or one whose
-    statistics do not say."""
-    for name in (name for name in METRICS if name in asked):
-        of_ref = n_ref if 'statistics' in needs([name]) else None
-        for count, what in ((n, '--n'), (of_ref, 'the reference: n')):
-            if count is not None and count < METRICS[name].least:
-                why = f' (the covariance of {POOL} features)' if name == 'fid' else ''
-                raise BadInput(f'{what} {count}: --{name} needs {METRICS[name].least} images or '
-                               f'more{why}; a metric for few images: --swd')
+def check_flags(args):
+    """BadInput for whatever can be known before any work is done."""
+    asked = asked_by(args)
+    of_flows = [name for name in asked if name in OF_FLOWS]
+    of_samples = [name for name in asked if name not in OF_FLOWS]
+    if not asked and not args.save_stats:
+        raise BadInput('no metric asked; give one or more of '
+                       + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz')
+    if args.exact and args.compile:
+        raise BadInput('--compile: --exact has no network; leave it out')
+    if args.solvers and not args.sweep:
+        raise BadInput(f'--solvers {",".join(args.solvers)}: belongs to --sweep nfe=5,10,20')
+    if args.sweep and (not of_samples or 'neighbours' in asked):
+        raise BadInput('--sweep: give some of --fid --is --kid --prc --swd --judge to sweep, '
+                       'and not --neighbours')
+    if args.compare and (args.samples or args.exact):
+        raise BadInput('--compare: of checkpoints; leave --samples and --exact out')
+    if args.sweep and (args.nfe or args.solver):
+        raise BadInput('--sweep: says itself how many calls; leave --nfe out, and give --solvers '
+                       'in place of --solver')
+    if args.samples and (args.sweep or args.exact or of_flows):
+        raise BadInput(f'--samples {args.samples}: images without their flow; leave --sweep, '
+                       '--bpd, --straightness and --exact out')
+    if args.samples and asked != ['is'] and not (args.ref or args.dataset):
+        raise BadInput(f'--samples {args.samples}: compared with what? give --dataset or --ref')
+    if args.out:
+        check_png('--out', args.out)
+    for flag in ('results', 'save_stats'):
+        check_folder(f'--{flag}', vars(args)[flag] or '')
+
+
+def fill_output(args):
+    """Set --results and --out where they are not given: beside the checkpoint."""
+    folder = ''
+    if not (args.samples or args.exact or args.compare):
+        folder = os.path.dirname(args.ckpt)
+    name = 'neighbours.png'
+    if args.compare:
+        name = 'compare.png'
+    elif args.sweep:
+        name = 'sweep.png'
+    args.results = args.results or os.path.join(folder, 'results.jsonl')
+    args.out = args.out or os.path.join(os.path.dirname(args.results), name)
 
 
 # ---------------------------------------------------------------- where images come from
 
-def generated(flow, n, args, place, calls):
-    """This rank's share of n samples, uint8; what each batch spent is appended to calls."""
-    device, rank, world = place
-    for _, x, nfe in flow.images(list(share_of_rank(n, rank, world)), args.batch_size, device, rank):
+def load_flows(args, device):
+    """The flows to be measured, {name: Flow}: of --exact, of --ckpt, or of all of --compare, and
+    the images of --exact, or None.
+
+    A checkpoint is called by its folder, or by its path where two folders are called alike."""
+    options = {name: vars(args)[name] for name in SAMPLING_FLAGS}
+    if args.exact:
+        images = load_images(args.dataset or 'glyphs', args.data_dir, args.image_size)
+        return {'exact': exact_flow(images, args.dataset, device, **options)}, images
+    paths = args.compare or [args.ckpt]
+    names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
+    if len(set(names)) < len(names):
+        names = paths
+    flows = {}
+    for name, path in zip(names, paths):
+        flow = load_flow(path, device, weights=args.weights, compiled=args.compile,
+                         dataset=args.dataset, data_dir=args.data_dir, bf16=args.bf16, **options)
+        flows[name] = flow
+        if flow.shape != flows[names[0]].shape:
+            raise BadInput(f'--compare {path}: makes images of {flow.shape}, the first others; '
+                           'give checkpoints of one size')
+    return flows, None
+
+
+def generated(flow, n, batch_size, device, rank, world, calls):
+    """This rank's share of n samples of a flow, uint8 (b, C, H, W) a batch. How many network calls
+    each batch took is appended to the list `calls`."""
+    indices = list(share_of_rank(n, rank, world))
+    for _, x, nfe in flow.images(indices, batch_size, device, rank):
         calls.append(nfe)
         yield to_uint8(x)
 
 
-def stored(images, n, args, place, label):
-    """This rank's share of n evenly spaced images of a data set, uint8."""
-    device, rank, world = place
-    indices = torch.tensor(share_of_rank(n, rank, world)) * len(images) // n
-    batches = read_batches(images, indices.split(args.batch_size), device, args.workers)
+def evenly_spaced(n, of, rank, world):
+    """This rank's share of n numbers that are evenly spaced below `of`, as a tensor."""
+    return torch.tensor(share_of_rank(n, rank, world)) * of // n
+
+
+def stored(images, n, batch_size, device, rank, world, workers, label):
+    """This rank's share of n evenly spaced images of a data set, uint8 (b, C, H, W) a batch."""
+    indices = evenly_spaced(n, len(images), rank, world)
+    batches = read_batches(images, indices.split(batch_size), device, workers)
     return watch(batches, len(indices), label, rank)
 
 
-def load_flows(args, device):
-    """({run: Flow}, the images of --exact or None): of --ckpt, or of all of --compare, each
-    under the name of its folder, or its own where two would be alike."""
-    paths = args.compare or [args.ckpt]
-    names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
-    names = paths if len(set(names)) < len(names) else names
-    options = {name: vars(args)[name] for name in SAMPLING_FLAGS}
-    if args.exact:
-        images = load_images(args.dataset or 'glyphs', args.data_dir, args.image_size)
-        return {names[0]: exact_flow(images, args.dataset, device, **options)}, images
-    flows = {}
-    for name, path in zip(names, paths):
-        flows[name] = load_flow(path, device, weights=args.weights, compiled=args.compile,
-                                dataset=args.dataset, data_dir=args.data_dir, bf16=args.bf16,
-                                **options)
-        if flows[name].shape != flows[names[0]].shape:
-            raise BadInput(f'--compare {path}: makes images of {flows[name].shape}, the first '
-                           'others; give checkpoints of one size')
-    return flows, None
+# ---------------------------------------------------------------- what samples are compared with
 
-
-# ---------------------------------------------------------------- one pass over images
-
-def collect(batches, n, net, resize, keep, place):
-    """One pass over this rank's uint8 batches -> Measured over all ranks, on the CPU. net None: no
-    features. keep: which of 'features' and 'pixels' to hold on to."""
-    device, rank, world = place
-    total = pfgm.float64(torch.zeros(POOL + 1, POOL, device=device))
-    kept = {'features': [], 'pixels': []}
-    for batch in batches:
-        kept['pixels'].append(batch.cpu() if 'pixels' in keep else batch[:0])
-        if net is not None:
-            found = inception_features(net, batch, resize)
-            kept['features'].append(found.cpu() if 'features' in keep else found[:0])
-            found = pfgm.float64(found)
-            total[0] += found.sum(0)
-            total[1:] += found.T @ found
-    total = sum(everywhere(total.cpu()))
-    mu = total[0] / n
-    sigma = (total[1:] - n * torch.outer(mu, mu)) / max(n - 1, 1)
-    rows = {k: torch.cat(everywhere(torch.cat(kept[k]))) if k in keep else None for k in kept}
-    return Measured(n, mu, sigma, **rows)
-
-
-# ---------------------------------------------------------------- metrics
-
-def bits_per_dim(flow, images, n, args, place):
-    """Bits/dim of n evenly spaced images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
-    the flow comes back down from their latents. The noise of an image depends on --seed and its
-    index, the probe on the batch it is in too."""
-    device, rank, world = place
-    how = dict(gamma=flow.gamma, z_exp=flow.z_exp, small_z=flow.small_z,
-               rtol=args.bpd_tol, atol=args.bpd_tol)
-    ends, rows = (flow.z_min, flow.z_max), []
-    labels = images.labels if flow.classes else None
-    if labels is not None:
-        names = flow.class_names
-        if names and images.classes and names != images.classes:
-            raise BadInput(f'{images.given}: its classes are {", ".join(images.classes)}, those of '
-                           f'the network {", ".join(names)}; leave them out with --classes none')
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= flow.class_count:
-            raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network '
-                           f'knows 0 to {flow.class_count - 1}; leave the labels out with --classes none')
-    mine = torch.tensor(share_of_rank(n, rank, world)) * len(images) // n
-    for chunk in watch(mine.split(args.batch_size), len(mine), 'bits/dim', rank):
-        pixels, repeats = images[chunk.tolist()].cpu(), []
-        if labels is not None:
-            how['labels'] = labels[chunk].to(device)
-        for repeat in range(args.repeats):
-            seeds = [step_seed(args.seed, i + repeat * 2 ** 32) for i in chunk.tolist()]
-            draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-            noise = torch.stack([torch.rand(pixels.shape[1:], generator=g, dtype=torch.float64)
-                                 for g in draws])
-            x = (pixels + noise) / 128 - 1  # float64
-            x = (x if isinstance(flow.net, pfgm.ExactField) else x.float()).to(device)
-            try:
-                up = pfgm.log_likelihood(flow.net, x, *ends, D=flow.D, generator=draws[0], **how)
-                with torch.no_grad():
-                    back, _ = pfgm.sample_ode(flow.net, up.latent, *ends[::-1], 'rk45', **how)
-            except pfgm.SolverError as error:
-                mend = DIVERGED if 'NaN' in str(error) else f'try --tol {10 * args.bpd_tol:g}'
-                raise BadInput(f'--bpd: {error}; {mend}') from error
-            error = (back - x).abs().flatten(1).cpu().double()
-            calls = torch.full((len(x),), float(up.nfe), dtype=torch.float64)
-            repeats.append(torch.stack([up.bpd.cpu(), error.mean(1), error.amax(1), calls], 1))
-        rows.append(torch.stack(repeats, 1))                                 # (b, repeats, 4)
-    bpd, error, worst, calls = torch.cat(everywhere(torch.cat(rows))).unbind(2)
-    each = bpd.mean(1)  # the repeats of an image are no further images
-    return dict(bpd=each.mean().item(), bpd_se=(each.std() / n ** 0.5).item() if n > 1 else None,
-                n=n, repeats=args.repeats, nfe=calls.mean().item(),
-                round_trip_mean=error.mean().item(), round_trip_max=worst.max().item())
-
-
-def flow_metrics(asked, name, flow, ref, args, place):
-    """bits/dim and straightness of a flow, printed, recorded, and returned as one flat dict."""
-    device, rank, world = place
-    images, split = (ref.test, 'test') if ref.test else (ref.train, 'training')
-    clock, found = time.time(), {}
-    if flow.student and set(OF_FLOWS) & set(asked):
-        say(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
-        return {}
-    if 'bpd' in asked:
-        if flow.source is not None:
-            raise BadInput(f'--bpd: {name} starts from images, of no known density; leave it out')
-        count = min(256, args.n or 256) if args.compare else args.n or 256
-        found = bits_per_dim(flow, images, min(count, len(images)), args, place)
-    if 'straightness' in asked and isinstance(flow.net, VP):
-        rows = [straightness(flow.net, flow.prior(part.tolist()).to(device),
-                             flow.labels_of(part.tolist(), device))
-                for part in torch.arange(args.n or 256).split(args.batch_size)]
-        found['straightness'] = torch.cat(rows).mean().item()
-    bad = [k for k in OF_FLOWS if not math.isfinite(found.get(k, 0))]
-    if bad:
-        raise BadInput(f'--{bad[0]}: not finite ({found[bad[0]]}); the network of {name} has '
-                       'diverged; give another')
-    if found and rank == 0:
-        note = f'({split} images of {images.name})' if 'bpd' in asked else f'({name})'
-        print('  '.join(f'{k} {v:.6g}' for k, v in found.items() if v is not None), '', note)
-        about = dict(dataset=images.name, split=split) if 'bpd' in asked else {}
-        how = dataclasses.replace(flow, solver='rk45', tol=args.bpd_tol)
-        record_result(args, device, world, time.time() - clock,
-                     {**(how.facts() if about else {}), **found, 'run': name, **about})
-    return {k: found[k] for k in OF_FLOWS if k in found}
-
-
-class Compared(NamedTuple):
-    """What samples are measured against: data sets, and the features of the first."""
+class Reference(NamedTuple):
+    """What samples are compared with."""
     name: str
-    train: Optional[Images]
-    test: Optional[Images]
-    stats: Optional[Measured]           # of --ref, or of one pass over train
+    train: Optional[Images]              # None: the statistics of --ref are all there is
+    test: Optional[Images]               # of the same data set, where it has a test split
+    statistics: Optional[Measured]       # of --ref, or of one pass over train
     inception: Optional[torch.nn.Module]
-    weight: Optional[torch.Tensor]      # of its last layer
+    last_layer: Optional[torch.Tensor]   # of Inception, (1008, 2048)
+    resize: str                          # of --resize
+    judge: Optional[Judge]
 
     def against(self, n):
-        return f'{n} images against {self.stats and self.stats.n or "the"} of {self.name}'
+        """In words: which n images are compared with this."""
+        known = self.statistics is not None and self.statistics.n
+        return f'{n} images against {known or "the"} of {self.name}'
 
 
-# A metric of samples: (made: Measured, ref: Compared, args, where float64 is) -> (note, values) ...
+def statistics_of_file(path, convention):
+    """The Measured of --ref where it is a file of statistics, else None."""
+    if not path or not path.lower().endswith('.npz'):
+        return None
+    try:
+        return read_stats(path, convention)
+    except ValueError as error:
+        raise BadInput(f'--ref {error}') from error
 
 
-def of_fid(made, ref, args, home):
-    sides = (t.to(home) for side in (made, ref.stats) for t in (side.mu, side.sigma))
-    yield f'{ref.against(made.n)}, {args.resize} resize', dict(fid=frechet(*sides))
-
-
-def of_is(made, ref, args, home):
-    logits = torch.cat([part.double() @ ref.weight.T for part in made.features.split(4096)])
-    yield f'{made.n} images, 10 splits', dict(zip(('is', 'is_std'),
-                                                  inception_score(logits, seed=args.seed)))
-
-
-def of_kid(made, ref, args, home):
-    mean, std, size = kid(made.features, ref.stats.features, home, seed=args.seed)
-    few = ', not 1000: too few images' if size < 1000 else ''
-    yield f'{ref.against(made.n)}, 100 subsets of {size}{few}', dict(kid=mean, kid_std=std)
-
-
-def of_prc(made, ref, args, home):
-    yield ref.against(made.n), dict(zip(('precision', 'recall'), precision_recall(
-        made.features, ref.stats.features, home)))
-
-
-def of_swd(made, ref, args, home):
-    sets = [ref.train, ref.test] if ref.test else [ref.train]
-    m = min(made.n, *map(len, sets))
-    real = [pick_images(images, m, args.seed) for images in sets]
-    values = [sliced_wasserstein(x, real[0], home) for x in (made.pixels[:m], *real[1:])]
-    yield f'{m} images against {m} of {ref.name}', dict(zip(('swd', 'swd_of_test'), values))
-
-
-def of_neighbours(made, ref, args, home):
-    test = {'test': pick_images(ref.test, made.n, args.seed)} if ref.test else {}
-    for kind, x in {'samples': made.pixels, **test}.items():
-        distances, theirs = nearest_images(x, ref.train, home)
-        marks = distances.quantile(torch.tensor([0, .05, .5, .95]).double()).tolist()
-        yield f'{kind}: {len(x)} images, nearest of {len(ref.train)} of {ref.name}', {
-            **{f'{kind}_{k}': v for k, v in zip(('min', 'q05', 'q50', 'q95'), marks)},
-            f'{kind}_mean': distances.mean().item(), f'{kind}_copies': int((distances == 0).sum())}
-        if kind == 'samples':  # the 32 closest, each left of its neighbour
-            first = distances.argsort()[:32]
-            grid = grid_of(torch.stack([x[first], theirs[first]], 1).flatten(0, 1), 8)
-            write('--out', args.out, lambda file: grid.save(file, 'PNG'))
-            print(f'wrote {args.out}')
-
-
-class Metric(NamedTuple):
-    help: str
-    needs: str = ''                # pixels, features, statistics (of features)
-    least: int = 0                 # images (of FID: more than features)
-    of: Optional[Callable] = None  # None: bits_per_dim() or straightness(), of a flow
-
-METRICS = {
-    'fid': Metric('Frechet Inception distance to the reference', 'statistics', 2049, of_fid),
-    'is': Metric('Inception Score, 10 splits', 'features', 10, of_is),
-    'kid': Metric('kernel distance, 100 subsets of 1000', 'features statistics', 2, of_kid),
-    'prc': Metric('precision and recall, 3 nearest neighbours of Inception features',
-                  'features statistics', 4, of_prc),
-    'swd': Metric('sliced Wasserstein distance of pixels, beside that of the test split', 'pixels',
-                  0, of_swd),
-    'neighbours': Metric('nearest training images, and a picture of the closest', 'pixels', 0,
-                         of_neighbours),
-    'judge': Metric('by a classifier of the labelled training set: Frechet distance of its '
-                    'features, legible share, precision and recall', 'pixels', 129, of_judge),
-    'bpd': Metric('bits/dim of the test split, dequantised, by rk45 (--tol: 1e-5)', 'pixels'),
-    'straightness': Metric('of the lines of vp, subvp, ddpm, rf in their own time; 0 is straight'),
-}
-
-OF_FLOWS = [name for name, metric in METRICS.items() if not metric.of]
-
-
-def needs(names):
-    """What some metrics need: of pixels, features, statistics."""
-    return {kind for name in names for kind in METRICS[name].needs.split()}
-
-
-def measure(asked, made, ref, args, device):
-    """All metrics of one set of samples, printed and returned as one flat dict."""
-    home, found = torch.device('cpu') if device.type == 'mps' else device, {}
-    for name in (name for name in METRICS if name in asked and METRICS[name].of):
-        for note, values in METRICS[name].of(made, ref, args, home):
-            found.update(values)
-            print('  '.join(f'{k} {v:.6g}' for k, v in values.items()) + f'  ({note})', flush=True)
-    return found
-
-
-# ---------------------------------------------------------------- the run
-
-def compared_with(args, wanted, train, trained_on, n, size, channels, place):
-    """The Compared of --ref, --dataset, train, or the set named trained_on; and --save_stats."""
-    device, rank, world = place
-    which = 'random' if args.inception == 'random' else '2015-12-05'
-    convention = f'{args.resize} resize, {which} Inception'
-    test = stats = inception = weight = None
-    if args.ref and args.ref.lower().endswith('.npz'):
-        try:
-            stats = read_stats(args.ref, convention)
-        except ValueError as error:
-            raise BadInput(f'--ref {error}') from error
-    needed = needs(wanted)
-    paired = {k for k in METRICS if {'features', 'statistics'} <= needs([k])}  # of the reference
-    own = {'fid', 'is'} | (paired if stats and stats.features is not None else set())
-    more = stats and (wanted - own or args.save_stats)  # than such a file has, but for its images
-    if more and (args.save_stats or 'arr_0' not in np.load(args.ref).files):
-        raise BadInput(f'--ref {args.ref}: statistics, which do for --{" --".join(sorted(own))} '
+def images_beside_statistics(args, wanted, statistics):
+    """The images in the file of statistics that --ref names, or None where no metric needs them:
+    --fid and --is do not, nor do --kid and --prc where the file holds features."""
+    served = {'fid', 'is'}
+    if statistics.features is not None:
+        served |= OF_BOTH_FEATURES
+    others = sorted(wanted - served)
+    if not others and not args.save_stats:
+        return None
+    if args.save_stats or 'arr_0' not in np.load(args.ref).files:
+        raise BadInput(f'--ref {args.ref}: statistics, which do for --{" --".join(sorted(served))} '
                        'only; give a folder, .zip or .npz of images')
+    images = load_images(args.ref, args.data_dir, args.image_size, flag='--ref')
+    say(f'--ref {args.ref}: its mu and sigma for --fid, its {len(images)} images for '
+        + ' '.join(f'--{name}' for name in others))
+    return images
+
+
+def reference_images(args, wanted, statistics, trained_on, channels, size):
+    """The data set that samples are compared with, or None where none is needed: that of --ref or
+    --dataset, else the one that the network was trained on."""
+    if args.ref and statistics is not None:
+        return images_beside_statistics(args, wanted, statistics)
     if args.ref:  # at its own size, as pytorch-fid reads it
-        train = load_images(args.ref, args.data_dir, args.image_size,
-                              flag='--ref') if more or not stats else None
-        if more and rank == 0:
-            print(f'--ref {args.ref}: its mu and sigma for --fid, its {len(train)} images for '
-                  + ' '.join(f'--{name}' for name in sorted(wanted - own)), flush=True)
-    elif not train and needed & {'pixels', 'statistics'}:
-        name = args.dataset or trained_on or size == 32 and 'cifar10'  # a file of EDM names none
-        if not name:
-            raise BadInput(f'--ckpt {(args.compare or [args.ckpt])[0]}: does not say what it was '
-                           'trained on; give --dataset')
-        flag = '--dataset' if args.dataset else '--dataset of --ckpt'
-        train = load_images(name, args.data_dir, size, channels, flag=flag)
+        return load_images(args.ref, args.data_dir, args.image_size, flag='--ref')
+    if not needs(wanted) & {'pixels', 'statistics'}:
+        return None
+    name = args.dataset or trained_on
+    if not name and size == 32:
+        name = 'cifar10'  # files of EDM and PFGM++ do not say
+    if not name:
+        path = args.compare[0] if args.compare else args.ckpt
+        raise BadInput(f'--ckpt {path}: does not say what it was trained on; give --dataset')
+    flag = '--dataset' if args.dataset else '--dataset of --ckpt'
+    return load_images(name, args.data_dir, size, channels, flag=flag)
+
+
+def check_counts(wanted, n, n_reference):
+    """BadInput for fewer images than an estimator needs. None: no images are measured, or a file
+    does not say how many they were."""
+    for name in [name for name in METRICS if name in wanted]:
+        least = METRICS[name].least
+        mend = f'--{name} needs {least} images or more'
+        if name == 'fid':
+            mend += f' (the covariance of {POOL} features)'
+        mend += '; a metric for few images: --swd'
+        if n is not None and n < least:
+            raise BadInput(f'--n {n}: {mend}')
+        counts = 'statistics' in METRICS[name].needs and n_reference is not None
+        if counts and n_reference < least:
+            raise BadInput(f'the reference: n {n_reference}: {mend}')
+
+
+def load_reference(args, wanted, own, trained_on, n, channels, size, device, rank, world):
+    """The Reference for n samples of (channels, size, size), for the metrics `wanted`; and the file
+    of --save_stats.
+
+    own: the images of --exact, or None. trained_on: the name of what the network was trained on."""
+    version = 'random' if args.inception == 'random' else '2015-12-05'
+    convention = f'{args.resize} resize, {version} Inception'
+    statistics = statistics_of_file(args.ref, convention)
+    train = own
+    if args.ref or own is None:
+        train = reference_images(args, wanted, statistics, trained_on, channels, size)
+
+    test = judge = None
+    needed = needs(wanted)
     if 'pixels' in needed:
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
         test = load_images(train.name, args.data_dir, size, channels, 'test', train.flag)
-        test = test if test.apart else None
+        if not test.apart:
+            test = None
         if 'judge' in wanted and rank == 0:  # before any image is made
-            judge_of(train, test or train, args.data_dir, device)
-    least = min([n, *(len(images) for images in (train, test) if images)])
-    asked = any(vars(args)[name] for name in METRICS)
-    check_counts(wanted, n if asked else None, stats.n if stats else train and len(train))
-    if least < world:
-        raise BadInput(f'{least} images: fewer than the {world} processes; give more by --n')
+            judge = judge_of(train, test or train, args.data_dir, device)
+
+    n_reference = None
+    if statistics is not None:
+        n_reference = statistics.n
+    elif train is not None:
+        n_reference = len(train)
+    check_counts(wanted, n if asked_by(args) else None, n_reference)
+    fewest = min([n, *(len(images) for images in (train, test) if images is not None)])
+    if fewest < world:
+        raise BadInput(f'{fewest} images: fewer than the {world} processes; give more by --n')
+
+    inception = last_layer = None
     if needed & {'features', 'statistics'}:
-        inception, weight = load_inception(args.inception, device, rank)
-    if wanted & paired - own if stats else 'statistics' in needed:
-        keep = {'features'} if wanted & paired else set()
-        found = collect(stored(train, len(train), args, place, train.name), len(train), inception,
-                        args.resize, keep, place)
-        stats = found._replace(mu=stats.mu, sigma=stats.sigma) if stats else found
+        inception, last_layer = load_inception(args.inception, device, rank)
+    needs_features = bool(wanted & OF_BOTH_FEATURES)
+    must_measure_reference = 'statistics' in needed
+    if statistics is not None:
+        must_measure_reference = needs_features and statistics.features is None
+    if must_measure_reference:
+        keep = {'features'} if needs_features else set()
+        batches = stored(train, len(train), args.batch_size, device, rank, world, args.workers,
+                         train.name)
+        measured = collect(batches, len(train), inception, args.resize, keep, device)
+        if statistics is not None:
+            measured = measured._replace(mu=statistics.mu, sigma=statistics.sigma)
+        statistics = measured
     if args.save_stats and rank == 0:
-        write('--save_stats', args.save_stats, lambda file: np.savez(
-            file, mu=stats.mu.numpy(), sigma=stats.sigma.numpy(), n=stats.n, convention=convention))
-        print(f'wrote {args.save_stats}', flush=True)
-    return Compared(train.name if train else args.ref, train, test, stats, inception, weight)
+        write_stats(args.save_stats, statistics, convention)
+    name = args.ref if train is None else train.name
+    return Reference(name, train, test, statistics, inception, last_layer, args.resize, judge)
 
 
-def evaluate(args, asked, name, flow, source, n, ref, place):
-    """Measure one flow, or the images of source: [(a row of the table, a few of its images)]."""
-    device, rank, world = place
-    of_samples = {*asked} - {*OF_FLOWS}
-    keep = needs(of_samples) | ({'pixels'} if args.compare else set())
-    own, measured = flow_metrics(asked, name, flow, ref, args, place) if flow else {}, []
-    points = [(flow.solver, flow.nfe) if flow else (None, None)]
-    if args.sweep:
-        points = [(solver, nfe) for solver in args.solvers or ['unipc']
-                  for nfe in (args.sweep if solver != 'rk45' else [None])]
-    for solver, nfe in points if of_samples else ():
-        clock, calls = time.time(), []
-        if flow:
-            flow.solver, flow.nfe = solver, nfe
-        batches = (generated(flow, n, args, place, calls) if flow else
-                   stored(source, n, args, place, 'samples'))
-        made = collect(batches, n, ref.inception, args.resize, keep, place)
-        if rank > 0:
+# ---------------------------------------------------------------- metrics of samples
+
+class Result(NamedTuple):
+    values: dict                            # {name: number}
+    note: str                               # of what they are
+    picture: Optional[Image.Image] = None   # for --out
+
+
+# Each takes samples (Measured), a Reference, the device where float64 is, and the seed, and yields
+# one Result or several.
+
+def of_fid(samples, reference, device, seed):
+    real = reference.statistics
+    distance = frechet(samples.mu.to(device), samples.sigma.to(device),
+                       real.mu.to(device), real.sigma.to(device))
+    yield Result(dict(fid=distance), f'{reference.against(samples.n)}, {reference.resize} resize')
+
+
+def of_is(samples, reference, device, seed):
+    weight = reference.last_layer
+    logits = torch.cat([part.double() @ weight.T for part in samples.features.split(4096)])
+    mean, std = inception_score(logits, seed=seed)
+    yield Result({'is': mean, 'is_std': std}, f'{samples.n} images, 10 splits')
+
+
+def of_kid(samples, reference, device, seed):
+    mean, std, size = kid(samples.features, reference.statistics.features, device, seed=seed)
+    note = f'{reference.against(samples.n)}, 100 subsets of {size}'
+    if size < 1000:
+        note += ', not 1000: too few images'
+    yield Result(dict(kid=mean, kid_std=std), note)
+
+
+def of_prc(samples, reference, device, seed):
+    precision, recall = precision_recall(samples.features, reference.statistics.features, device)
+    yield Result(dict(precision=precision, recall=recall), reference.against(samples.n))
+
+
+def of_swd(samples, reference, device, seed):
+    count = min(samples.n, len(reference.train))
+    if reference.test is not None:
+        count = min(count, len(reference.test))
+    real = pick_images(reference.train, count, seed)
+    values = dict(swd=sliced_wasserstein(samples.pixels[:count], real, device))
+    if reference.test is not None:
+        test = pick_images(reference.test, count, seed)
+        values['swd_of_test'] = sliced_wasserstein(test, real, device)
+    yield Result(values, f'{count} images against {count} of {reference.name}')
+
+
+def of_neighbours(samples, reference, device, seed):
+    """And a picture of the 32 samples closest to a training image, each left of that image."""
+    measured = dict(samples=samples.pixels)
+    if reference.test is not None:
+        measured['test'] = pick_images(reference.test, samples.n, seed)
+    marks = torch.tensor([0, 0.05, 0.5, 0.95]).double()
+    for name, x in measured.items():
+        distances, neighbours = nearest_images(x, reference.train, device)
+        least, q05, q50, q95 = distances.quantile(marks).tolist()
+        values = {f'{name}_min': least, f'{name}_q05': q05, f'{name}_q50': q50,
+                  f'{name}_q95': q95, f'{name}_mean': distances.mean().item(),
+                  f'{name}_copies': int((distances == 0).sum())}
+        picture = None
+        if name == 'samples':
+            first = distances.argsort()[:32]
+            pairs = torch.stack([x[first], neighbours[first]], 1)
+            picture = grid_of(pairs.flatten(0, 1), nrow=8)
+        note = f'{name}: {len(x)} images, nearest of {len(reference.train)} of {reference.name}'
+        yield Result(values, note, picture)
+
+
+def of_judge(samples, reference, device, seed):
+    """The Frechet distance to the test images in the judge's features, beside that of as many
+    training images, and how many samples it finds legible."""
+    judge = reference.judge
+    features, p = judged(judge.net, samples.pixels)
+    train, _ = judged(judge.net, pick_images(reference.train, samples.n, seed))
+
+    def distance(x):
+        return frechet(x.mean(0), x.T.cov(), judge.real.mean(0), judge.real.T.cov())
+
+    precision, recall = precision_recall(features, judge.real, device)
+    values = dict(judge_fd=distance(features), judge_fd_of_real=distance(train),
+                  judge_precision=precision, judge_recall=recall, legible=part_legible(p))
+    yield Result(values, f'{samples.n} images; {judge.note}')
+
+
+class Metric(NamedTuple):
+    """What a metric needs. 'pixels': of the samples and of the reference. 'features': of each
+    sample. 'statistics': mean and covariance of the features of the reference; with 'features'
+    those of each image in it."""
+    help: str
+    needs: set
+    least: int = 0                   # images (of FID: more than features)
+    of: Optional[Callable] = None    # None: of a flow, by bits_per_dim() or straightness()
+
+
+METRICS = {
+    'fid': Metric('Frechet Inception distance to the reference', {'statistics'}, 2049, of_fid),
+    'is': Metric('Inception Score, 10 splits', {'features'}, 10, of_is),
+    'kid': Metric('kernel distance, 100 subsets of 1000', {'features', 'statistics'}, 2, of_kid),
+    'prc': Metric('precision and recall, 3 nearest neighbours of Inception features',
+                  {'features', 'statistics'}, 4, of_prc),
+    'swd': Metric('sliced Wasserstein distance of pixels, beside that of the test split',
+                  {'pixels'}, 0, of_swd),
+    'neighbours': Metric('nearest training images, and a picture of the closest', {'pixels'}, 0,
+                         of_neighbours),
+    'judge': Metric('by a classifier of the labelled training set: Frechet distance of its '
+                    'features, legible share, precision and recall', {'pixels'}, 129, of_judge),
+    'bpd': Metric('bits/dim of the test split, dequantised, by rk45 (--tol: 1e-5)', {'pixels'}),
+    'straightness': Metric('of the lines of vp, subvp, ddpm, rf in their own time; 0 is straight',
+                           set()),
+}
+OF_FLOWS = [name for name, metric in METRICS.items() if metric.of is None]
+OF_BOTH_FEATURES = {name for name, metric in METRICS.items()
+                    if {'features', 'statistics'} <= metric.needs}
+
+
+def needs(names):
+    """What some metrics need, all together."""
+    return set().union(*(METRICS[name].needs for name in names))
+
+
+def measure_samples(asked, samples, reference, device, seed, out):
+    """Print all metrics of samples that are asked for -> {name: number}. out: for a picture."""
+    if device.type == 'mps':  # which has no float64
+        device = torch.device('cpu')
+    values = {}
+    for name in asked:
+        if name in OF_FLOWS:
             continue
-        seconds = time.time() - clock
-        values = measure(asked, made, ref, args, device)
-        how = dict(solver=solver, nfe=float(np.mean(calls))) if flow else {}
-        how = {**(dict(run=name, method=flow.method) if args.compare else {}), **how}
-        record_result(args, device, world, time.time() - clock, {
-            'n': n, 'n_ref': ref.stats and ref.stats.n, 'reference': ref.name,
-            'resize': args.resize, 'inception': args.inception,
-            **(flow.facts() if flow else {}), **how, **values})
-        measured.append(({**how, 'seconds': seconds, **values, **own},
-                         made.pixels[:4] if args.compare else None))
+        for result in METRICS[name].of(samples, reference, device, seed):
+            values.update(result.values)
+            numbers = '  '.join(f'{key} {value:.6g}' for key, value in result.values.items())
+            print(f'{numbers}  ({result.note})', flush=True)
+            if result.picture is not None:
+                write_png('--out', out, result.picture)
+                print(f'wrote {out}')
+    return values
+
+
+# ---------------------------------------------------------------- metrics of a flow
+
+def labels_for(flow, images):
+    """The labels of the images, for a network that was trained with labels; else None. BadInput
+    where it does not know them."""
+    if not flow.classes or images.labels is None:
+        return None
+    if flow.class_names and images.classes and flow.class_names != images.classes:
+        raise BadInput(f'{images.given}: its classes are {", ".join(images.classes)}, those of '
+                       f'the network {", ".join(flow.class_names)}; leave them out with '
+                       '--classes none')
+    low = int(images.labels.min())
+    high = int(images.labels.max())
+    if low < 0 or high >= flow.class_count:
+        raise BadInput(f'--dataset {images.name}: labels from {low} to {high}; the network knows '
+                       f'0 to {flow.class_count - 1}; leave the labels out with --classes none')
+    return images.labels
+
+
+def bits_per_dim(flow, images, n, *, repeats, tol, batch_size, device, rank=0, world=1):
+    """Bits/dim of n evenly spaced images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
+    the flow comes back down from their latents: {name: number}.
+
+    The noise of an image depends on the flow's seed, its index and the repeat, the probe of the
+    divergence on the batch that it is in too. Raises BadInput where RK45 cannot go on at `tol`."""
+    labels = labels_for(flow, images)
+    options = dict(gamma=flow.gamma, z_exp=flow.z_exp, small_z=flow.small_z, rtol=tol, atol=tol)
+    indices = evenly_spaced(n, len(images), rank, world)
+    rows = []
+    for index in watch(indices.split(batch_size), len(indices), 'bits/dim', rank):
+        pixels = images[index.tolist()].cpu()
+        if labels is not None:
+            options['labels'] = labels[index].to(device)
+        columns = []
+        for repeat in range(repeats):
+            seeds = [step_seed(flow.seed, i + repeat * 2 ** 32) for i in index.tolist()]
+            draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = torch.stack([torch.rand(pixels.shape[1:], generator=generator,
+                                            dtype=torch.float64) for generator in draws])
+            x = (pixels + noise) / 128 - 1                           # (b, C, H, W), float64
+            if not isinstance(flow.net, pfgm.ExactField):
+                x = x.float()
+            x = x.to(device)
+            try:
+                up = pfgm.log_likelihood(flow.net, x, flow.z_min, flow.z_max, D=flow.D,
+                                         generator=draws[0], **options)
+                with torch.no_grad():
+                    back, _ = pfgm.sample_ode(flow.net, up.latent, flow.z_max, flow.z_min, 'rk45',
+                                              **options)
+            except pfgm.SolverError as error:
+                mend = DIVERGED if 'NaN' in str(error) else f'try --tol {10 * tol:g}'
+                raise BadInput(f'--bpd: {error}; {mend}') from error
+            error = (back - x).abs().flatten(1).cpu().double()
+            calls = torch.full((len(x),), float(up.nfe), dtype=torch.float64)
+            columns.append(torch.stack([up.bpd.cpu(), error.mean(1), error.amax(1), calls], 1))
+        rows.append(torch.stack(columns, 1))                         # (b, repeats, 4)
+    bpd, error, largest, calls = torch.cat(everywhere(torch.cat(rows))).unbind(2)
+    each = bpd.mean(1)  # the repeats of an image are no further images
+    return dict(bpd=each.mean().item(), bpd_se=(each.std() / n ** 0.5).item() if n > 1 else None,
+                n=n, repeats=repeats, nfe=calls.mean().item(),
+                round_trip_mean=error.mean().item(), round_trip_max=largest.max().item())
+
+
+def mean_straightness(flow, n, batch_size, device):
+    """The straightness of n lines of a flow."""
+    parts = []
+    for index in torch.arange(n).split(batch_size):
+        x = flow.prior(index.tolist()).to(device)
+        labels = flow.labels_of(index.tolist(), device)
+        parts.append(straightness(flow.net, x, labels))
+    return torch.cat(parts).mean().item()
+
+
+def measure_flow(asked, name, flow, reference, args, device, rank, world):
+    """Print and record the metrics of a flow that are asked for -> {name: number}."""
+    if not set(asked) & set(OF_FLOWS):
+        return {}
+    if flow.student:
+        say(f'{name}: distilled into one call, so it has no flow, and no ' + ', '.join(OF_FLOWS))
+        return {}
+    start = time.time()
+    values = {}
+    facts = {}
+    note = name
+    if 'bpd' in asked:
+        if flow.source is not None:
+            raise BadInput(f'--bpd: {name} starts from images, of no known density; leave it out')
+        images = reference.train
+        split = 'training'
+        if reference.test is not None:
+            images = reference.test
+            split = 'test'
+        n = args.n or 256
+        if args.compare:
+            n = min(n, 256)
+        values = bits_per_dim(flow, images, min(n, len(images)), repeats=args.repeats,
+                              tol=args.bpd_tol, batch_size=args.batch_size, device=device,
+                              rank=rank, world=world)
+        facts = dataclasses.replace(flow, solver='rk45', tol=args.bpd_tol).facts()
+        facts.update(dataset=images.name, split=split)
+        note = f'{split} images of {images.name}'
+    if 'straightness' in asked and isinstance(flow.net, VP):
+        values['straightness'] = mean_straightness(flow, args.n or 256, args.batch_size, device)
+    measured = {key: values[key] for key in OF_FLOWS if key in values}
+    for key, value in measured.items():
+        if not math.isfinite(value):
+            raise BadInput(f'--{key}: not finite ({value}); the network of {name} has diverged; '
+                           'give another')
+    if values and rank == 0:
+        numbers = '  '.join(f'{key} {value:.6g}' for key, value in values.items()
+                            if value is not None)
+        print(f'{numbers}  ({note})')
+        record_result(args.results, {**facts, **values, 'run': name}, device, world,
+                      seconds=time.time() - start, seed=args.seed)
     return measured
 
 
-def show(args, measured, n):
-    """The table of a sweep, a plot of its first metric, and a strip of samples."""
-    curves, pictures, several = {}, {}, len(args.solvers or ()) > 1
-    told = ['solver'] if not args.compare else ['run', 'solver'] if several else ['run']
-    for row, pixels in measured:
-        shown = next(k for k in row if k not in ('run', 'method', 'solver', 'nfe', 'seconds'))
+# ---------------------------------------------------------------- the run
+
+class Point(NamedTuple):
+    """A line of the table of a sweep."""
+    row: dict                       # its numbers and words
+    pixels: Optional[torch.Tensor]  # a few of its samples, uint8 (4, C, H, W), for --compare
+
+
+def measure(asked, name, flow, images, n, reference, args, device, rank, world):
+    """Measure a flow, or the given images where it is None: a list of Points, on rank 0."""
+    of_flow = {}
+    points = [(None, None)]
+    if flow is not None:
+        of_flow = measure_flow(asked, name, flow, reference, args, device, rank, world)
+        points = [(flow.solver, flow.nfe)]
+    if args.sweep:
+        points = []
+        for solver in args.solvers or ['unipc']:
+            calls = [None] if solver == 'rk45' else args.sweep
+            points += [(solver, nfe) for nfe in calls]
+    of_samples = [key for key in asked if key not in OF_FLOWS]
+    if not of_samples:
+        return []
+
+    keep = needs(of_samples)
+    if args.compare:
+        keep.add('pixels')
+    measured = []
+    for solver, nfe in points:
+        start = time.time()
+        calls = []
+        if flow is None:
+            batches = stored(images, n, args.batch_size, device, rank, world, args.workers,
+                             'samples')
+        else:
+            flow.solver = solver
+            flow.nfe = nfe
+            batches = generated(flow, n, args.batch_size, device, rank, world, calls)
+        samples = collect(batches, n, reference.inception, args.resize, keep, device)
+        if rank > 0:
+            continue
+        seconds = time.time() - start
+        values = measure_samples(asked, samples, reference, device, args.seed, args.out)
+        facts = {}
+        told = {}  # what tells this point from others
+        if args.compare:
+            told.update(run=name, method=flow.method)
+        if flow is not None:
+            facts = flow.facts()
+            told.update(solver=solver, nfe=float(np.mean(calls)))
+        n_reference = reference.statistics.n if reference.statistics is not None else None
+        row = {'n': n, 'n_ref': n_reference, 'reference': reference.name, 'resize': args.resize,
+               'inception': args.inception, **facts, **told, **values}
+        record_result(args.results, row, device, world, seconds=time.time() - start,
+                      seed=args.seed)
+        measured.append(Point({**told, 'seconds': seconds, **values, **of_flow},
+                              samples.pixels[:4] if args.compare else None))
+    return measured
+
+
+def show_sweep(points, n, args):
+    """The table of a sweep, a plot of its first metric, and for --compare a strip of samples."""
+    told = ['solver']
+    if args.compare:
+        told = ['run']
+        if len(args.solvers or ()) > 1:
+            told = ['run', 'solver']
+    curves = {}
+    pictures = {}
+    for row, pixels in points:
+        shown = next(key for key in row
+                     if key not in ('run', 'method', 'solver', 'nfe', 'seconds'))
         curve = ' '.join(row[key] for key in told)
         curves.setdefault(curve, []).append((row['nfe'], row[shown]))
         if args.compare and row['solver'] != 'rk45':
-            pictures[curve] = torch.cat([pictures.get(curve, pixels[:0]), pixels])
-    print_table([row for row, _ in measured])
-    plot(curves, 'network calls an image (NFE)', shown.upper() + f', {n} images', args.out)
+            pictures.setdefault(curve, []).append(pixels)
+    print_table([row for row, _ in points])
+    plot(curves, 'network calls an image (NFE)', f'{shown.upper()}, {n} images', args.out)
     if pictures:
-        strip(pictures, [f'nfe {nfe}' for nfe in args.sweep],
-                    f'{os.path.splitext(args.out)[0]}_samples.png')
+        rows = {curve: torch.cat(parts) for curve, parts in pictures.items()}
+        strip(rows, [f'nfe {nfe}' for nfe in args.sweep],
+              f'{os.path.splitext(args.out)[0]}_samples.png')
 
 
 def main(args):
-    asked = [name for name in METRICS if vars(args)[name]]
-    wanted = set(asked) | ({'fid'} if args.save_stats else set())
-    check_flags(args, asked)
-    device, rank, world = place = setup(args.device, float64=args.exact)
+    asked = asked_by(args)
+    wanted = set(asked)
+    if args.save_stats:
+        wanted.add('fid')
+    check_flags(args)
+    fill_output(args)
+    device, rank, world = setup(args.device, float64=args.exact)
 
-    # what is evaluated
-    flows, source, train, trained_on, size, channels = {}, None, None, None, None, None
+    # what is measured: images that are given, or those of flows
+    flows = {}
+    images = own = trained_on = channels = size = None
     if args.samples:
-        source = load_images(args.samples, args.data_dir, args.image_size, flag='--samples')
-        channels, size = source.channels, source.image_size
+        images = load_images(args.samples, args.data_dir, args.image_size, flag='--samples')
+        channels = images.channels
+        size = images.image_size
     elif asked or not (args.ref or args.dataset):
-        flows, train = load_flows(args, device)
+        flows, own = load_flows(args, device)
         first = next(iter(flows.values()))
-        channels, size, trained_on = *first.shape[:2], first.dataset
-        timed = any(isinstance(flow.net, VP) for flow in flows.values())
-        if 'straightness' in asked and not timed:
+        channels, size, _ = first.shape
+        trained_on = first.dataset
+        if 'straightness' in asked and not any(isinstance(f.net, VP) for f in flows.values()):
             raise BadInput('--straightness: only vp, subvp, ddpm and rf have a time to be straight '
                            'in; give another --ckpt, or leave it out')
-    inception = needs(wanted) & {'features', 'statistics'}
-    n = args.n or (len(source) if source else 50000 if inception else 1000)
-    if source and n > len(source):
-        raise BadInput(f'--n {n}: --samples {args.samples} has {len(source)} images')
+    n = args.n
+    if n is None:
+        n = 1000
+        if images is not None:
+            n = len(images)
+        elif needs(wanted) & {'features', 'statistics'}:
+            n = 50000
+    if images is not None and n > len(images):
+        raise BadInput(f'--n {n}: --samples {args.samples} has {len(images)} images')
 
-    ref = compared_with(args, wanted, train, trained_on, n, size, channels, place)
-    measured = []
+    # what it is compared with
+    reference = load_reference(args, wanted, own, trained_on, n, channels, size, device, rank,
+                               world)
+
+    # measure, and show
+    points = []
     for name, flow in (flows or {'': None}).items():
-        measured += evaluate(args, asked, name, flow, source, n, ref, place)
+        points += measure(asked, name, flow, images, n, reference, args, device, rank, world)
     if args.sweep and rank == 0:
-        show(args, measured, n)
+        show_sweep(points, n, args)
     if rank == 0 and asked:
         print(f'results are in {args.results}')
+
 
 if __name__ == '__main__':
     run(main, parse_args())

@@ -1,7 +1,13 @@
-"""Benches: the speed of this project, and solvers without a network. Nothing imports it.
+"""Two benches: how fast the field and the network are, and how well solvers do in an exact field,
+without a network. You need not read it to understand the method.
+
+    python -m support.bench speed
+    python -m support.bench solvers --dataset images.zip --sweep nfe=5,10,20
 """
 import copy
+import functools
 import math
+import os
 import time
 
 import numpy as np
@@ -9,148 +15,276 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pfgm
-from pfgm import field_loss
+from support.cli import BadInput, Parser, above, check_folder, one_of, several
 from support.cpu import speed_up
 from support.images import charges_of
 from support.methods import flow_constants
 from support.metrics import squared_distances
-from support.optim import update
-from support.pictures import plot
-from support.processes import peak_memory
+from support.pictures import check_png, plot
+from support.processes import peak_memory, run, setup
 from support.results import record_result
 from support.sets import load_images
 from support.solvers import SOLVERS, deciding_z
 from unet import UNet
 
 
+def parse_args(argv=None):
+    p = Parser(prog='python -m support.bench', description=__doc__)
+    benches = p.add_subparsers(dest='bench', required=True, metavar='BENCH')
+    speed = benches.add_parser('speed', help='the field and the CIFAR-10 network, in seconds')
+    solvers = benches.add_parser('solvers', help='solvers in the exact field of --dataset: which '
+                                 'part of the starts they lead to the right image')
+    for bench in (speed, solvers):
+        bench.add_argument('--seed', type=above(-1, int), default=0)
+        bench.add_argument('--device', default='auto')
+    add = solvers.add_argument
+    add('--dataset', default='glyphs', help='default: glyphs')
+    add('--data_dir', default='data')
+    add('--image_size', type=above(0, int), default=None)
+    add('--n', type=above(0, int), default=256, help='starts (default: 256)')
+    add('--batch_size', type=above(0, int), default=64, help='starts at a time')
+    add('--sweep', type=several(above(0, int), prefix='nfe='), metavar='nfe=5,10,20',
+        default=[5, 10, 20, 35], help='network calls (default: nfe=5,10,20,35)')
+    add('--solvers', type=several(one_of(SOLVERS)), default=[*SOLVERS],
+        help=f'of {",".join(SOLVERS)} (default: all)')
+    add('--results', default='results.jsonl', help='a line is appended to it for each solver and '
+        'number of calls (default: results.jsonl)')
+    add('--out', default=None, help='the plot (default: solvers.png beside --results)')
+    return p.parse_args(argv)
+
+
 # ---------------------------------------------------------------- solvers, without a network
 
-def solver_bench(args, device):
-    """How many samples end at the training image that RK45 at 1e-8 leads them to, and the RMSE, for
-    each solver, schedule and NFE, in the exact field of --dataset: a table and a plot."""
-    images = load_images(args.dataset or 'glyphs', args.data_dir, args.image_size)
-    charges = torch.cat([*charges_of(images, '--solver_bench', device,
-                                              dtype=torch.float64).split(256)])
-    published = (images.channels, images.image_size) == (3, 32)
-    flow = flow_constants(images, 'cifar10' if published else args.dataset)
-    net, n = pfgm.ExactField(charges), args.n or 256
-    start = pfgm.sample_prior((n, *charges.shape[1:]), flow['z_max'], flow['upper_norm'],
-                              generator=torch.Generator().manual_seed(args.seed),
+EDM_LAST = 1e-3  # the plane where RK45 ends, and the schedule rho7 of EDM
+
+
+def solvers(images, dataset, device, *, n, batch_size, solver_names, nfes, seed, results, out):
+    """Print, record in `results` and plot as `out` how well solvers follow the exact field of all
+    `images`, in which RK45 at 1e-8 says where each start belongs.
+
+    For each solver, schedule and number of calls that is the part of n starts that are led to the
+    same image, and the RMSE to that image. dataset: the name of the images, for the constants of
+    the flow."""
+    charges = torch.cat([*charges_of(images, '--dataset', device, dtype=torch.float64).split(256)])
+    net = pfgm.ExactField(charges)
+    like_cifar10 = (images.channels, images.image_size) == (3, 32)
+    constants = flow_constants(images, 'cifar10' if like_cifar10 else dataset)
+    z_max = constants['z_max']
+    upper_norm = constants['upper_norm']
+    generator = torch.Generator().manual_seed(seed)
+    start = pfgm.sample_prior((n, *charges.shape[1:]), z_max, upper_norm, generator=generator,
                               device=device, dtype=torch.float64)
-    clock, z_last = time.time(), deciding_z(charges)
+    clock = time.time()
+    z_decides = deciding_z(charges)
 
-    def follow(*how, **more):
-        ends, calls = zip(*(pfgm.sample_ode(net, x, flow['z_max'], *how, z_exp=0, **more)
-                            for x in start.split(args.batch_size)))
-        return torch.cat(ends), max(calls)
+    def follow(solver, z_to, nfe=None, schedule=None):
+        """(where the starts are led, network calls). A number of calls includes the last one, which
+        leads straight to z = 0."""
+        ends = []
+        most_calls = 0
+        for x in start.split(batch_size):
+            end, calls = pfgm.sample_ode(net, x, z_max, z_to, solver, nfe, z_exp=0,
+                                         schedule_name=schedule, to_data=nfe is not None)
+            ends.append(end)
+            most_calls = max(calls, most_calls)
+        return torch.cat(ends), most_calls
 
-    def which(x):
-        return torch.cat([squared_distances(part, charges.flatten(1)).argmin(1)
-                          for part in x.flatten(1).split(64)])
-    end, calls = follow(1e-3, 'rk45', rtol=1e-8, atol=1e-8)
-    right = which(end)
-    print(f'{n} starts on z = {flow["z_max"]:.4g}, |x| <= {flow["upper_norm"]:.4g}, {len(charges)} '
-          f'images; RK45 at 1e-8: {calls} calls; the weights decide above z = {z_last:.3g}; '
+    fine = functools.partial(pfgm.rk45, rtol=1e-8, atol=1e-8)
+    end, calls = follow(fine, EDM_LAST)
+    right = nearest_charge(end, charges)
+    print(f'{n} starts on z = {z_max:.4g}, |x| <= {upper_norm:.4g}, {len(charges)} images; '
+          f'RK45 at 1e-8: {calls} calls; the weights decide above z = {z_decides:.3g}; '
           f'{time.time() - clock:.0f} s', flush=True)
+
     curves = {}
-    grids = (('log', z_last), ('radius', z_last), ('rho7', 1e-3))
-    for name in args.solvers or ('rk45', *SOLVERS):
-        for schedule, low in grids if name != 'rk45' else [('', 1e-3)]:
-            row = []
-            for nfe in (args.sweep or (5, 10, 20, 35)) if name != 'rk45' else [None]:
-                x, nfe = follow(low, name, nfe, schedule_name=schedule, to_data=name != 'rk45')
-                same = (which(x) == right).double().mean().item()
-                error = (x - charges[right]).square().mean().sqrt().item()
-                row.append(f'nfe {nfe}: {same:.3f} {error:.3f}')
+    for name in solver_names:
+        solver = SOLVERS[name]
+        runs = [('log', z_decides), ('radius', z_decides), ('rho7', EDM_LAST)]
+        if name == 'rk45':  # with one step size for all starts, as PFGM published it
+            solver = pfgm.rk45
+            runs = [('', EDM_LAST)]
+        if name == 'unipc' and z_max > 10:  # from far away its first step needs no call
+            solver = functools.partial(solver, free_first_step=True)
+        for schedule, z_to in runs:
+            columns = []
+            for nfe in nfes if schedule else [None]:
+                x, calls = follow(solver, z_to, nfe, schedule or None)
+                same_image = (nearest_charge(x, charges) == right).double().mean().item()
+                rmse = (x - charges[right]).square().mean().sqrt().item()
+                columns.append(f'nfe {calls}: {same_image:.3f} {rmse:.3f}')
+                values = dict(solver=name, schedule=schedule, z_min=z_to, nfe=calls,
+                              same_image=same_image, rmse=rmse, n=n, reference=images.name)
+                record_result(results, values, device, seconds=time.time() - clock, seed=seed)
                 if schedule in ('', 'radius') or (name, schedule) == ('euler', 'rho7'):
-                    curves.setdefault(f'{name} {schedule}', []).append((nfe, error))
-                record_result(args, device, 1, time.time() - clock, dict(
-                    solver=name, schedule=schedule, z_min=low, nfe=nfe, same_image=same, rmse=error,
-                    n=n, reference=images.name))
-            print(f'{name:>6} {schedule:6}  ' + '   '.join(row), flush=True)
-    plot(curves, 'network calls an image (NFE)', 'RMSE to the right image', args.out)
+                    curves.setdefault(f'{name} {schedule}', []).append((calls, rmse))
+            print(f'{name:>6} {schedule:6}  ' + '   '.join(columns), flush=True)
+    plot(curves, 'network calls an image (NFE)', 'RMSE to the right image', out)
+
+
+def nearest_charge(x, charges):
+    """The numbers (n,) of the charges that are nearest to each of x (n, C, H, W)."""
+    rows = charges.flatten(1)
+    parts = [squared_distances(part, rows).argmin(1) for part in x.flatten(1).split(64)]
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------- speed
 
-BENCH_CHARGES = (4096, 50000)
+FIELD_CHARGES = (4096, 50000)  # those of a published training step, and all of CIFAR-10
 
 
-def seconds(device, *works, repeats=5):
-    """Median times of some functions, called in turn, so that what else slows the machine slows
-    them alike; after one call of each that warms up."""
-    times = []
-    for work in works * (repeats + 1):
-        clock = time.perf_counter()
-        work()
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - clock)
-    return np.median(np.reshape(times, (-1, len(works)))[1:], 0).tolist()
+def speed(device, seed):
+    """Time the field and the CIFAR-10 network at their real sizes.
+
+    It prints medians, memory, ratios to the plain way in the same run, and which part they reach of
+    the rate of matrix products that are called in turn with them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    charges = time_field(device, generator)
+    is_gpu = device.type == 'cuda'
+
+    x, z = pfgm.perturb(charges[:128 if is_gpu else 16], 291, generator=generator)
+    works = [forward_work(x, z, bf16) for bf16 in (False, True)]
+    # Within this autocast the weights are cast once, as over the calls of a sampler.
+    with torch.autocast(device.type, torch.bfloat16):
+        plain_seconds = time_network(f'forward, {len(x)}', *works, device)
+    time_solver(x, plain_seconds, device)
+
+    x, z = pfgm.perturb(charges[:128 if is_gpu else 8], 291, generator=generator)
+    target = pfgm.poisson_field(x, z, charges[:4096])
+    works = [training_work(x, z, target, bf16) for bf16 in (False, True)]
+    time_network(f'training step, {len(x)}', *works, device)
 
 
-def network_work(what, x, z, target, bf16):
-    """A function that makes one forward, or one update as train.py does (loss, clip, Adam, EMA),
-    of the CIFAR-10 network: as here, or the plain way, which is float32, channels first, and
-    PyTorch's own group norm and dropout."""
-    net = UNet().to(x.device).train(what != 'forward')
-    if bf16:
-        speed_up(net).to(memory_format=torch.channels_last)
-    opt = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
-    ema = copy.deepcopy(net).requires_grad_(False)
+def time_field(device, generator):
+    """Print the time of the field of 128 points, and return the charges (K, 3, 32, 32) of the last
+    case."""
+    a = torch.randn(2048, 2048, device=device, dtype=torch.float64)
+    out = a @ a
+    cases = []
+    for K in FIELD_CHARGES:
+        y = torch.rand(K, 3, 32, 32, generator=generator, device=device).mul_(2).sub_(1)
+        x, z = pfgm.perturb(y[:128], 291, generator=generator)
+        before = peak(device)
+        times = median_seconds(device, lambda: pfgm.poisson_field(x, z, y),
+                               lambda: torch.mm(a, a, out=out))
+        cases.append((x, z, y, times, peak(device) - before))
+    # The exact field takes more memory, hence after the memory of all cases is known.
+    for x, z, y, (field_seconds, product_seconds), more in cases:
+        field = pfgm.poisson_field(x, z, y)
+        exact = pfgm.poisson_field(x.double(), z.double(), y.double())
+        error = max((part - whole).norm() / whole.norm() for part, whole in zip(field, exact))
+        least_seconds = product_seconds * 2 * x.numel() * len(y) / len(a) ** 3
+        print(f'field, 128 points, {len(y)} charges: {field_seconds:.3f} s, {more:.2f} GB more, '
+              f'relative error {error:.1e}, {least_seconds / field_seconds:.0%} of the rate of '
+              'float64 products', flush=True)
+    return y
+
+
+def time_network(words, plain, ours, device):
+    """Print the times of two ways to do the same work, and return that of the plain one."""
+    a = torch.randn(4096, 4096, device=device).bfloat16()
+    plain_seconds, our_seconds, product = median_seconds(device, plain, ours, lambda: a @ a)
+    with FlopCounterMode(display=False) as flops:
+        ours()
+    rate = 2 * len(a) ** 3 / product
+    part = flops.get_total_flops() / our_seconds / rate
+    print(f'{words} images of CIFAR-10: {our_seconds:.3f} s in bfloat16, plain float32 '
+          f'{plain_seconds:.3f} s, ratio {plain_seconds / our_seconds:.2f}; {peak(device):.1f} GB; '
+          f'{part:.0%} of the rate of bfloat16 products in between, {rate / 1e12:.2f} TFLOP/s',
+          flush=True)
+    return plain_seconds
+
+
+def time_solver(x, plain_seconds, device):
+    """Print the time that RK45 itself takes: that of a flow that costs nothing."""
+    start = pfgm.sample_prior(x.shape, 40.0, 3e3, device=device)
+    calls = 0
 
     def work():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            if what == 'forward':
-                with torch.no_grad():
-                    return net(x, z)
-            loss = field_loss(net, 'sum', x, z, *target, torch.ones_like(z))
-        loss.mean().backward()
-        return update(net, ema, opt, 1.0, 0.9999)
+        nonlocal calls
+        _, calls = pfgm.sample_ode(lambda x, z: (-x, -z), start, 40.0, 1e-3, SOLVERS['rk45'],
+                                   z_exp=0)
+
+    seconds, = median_seconds(device, work)
+    print(f'RK45, {len(x)} images: {seconds / calls * 1e3:.1f} ms a call beside the network, '
+          f'{seconds / calls / plain_seconds:.1%} of its float32 forward', flush=True)
+
+
+def cifar10_network(device, bf16):
+    """The network as this project runs it in bfloat16, channels last, or the plain way: float32,
+    channels first, and PyTorch's own group norm and dropout."""
+    net = UNet().to(device)
+    if bf16:
+        speed_up(net).to(memory_format=torch.channels_last)
+    return net
+
+
+def forward_work(x, z, bf16):
+    """A function that makes one forward pass."""
+    net = cifar10_network(x.device, bf16).eval()
+
+    def work():
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            net(x, z)
     return work
 
 
-def speed(args, device):
-    """The field and the CIFAR-10 network at their real sizes: medians, memory, ratios to the plain
-    way in the same run, and the share of the rate of matrix products, called in turn with them."""
-    big = device.type == 'cuda'
+def training_work(x, z, target, bf16):
+    """A function that makes one update, as the step in train.py does it: loss, gradient, clipping,
+    Adam, and the average."""
+    net = cifar10_network(x.device, bf16).train()
+    opt = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    weight = torch.ones_like(z)
 
-    def peak():
-        return peak_memory(device) or math.nan
-    generator = torch.Generator(device).manual_seed(args.seed)
-    a, cases = torch.randn(2048, 2048, device=device, dtype=torch.float64), []
-    out = a @ a
-    for K in BENCH_CHARGES:
-        y = torch.rand(K, 3, 32, 32, generator=generator, device=device).mul_(2).sub_(1)
-        x, z = pfgm.perturb(y[:128], 291, generator=generator)
-        before = peak()
-        times = seconds(device, lambda: pfgm.poisson_field(x, z, y),
-                        lambda: torch.mm(a, a, out=out))
-        cases.append((x, z, y, times, peak() - before))
-    for x, z, y, (t, product), more in cases:  # the float64 field takes more memory, hence later
-        exact = pfgm.poisson_field(x.double(), z.double(), y.double())
-        error = max((a - b).norm() / b.norm() for a, b in zip(pfgm.poisson_field(x, z, y), exact))
-        floor = product * 2 * x.numel() * len(y) / len(out) ** 3
-        print(f'field, 128 points, {len(y)} charges: {t:.3f} s, {more:.2f} GB more, relative error '
-              f'{error:.1e}, {floor / t:.0%} of the rate of float64 products', flush=True)
-    a = torch.randn(4096, 4096, device=device).bfloat16()
-    for what, B in (('forward', 128 if big else 16), ('training step', 128 if big else 8)):
-        x, z = pfgm.perturb(y[:B], 291, generator=generator)
-        target = pfgm.poisson_field(x, z, y[:4096])
-        plain, ours = (network_work(what, x, z, target, bf16) for bf16 in (False, True))
-        with torch.autocast(device.type, torch.bfloat16, enabled=what == 'forward'):
-            # weights are cast once, as over the calls of a sampler
-            *times, product = seconds(device, plain, ours, lambda: a @ a)
-        if what == 'forward':  # a flow that costs nothing leaves the solver's own time
-            start, calls = pfgm.sample_prior(x.shape, 40.0, 3e3, device=device), []
-            own, = seconds(device, lambda: calls.append(pfgm.sample_ode(
-                lambda x, z: (-x, -z), start, 40.0, 1e-3, z_exp=0, each=True)[1]))
-            print(f'RK45, {B} images: {own / calls[0] * 1e3:.1f} ms a call beside the network, '
-                  f'{own / calls[0] / times[0]:.1%} of its float32 forward', flush=True)
-        with FlopCounterMode(display=False) as flops:
-            ours()
-        rate = 2 * len(a) ** 3 / product
-        print(f'{what}, {B} images of CIFAR-10: {times[1]:.3f} s in bfloat16, plain float32 '
-              f'{times[0]:.3f} s, ratio {times[0] / times[1]:.2f}; {peak():.1f} GB; '
-              f'{flops.get_total_flops() / times[1] / rate:.0%} of the rate of bfloat16 products '
-              f'in between, {rate / 1e12:.2f} TFLOP/s', flush=True)
+    def work():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            loss = pfgm.field_loss(net(x, z), target, weight)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - 0.9999)
+    return work
+
+
+def median_seconds(device, *works, repeats=5):
+    """The median time of each of some functions. They are called in turn, so that what else slows
+    the machine slows them alike, after one call of each that warms up."""
+    times = []
+    for work in works * (repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    rounds = np.reshape(times, (-1, len(works)))
+    return np.median(rounds[1:], axis=0).tolist()
+
+
+def peak(device):
+    """Gigabytes: the most memory so far; NaN where the system does not say."""
+    return peak_memory(device) or math.nan
+
+
+# ---------------------------------------------------------------- the run
+
+def main(args):
+    device, _, world = setup(args.device, float64=args.bench == 'solvers')
+    if world > 1:
+        raise BadInput(f'{args.bench}: a bench of one process; run it without torchrun')
+    if args.bench == 'speed':
+        speed(device, args.seed)
+        return
+    out = args.out or os.path.join(os.path.dirname(args.results), 'solvers.png')
+    check_folder('--results', args.results)
+    check_png('--out', out)
+    images = load_images(args.dataset, args.data_dir, args.image_size)
+    solvers(images, args.dataset, device, n=args.n, batch_size=args.batch_size,
+            solver_names=args.solvers, nfes=args.sweep, seed=args.seed, results=args.results,
+            out=out)
+
+
+if __name__ == '__main__':
+    run(main, parse_args())

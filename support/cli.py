@@ -68,6 +68,21 @@ def unless(word, value, convert):
     return lambda text: value if text == word else convert(text)
 
 
+def several(convert, prefix=''):
+    """An argparse type: a list of values with commas between them, each by convert(text). The words
+    may begin with `prefix`."""
+    return lambda text: [convert(part) for part in text.removeprefix(prefix).split(',')]
+
+
+def one_of(words):
+    """An argparse type: one of these words."""
+    def convert(text):
+        if text not in words:
+            raise argparse.ArgumentTypeError(f'{text}: accepted: {", ".join(words)}')
+        return text
+    return convert
+
+
 # ---------------------------------------------------------------- progress
 
 def say(line):
@@ -99,6 +114,13 @@ def watch(batches, count, label, rank):
 
 
 # ---------------------------------------------------------------- files
+
+def check_folder(flag, path):
+    """BadInput unless the folder exists in which `flag` says to write the file `path`."""
+    folder = os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        raise BadInput(f'{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
+
 
 def write(flag, path, save):
     """Write the file `path`, which `flag` gave, by save(file): whole, or not at all.

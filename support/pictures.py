@@ -1,91 +1,148 @@
-"""Grids, strips and plots of results as PNG files. You need not read it to understand the method.
+"""Grids, strips and plots, as PNG files. You need not read it to understand the method.
 """
 import math
 
-import torch.nn.functional as F
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from support.cli import write
+from support.cli import BadInput, check_folder, write
 
+
+def check_png(flag, path):
+    """BadInput unless a picture can be written to the path that `flag` gave."""
+    if not path.endswith('.png'):
+        raise BadInput(f'{flag} {path}: a picture; must end in .png')
+    check_folder(flag, path)
+
+
+def write_png(flag, path, picture):
+    """A PIL image as the file that `flag` names."""
+    write(flag, path, lambda file: picture.save(file, 'PNG'))
+
+
+# ---------------------------------------------------------------- images side by side
 
 def grid_of(pixels, nrow=None):
-    """uint8 images (n, C, H, W) as one picture, each enlarged to 64 pixels or more."""
-    from torchvision.utils import make_grid
-    larger = F.interpolate(pixels.cpu(), scale_factor=-(-64 // pixels.shape[-1]))
-    grid = make_grid(larger, nrow or int(np.ceil(len(pixels) ** 0.5)), padding=4, pad_value=128)
+    """uint8 images (n, C, H, W) as one PIL image, each enlarged to 64 pixels or more.
+
+    nrow: images a row; None makes the grid as square as it can be."""
+    from torchvision.utils import make_grid  # here, because importing torchvision takes a second
+    if nrow is None:
+        nrow = math.ceil(len(pixels) ** 0.5)
+    larger = F.interpolate(pixels.cpu(), scale_factor=math.ceil(64 / pixels.shape[-1]))
+    grid = make_grid(larger, nrow, padding=4, pad_value=128)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-# ---------------------------------------------------------------- plots and records
 
 
 def write_grid(flag, path, pixels, nrow=None):
     """uint8 images (n, C, H, W) as one PNG, a file that `flag` names."""
-    picture = grid_of(pixels, nrow)
-    write(flag, path, lambda file: picture.save(file, 'PNG'))
-
-
-def axis(values, start, end):
-    """(position of a value in pixels, round values to mark), log where values span a decade."""
-    low, high = min(values), max(values)
-    log = low > 0 and high >= 10 * low
-    to, back = (math.log10, lambda a: 10 ** a) if log else (float, float)
-    margin = 0.06 * (to(high) - to(low)) or 0.1 * abs(low) or 1
-    low, high = to(low) - margin, to(high) + margin
-    step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step = next(m * step for m in (1, 2, 5, 10) if high - low <= 7 * m * step)
-    marks = [m * 10.0 ** e for e in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)
-             ] if log else [k * step for k in range(math.ceil(low / step), int(high // step) + 1)]
-    return (lambda value: start + (end - start) * (to(value) - low) / (high - low),
-            [mark for mark in marks if back(low) <= mark <= back(high)])
-
-
-def plot(curves, xlabel, ylabel, path):
-    """A 960 x 640 PNG of curves {name: [(x, y), ...]} with ticks and a legend."""
-    left, top, right, bottom, font = 110, 30, 930, 560, ImageFont.load_default(size=20)
-    points = [p for points in curves.values() for p in points]
-    across, x_marks = axis([x for x, _ in points], left, right)
-    up, y_marks = axis([y for _, y in points], bottom, top)
-    image = Image.new('RGB', (960, 640), 'white')
-    draw = ImageDraw.Draw(image)
-    for mark in x_marks:
-        draw.line([across(mark), top, across(mark), bottom], '#dddddd')
-        draw.text((across(mark), bottom + 8), f'{mark:g}', 'black', font, 'mt')
-    for mark in y_marks:
-        draw.line([left, up(mark), right, up(mark)], '#dddddd')
-        draw.text((left - 8, up(mark)), f'{mark:g}', 'black', font, 'rm')
-    draw.rectangle([left, top, right, bottom], None, 'black')
-    draw.text(((left + right) / 2, 632), xlabel, 'black', font, 'mb')
-    turned = Image.new('L', (bottom - top, 30))
-    ImageDraw.Draw(turned).text(((bottom - top) / 2, 15), ylabel, 255, font, 'mm')
-    image.paste('black', (8, top), turned.rotate(90, expand=True))
-    colours = '#1f5fbf #d1402f #2c8a3d #8a4fbf #c78a00 #00899b #777777 #000000'.split()
-    legend = right - 20 - max(font.getlength(name) for name in curves)
-    for k, (name, points) in enumerate(curves.items()):
-        colour, v = colours[k % len(colours)], top + 24 + 28 * k
-        spots = [(across(x), up(y)) for x, y in sorted(points)]
-        draw.line(spots, colour, 3)
-        for x, y in spots:
-            draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
-        draw.line([legend - 45, v, legend - 10, v], colour, 3)
-        draw.text((legend, v), name, 'black', font, 'lm')
-    write('--out', path, lambda file: image.save(file, 'PNG'))
-    print(f'wrote {path}')
+    write_png(flag, path, grid_of(pixels, nrow))
 
 
 def strip(rows, heads, path):
-    """A PNG of samples: a row for each of {name: uint8 (k, C, H, W)}, its heads spread over it."""
+    """Write to --out a PNG of samples, with a row for each of `rows`, {name: uint8 (k, C, H, W)}.
+
+    heads: words above the columns, each over an equal part of the width."""
     font = ImageFont.load_default(size=20)
-    grid = grid_of(torch.cat(list(rows.values())), len(next(iter(rows.values()))))
+    images = list(rows.values())
+    grid = grid_of(torch.cat(images), nrow=len(images[0]))
     left = 20 + int(max(font.getlength(name) for name in rows))
-    image = Image.new('RGB', (left + grid.width, 30 + grid.height), 'white')
-    image.paste(grid, (left, 30))
-    draw = ImageDraw.Draw(image)
+    picture = Image.new('RGB', (left + grid.width, 30 + grid.height), 'white')
+    picture.paste(grid, (left, 30))
+    draw = ImageDraw.Draw(picture)
     for k, name in enumerate(rows):
-        draw.text((10, 30 + (k + 0.5) * grid.height / len(rows)), name, 'black', font, 'lm')
+        middle = 30 + (k + 0.5) * grid.height / len(rows)
+        draw.text((10, middle), name, 'black', font, 'lm')
     for k, head in enumerate(heads):
-        draw.text((left + (k + 0.5) * grid.width / len(heads), 15), head, 'black', font, 'mm')
-    write('--out', path, lambda file: image.save(file, 'PNG'))
+        middle = left + (k + 0.5) * grid.width / len(heads)
+        draw.text((middle, 15), head, 'black', font, 'mm')
+    write_png('--out', path, picture)
+    print(f'wrote {path}')
+
+
+# ---------------------------------------------------------------- plots
+
+COLOURS = '#1f5fbf #d1402f #2c8a3d #8a4fbf #c78a00 #00899b #777777 #000000'.split()
+
+
+class Axis:
+    """One axis of a plot, whose pixels go from `start` to `end`: where a value lies on it, and the
+    round values to mark. It is logarithmic where the values span a factor of 10 or more."""
+
+    def __init__(self, values, start, end):
+        smallest = min(values)
+        largest = max(values)
+        self.is_log = smallest > 0 and largest >= 10 * smallest
+        self.start = start
+        self.end = end
+        self.low = self.scaled(smallest)
+        self.high = self.scaled(largest)
+        margin = 0.06 * (self.high - self.low) or 0.1 * abs(smallest) or 1  # where all are equal
+        self.low -= margin
+        self.high += margin
+        self.marks = [mark for mark in self.round_values()
+                      if self.low <= self.scaled(mark) <= self.high]
+
+    def scaled(self, value):
+        return math.log10(value) if self.is_log else float(value)
+
+    def position(self, value):
+        """The pixel of a value."""
+        part = (self.scaled(value) - self.low) / (self.high - self.low)
+        return self.start + (self.end - self.start) * part
+
+    def round_values(self):
+        """Values to mark, some of which may lie beyond the ends: 1, 2 and 5 of each decade, or
+        seven steps of such a width at most."""
+        if self.is_log:
+            decades = range(math.floor(self.low), math.ceil(self.high))
+            return [m * 10.0 ** decade for decade in decades for m in (1, 2, 5)]
+        span = self.high - self.low
+        power = 10.0 ** math.floor(math.log10(span / 2))
+        step = next(m * power for m in (1, 2, 5, 10) if span <= 7 * m * power)
+        first = math.ceil(self.low / step)
+        last = int(self.high // step)
+        return [k * step for k in range(first, last + 1)]
+
+
+def plot(curves, xlabel, ylabel, path):
+    """Write to --out a PNG of 960 x 640 pixels, with marks on both axes and a legend.
+
+    curves: {name: [(x, y), ...]}."""
+    left, top, right, bottom = 110, 30, 930, 560
+    font = ImageFont.load_default(size=20)
+    picture = Image.new('RGB', (960, 640), 'white')
+    draw = ImageDraw.Draw(picture)
+
+    # the frame
+    points = [point for points in curves.values() for point in points]
+    x_axis = Axis([x for x, _ in points], left, right)
+    y_axis = Axis([y for _, y in points], bottom, top)
+    for mark in x_axis.marks:
+        across = x_axis.position(mark)
+        draw.line([across, top, across, bottom], '#dddddd')
+        draw.text((across, bottom + 8), f'{mark:g}', 'black', font, 'mt')
+    for mark in y_axis.marks:
+        up = y_axis.position(mark)
+        draw.line([left, up, right, up], '#dddddd')
+        draw.text((left - 8, up), f'{mark:g}', 'black', font, 'rm')
+    draw.rectangle([left, top, right, bottom], None, 'black')
+    draw.text(((left + right) / 2, 632), xlabel, 'black', font, 'mb')
+    turned = Image.new('L', (bottom - top, 30))  # PIL writes across only
+    ImageDraw.Draw(turned).text(((bottom - top) / 2, 15), ylabel, 255, font, 'mm')
+    picture.paste('black', (8, top), turned.rotate(90, expand=True))
+
+    # the curves and the legend
+    legend = right - 20 - max(font.getlength(name) for name in curves)
+    for k, (name, points) in enumerate(curves.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        spots = [(x_axis.position(x), y_axis.position(y)) for x, y in sorted(points)]
+        draw.line(spots, colour, 3)
+        for x, y in spots:
+            draw.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
+        line = top + 24 + 28 * k
+        draw.line([legend - 45, line, legend - 10, line], colour, 3)
+        draw.text((legend, line), name, 'black', font, 'lm')
+    write_png('--out', path, picture)
     print(f'wrote {path}')

@@ -1,4 +1,4 @@
-"""Lines of results.jsonl and tables. You need not read it to understand the method.
+"""Lines of results.jsonl, and tables. You need not read it to understand the method.
 """
 import json
 import os
@@ -13,27 +13,43 @@ from support.cli import BadInput
 
 
 def print_table(rows):
-    keys = list(dict.fromkeys(k for row in rows for k in row))
+    """Print dicts as the rows of a table, under a line of their keys. Where a row has no value for
+    a key, it shows a dash."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
     for row in [dict(zip(keys, keys)), *rows]:
-        print('  '.join(f'{v:>10}' if isinstance(v, str) else f'{v:>10.5g}'
-                        for v in (row.get(k, '-') for k in keys)))
+        cells = []
+        for key in keys:
+            value = row.get(key, '-')
+            cells.append(f'{value:>10}' if isinstance(value, str) else f'{value:>10.5g}')
+        print('  '.join(cells))
 
 
-def record_result(args, device, world, seconds, values):
-    """Append one line to --results: the values, and what it takes to get them again."""
+def revision():
+    """What git calls the state of this project; None without git."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    command = ['git', 'describe', '--always', '--dirty']
     try:
-        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True,
-                             text=True, timeout=10, cwd=os.path.dirname(os.path.abspath(__file__)))
-        revision = git.stdout.strip() or None
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=folder)
     except (OSError, subprocess.SubprocessError):
-        revision = None
-    name = (torch.cuda.get_device_name(device) if device.type == 'cuda' else
-            f'{device.type}, {platform.machine()}, {os.cpu_count()} cores')
-    row = dict(command=' '.join(sys.argv), time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), git=revision,
-               torch=torch.__version__, hardware=f'{world} x {name}', seconds=round(seconds, 1),
-               seed=args.seed, **values)
+        return None
+    return git.stdout.strip() or None
+
+
+def hardware(device):
+    """What the device is, in words."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'{device.type}, {platform.machine()}, {os.cpu_count()} cores'
+
+
+def record_result(path, values, device, world=1, *, seconds, seed):
+    """Append one line of JSON to the file of --results: the dict `values`, and what it takes to get
+    them again. world: how many processes took part. Raises BadInput where it cannot be written."""
+    row = dict(command=' '.join(sys.argv), time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+               git=revision(), torch=torch.__version__, hardware=f'{world} x {hardware(device)}',
+               seconds=round(seconds, 1), seed=seed, **values)
     try:
-        with open(args.results, 'a') as file:
+        with open(path, 'a') as file:
             file.write(json.dumps(row) + '\n')
     except OSError as error:
-        raise BadInput(f'--results {args.results}: cannot be written ({error})') from error
+        raise BadInput(f'--results {path}: cannot be written ({error})') from error
