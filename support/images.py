@@ -112,9 +112,9 @@ def probe(root, entries, channels=None):
     if not images:
         raise ValueError(f'none of {len(problems)} images can be read '
                          f'({entries[0]!r}: {problems[0]})')
-    if channels is None:  # most sets in colour show it here, without a look at all of their images
-        coloured = any(has_colour(image) for image in images)
-        coloured = coloured or any(entry_has_colour(root, entry) for entry in entries)
+    if channels is None:  # most sets in colour show it in these, without a look at all of them
+        coloured = (any(has_colour(image) for image in images)
+                    or any(entry_has_colour(root, entry) for entry in entries))
         channels = 3 if coloured else 1
     return min(images[0].size), channels
 
@@ -249,10 +249,11 @@ class Images(torch.utils.data.Dataset):
 
     def decode_many(self, indices):
         """Yields decode(k) for each of the indices, in order."""
-        if self.image_size < 64:  # on tiny images threads lose more by waiting for the GIL
+        if self.image_size < 64:
             yield from map(self.decode, indices)
             return
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without it
+        # Pillow decodes without the GIL. On tinier images threads lose more by waiting for it.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             yield from pool.map(self.decode, indices)
 
     def fill(self):

@@ -26,12 +26,22 @@ class KnownSet(NamedTuple):
 
 
 SETS = {
-    'glyphs': KnownSet(16, 1, False, ''),
-    'mnist': KnownSet(28, 1, False, '{}/MNIST/raw/train-* and t10k-*-ubyte.gz', 'MNIST'),
-    'fashion_mnist': KnownSet(28, 1, False, '{}/FashionMNIST/raw/*-ubyte.gz', 'FashionMNIST'),
-    'cifar10': KnownSet(32, 3, True, '{}/cifar-10-python.tar.gz (cs.toronto.edu/~kriz)', 'CIFAR10'),
-    'celeba64': KnownSet(64, 3, True, '{}/celeba/*.txt and, unzipped, img_align_celeba/', 'CelebA'),
-    'lsun_bedroom': KnownSet(256, 3, True, '{}/lsun_bedroom/ (as github.com/fyu/lsun exports)'),
+    'glyphs': KnownSet(image_size=16, channels=1, flip=False, by_hand=''),
+    'mnist': KnownSet(
+        image_size=28, channels=1, flip=False, torchvision='MNIST',
+        by_hand='{}/MNIST/raw/train-* and t10k-*-ubyte.gz'),
+    'fashion_mnist': KnownSet(
+        image_size=28, channels=1, flip=False, torchvision='FashionMNIST',
+        by_hand='{}/FashionMNIST/raw/*-ubyte.gz'),
+    'cifar10': KnownSet(
+        image_size=32, channels=3, flip=True, torchvision='CIFAR10',
+        by_hand='{}/cifar-10-python.tar.gz (cs.toronto.edu/~kriz)'),
+    'celeba64': KnownSet(
+        image_size=64, channels=3, flip=True, torchvision='CelebA',
+        by_hand='{}/celeba/*.txt and, unzipped, img_align_celeba/'),
+    'lsun_bedroom': KnownSet(
+        image_size=256, channels=3, flip=True,
+        by_hand='{}/lsun_bedroom/ (as github.com/fyu/lsun exports)'),
 }
 
 # MedMNIST v2, its 2-D sets: arXiv 2110.14795, zenodo.org/records/10519652. Each is there in four
@@ -67,10 +77,10 @@ MEDMNIST_IN_COLOUR = ('pathmnist', 'dermamnist', 'retinamnist', 'bloodmnist')
 
 
 def medmnist_set(name):
-    by_hand = f'{{}}/{name}.npz, or of 64 pixels {name}_64.npz (zenodo.org/records/10519652)'
-    if name in MEDMNIST_IN_COLOUR:
-        return KnownSet(28, 3, True, by_hand)
-    return KnownSet(28, 1, False, by_hand)
+    in_colour = name in MEDMNIST_IN_COLOUR
+    return KnownSet(
+        image_size=28, channels=3 if in_colour else 1, flip=in_colour,
+        by_hand=f'{{}}/{name}.npz, or of 64 pixels {name}_64.npz (zenodo.org/records/10519652)')
 
 
 SETS.update({name: medmnist_set(name) for name in MEDMNIST_MD5})

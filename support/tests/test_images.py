@@ -3,7 +3,6 @@ import io
 import itertools
 import os
 import signal
-import time
 import zipfile
 from unittest.mock import patch
 
@@ -16,7 +15,6 @@ from support import foreign
 from support import images as images_module
 from support.cli import BadInput
 from support.images import image_order, mean_norm, read_batches, to_float, training_batches
-from support.processes import AT_THE_END, listen
 from support.sets import load_images
 from support.tests.common import close, seeded
 from support.tests.made import encoded, encrypted, picture, shows, zipped
@@ -172,19 +170,6 @@ def test_read_batches__a_reader_that_dies_ends_in_one_line(folder, monkeypatch, 
         with pytest.raises(refusal, match=message):
             list(read_batches(large, [torch.tensor([1])], workers=1))
         assert len(list(read_batches(large, [torch.tensor([1])]))) == 1
-
-
-def test_listen__a_run_that_ends_does_not_wait_for_its_readers():
-    heard = listen()
-    child = os.fork()
-    if child == 0:  # as a reader of images: it holds all that is open
-        time.sleep(60)
-        os._exit(0)
-    began = time.time()
-    AT_THE_END.close()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert time.time() - began < 30 and heard == []
 
 
 # ---------------------------------------------------------------- the images of a training step

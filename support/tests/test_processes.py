@@ -198,6 +198,19 @@ def test_listen__a_second_ctrl_c_ends_a_run_that_hangs(tmp_path):
     assert process.returncode != 0
 
 
+def test_listen__a_run_that_ends_does_not_wait_for_its_readers_of_images():
+    signals = processes.listen()
+    child = os.fork()
+    if child == 0:  # as a reader of images: it holds all that is open
+        time.sleep(60)
+        os._exit(0)
+    began = time.time()
+    processes.AT_THE_END.close()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert time.time() - began < 30 and signals == []
+
+
 def test_heard__asks_to_leave_rather_than_to_save_and_knows_no_other_signal():
     signals = []
     for numbers, wish in (([], ''), ([signal.SIGUSR1], 'save'), ([signal.SIGCHLD], ''),
