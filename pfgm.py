@@ -517,7 +517,7 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
     return Likelihood(logp, -logp / math.log(2) / N + 7, latent, calls)
 
 
-# ---------------------------------------------------------------- a network that stands for the field
+# ---------------------------------------------------------------- how a network is a field
 #
 # Both classes are called net(x, z[, labels]) -> (v_x, v_z), and say how the network is trained: a
 # step takes moved, z = net.perturb(y) of images y, and regresses net(moved, z) on net.target() by

@@ -4,8 +4,8 @@
     v_x, v_z = net(x, z)                          # x (B, C, H, W), z (B,) -> like x, (B,)
 
 The architecture is DDPM++ of arXiv 2011.13456 (Appendix H) with BigGAN residual blocks, as it was
-trained in PFGM, arXiv 2209.11178. With `ncsnpp` it is NCSN++ of the same paper, as it was trained in
-EDM, arXiv 2206.00364, and PFGM++, arXiv 2302.04265. Modules are created in the order of the
+trained in PFGM, arXiv 2209.11178. With `ncsnpp` it is NCSN++ of the same paper, as it was trained
+in EDM, arXiv 2206.00364, and PFGM++, arXiv 2302.04265. Modules are created in the order of the
 published parameters, which the readers of those files rely on.
 """
 import math
@@ -154,7 +154,9 @@ class UNet(nn.Module):
         if ncsnpp:
             self.register_buffer('freq', 16 * torch.randn(nf, device='cpu'))  # slow on meta
         self.embed = nn.ModuleList([linear(width, 4 * nf), linear(4 * nf, 4 * nf)])
-        self.label = linear(classes, width if label_first else 4 * nf) if classes else None
+        self.label = None
+        if classes:
+            self.label = linear(classes, width if label_first else 4 * nf)
         self.conv_in = conv(inputs, nf)
 
         def res(c_in, c_out, resample=None):

@@ -1,4 +1,4 @@
-"""What makes a network faster on CPUs: other ways to compute three of its layers, and one setting of
+"""What makes a network faster on CPUs: other ways to compute three of its layers, and a setting of
 the C library. You need not read it to understand the method.
 
 The layers keep their parameters and their meaning, and on GPUs they are PyTorch's own. Group norm

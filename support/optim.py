@@ -28,8 +28,8 @@ def orthogonal(G):
 
 class Muon(torch.optim.Adam):
     """Adam for the vectors of a network and for the layers at its ends. Every other weight moves
-    along its averaged gradient, made orthogonal as a matrix, and as far as Adam would move it. Muon,
-    arXiv 2502.16982 Eq. 4.
+    along its averaged gradient, made orthogonal as a matrix, and as far as Adam would move it.
+    Muon, arXiv 2502.16982 Eq. 4.
 
     ends: the names of those layers, which a network need not have."""
 

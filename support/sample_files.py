@@ -1,5 +1,5 @@
-"""The files that sample.py writes: a folder of PNGs that remembers what made it, and an .npz of them.
-You need not read it to understand the method.
+"""The files that sample.py writes: a folder of PNGs that remembers what made it, and an .npz of
+them. You need not read it to understand the method.
 
 Each image is a file as soon as it is made, so that a run that was stopped goes on where it was. A
 single .png or .npz is joined from such a folder at the end.

@@ -79,8 +79,8 @@ def make_pairs(teacher, indices, batch_size, device):
 
 
 def pairs_of_teacher(teacher, count, folder, flag, batch_size, device, rank, world):
-    """The pairs that a student of `teacher`, a Flow, is trained on: `count` draws x of its prior and
-    the images y where it leads them, kept in `folder`. arXiv 2209.03003 Section 2.2.
+    """The pairs that a student of `teacher`, a Flow, is trained on: `count` draws x of its prior
+    and the images y where it leads them, kept in `folder`. arXiv 2209.03003 Section 2.2.
 
     -> a data set of float32 (2, C, S, S): eps = (x - y) / z_max, and y, so that the line between
     them is y + z eps. Each rank makes its share of the files, and files that this network has made
