@@ -1,4 +1,5 @@
 """Flow: from where to where a network is followed, and what it refuses."""
+import inspect
 import math
 import os
 from pathlib import Path
@@ -76,8 +77,8 @@ def test_prior__a_flow_between_two_data_sets_starts_from_images(straight, here):
         script([*command, *'--method rf --source s.npy --steps 30 --out_dir a'.split()])
     batches = set()
     for call in perturb.call_args_list:
-        y = call.args[1]
-        start = call.kwargs['eps']
+        given = inspect.signature(pfgm.Denoiser.perturb).bind(*call.args, **call.kwargs).arguments
+        y, start = given['x'], given['eps']
         distance = torch.cdist(start.flatten(1), s.flatten(1))
         nearest = distance.argmin(1)
         assert distance.amin(1).max() < 0.05                             # an image of the other set
