@@ -1,0 +1,206 @@
+"""How flags left open are filled, and how they are checked against a checkpoint."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from support import options
+from support.cli import BadInput
+from support.run import Origin
+from support.sets import load_images
+from support.tests.common import TINY, TINY_PP, loaded, refuses, said, script
+from support.tests.made import classes_of
+
+
+class FakeImages:
+    """A data set that says of itself what options asks, and has no pixels."""
+    name = 'fake'
+    labels = None
+    pixels = None
+    flip = True
+
+    def __init__(self, image_size, count=50000, channels=3):
+        self.image_size = image_size
+        self.count = count
+        self.channels = channels
+
+    def __len__(self):
+        return self.count
+
+
+def filled(images, *words, preset='cifar10', world=1):
+    """The flags of a new run on these images, with the values of a preset."""
+    flags = vars(train.parse_args([*words, '--preset', preset]))
+    return options.fill(flags, train.PRESETS[preset], False, images, Origin(None, None, None),
+                        world)
+
+
+# ---------------------------------------------------------------- what was left open
+
+@pytest.mark.parametrize('preset, size, constants', [
+    ('cifar10', 32, (291, 40, 3000, 5)),
+    ('cifar10_deep', 32, (291, 40, 3000, 5)),
+    ('celeba64', 64, (291, 60, 6000, 1)),
+    ('lsun_bedroom', 256, (356, 100, 30000, 0.1))])
+def test_fill__gives_a_published_preset_its_published_flow(preset, size, constants):
+    flags = filled(FakeImages(size), preset=preset)
+    assert (flags['M'], flags['z_max'], flags['upper_norm'], flags['z_exp']) == constants
+    others = dict(method='pfgm', D=1.0, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3, flip=True,
+                  field_batch=train.PRESETS[preset]['field_batch'], classes=0)
+    assert {key: flags[key] for key in others} == others
+
+
+@pytest.mark.parametrize('preset', ['cifar10_pp', 'cifar10_ncsnpp'])
+def test_fill__gives_pfgmpp_the_noise_levels_of_edm_and_no_charges(preset):
+    flags = filled(FakeImages(32), '--D', '2048', preset=preset)
+    assert flags['method'] == 'pfgmpp' and flags['D'] == 2048 and flags['sigma_data'] == 0.5
+    assert flags['field_batch'] == 1 and flags['M'] is None and flags['upper_norm'] is None
+    assert flags['z_min'] == pytest.approx(0.002 * 2048 ** 0.5)
+    assert flags['z_max'] == pytest.approx(80 * 2048 ** 0.5)
+
+
+def test_fill__leaves_no_flag_open_but_those_that_say_no():
+    flags = filled(FakeImages(32))
+    may_be_none = {'source', 'reflow', 'distill', 'init_from', 'bf16'}  # bf16: by the device
+    assert {key for key, value in flags.items() if value is None} == may_be_none
+
+
+def test_fill__does_not_change_the_mapping_that_it_is_given():
+    flags = vars(train.parse_args(['--preset', 'cifar10']))
+    before = dict(flags)
+    preset = dict(train.CIFAR10)
+    options.fill(flags, preset, False, FakeImages(32), Origin(None, None, None), world=1)
+    assert flags == before and preset == train.CIFAR10
+
+
+def test_fill__takes_what_was_given_before_all_else():
+    flags = filled(FakeImages(32), *'--z_max 41 --M 290 --lr 1 --nf 32 --no-flip'.split())
+    given = dict(z_max=41, M=290, lr=1, nf=32, flip=False)
+    assert {key: flags[key] for key in given} == given
+
+
+@pytest.mark.parametrize('words, method, D', [
+    ('', 'pfgm', 1), ('--D 3', 'pfgmpp', 3), ('--ncsnpp', 'pfgmpp', 128),
+    ('--method pfgmpp', 'pfgmpp', 128), ('--method vp', 'vp', float('inf')),
+    ('--D inf', 'pfgmpp', float('inf'))])
+def test_fill__infers_the_method_and_D(words, method, D):
+    flags = filled(FakeImages(32), *words.split())
+    assert (flags['method'], flags['D']) == (method, D)
+
+
+def test_fill__takes_all_images_as_charges_where_field_batch_would_not_be_fewer():
+    assert filled(FakeImages(32, 4097))['field_batch'] == 4096
+    small = FakeImages(32, 4096)
+    assert filled(small)['field_batch'] == 4096  # decoded at each access, so not all are at hand
+    small.pixels = torch.zeros(1)
+    assert filled(small)['field_batch'] == 'all'
+
+
+@pytest.mark.parametrize('words, message', [
+    ('--method vp --D 3', '--D 3: belongs to --method pfgmpp, not vp'),
+    ('--z_min 41', '--z_min 41.0: must be below --z_max 40'),
+    ('--accum 3', '--batch_size 128: must be a multiple of 2 processes x --accum 3'),
+    ('--field_batch 127', '--field_batch 127: the 128 points of a step are among its charges'),
+    ('--reflow x --consistency', '--reflow x: --reflow, --distill and --consistency are two runs'),
+    ('--reflow x --init_from y', '--init_from y: --reflow and --distill go on from their teacher'),
+    ('--distill x --field_batch 9', '--field_batch 9: the pairs of --reflow and --distill have no'),
+    ('--consistency', '--consistency: trains a denoiser, not a field of pfgm')])
+def test_fill__refuses_flags_that_contradict_one_another(words, message):
+    with pytest.raises(BadInput) as error:
+        flags = filled(FakeImages(32), *words.split(), world=2)
+        train.as_flow(None, flags)
+    assert str(error.value).startswith(message)
+
+
+def test_class_count__our_own_sets_are_trained_on_their_labels_others_if_asked(here):
+    classes_of(Path('photos/train'), 'a', 'b', 'c')
+    classes_of(Path('photos/test'), 'b', 'c')
+    command = ['train.py', *TINY[:-1], '--steps', 1, '--out_dir']
+    for out, flags, classes in (
+            ('a', '', 10), ('b', '--no-classes', 0), ('c', '--dataset photos', 0),
+            ('d', '--dataset photos --classes', 3), ('e', '--D 2 --field_batch all --classes', 10),
+            ('f', '--method rf --field_batch 1 --source glyphs', 0),
+            ('b', '--steps 2', 0), ('g', '--init_from b --steps 3', 0)):  # they stay as they are
+        script([*command, out, *flags.split()])
+        assert loaded(out)['args']['classes'] == classes, flags
+    of_test = load_images('photos', 'data', None, None, split='test')
+    assert {*of_test.labels.tolist()} == {1, 2}  # numbered as of all three
+    refuses([*command, 'e', '--D', 5, '--steps', 9], '--D 5.0: the run .* has 2.0')
+    refuses('sample.py --ckpt e --device cpu --classes 10'.split(), '--classes 10: .* 0 to 9')
+    np.savez('a.npz', x=np.zeros((8, 8, 8), np.uint8), y=[1, 2] * 4)
+    refuses([*command, 'h', '--dataset', 'a.npz', '--classes'],
+            '--classes: 2 labels from 1 to 2; accepted: 0, 1.*; or give --no-classes')
+
+
+# ---------------------------------------------------------------- against a checkpoint
+
+def test_check_resume__refuses_what_changes_the_run_and_says_what_may_change(trained, capsys):
+    saved = loaded(trained)['args']
+    for key, value in (('m_draws', 3), ('muon', False), ('D', 2.0), ('classes', 5), ('seed', 1),
+                       ('ema_decay', 0.5), ('ch_mult', [2, 1]), ('field_batch', 'all')):
+        assert saved[key] != value
+        with pytest.raises(BadInput) as error:
+            options.check_resume(dict(saved, **{key: value}), saved)
+        assert str(error.value) == (f'--{key} {value}: the run in --out_dir {trained} has '
+                                    f'{saved[key]}; keep it, or give another --out_dir')
+    assert capsys.readouterr().out == ''
+    options.check_resume(dict(saved, ch_mult=(1, 1), device='cuda', keep=9), saved)  # 1, 1 as lists
+    assert capsys.readouterr().out == ''
+    options.check_resume(dict(saved, lr=0.5, accum=2), saved)
+    assert capsys.readouterr().out == (
+        'going on with --lr 0.5 (it was 0.002), --accum 2 (it was 1)\n')
+    longer = dict(saved, steps=99, decay=1.0, consistency=True)
+    options.check_resume(longer, dict(longer, steps=10))
+    assert capsys.readouterr().out == (
+        '--steps 99 (it was 10): the learning rate falls to 0 there only; it rises again; '
+        'the levels of --consistency lie further apart again\n')
+
+
+def test_check_origin__brings_its_flow_and_takes_other_classes(tmp_path):
+    two = classes_of(tmp_path / 'two', 'a', 'b')
+    three = classes_of(tmp_path / 'three', 'a', 'b', 'c')
+    command = ['train.py', *TINY_PP, '--steps', 3, '--out_dir']
+    script([*command, tmp_path / 'o', '--dataset', two, '--D', 64, '--sigma_data', 0.4,
+            '--classes'])
+    again = ['--init_from', tmp_path / 'o', '--dataset']
+    assert ('for 3 classes, not its 2, with a new label layer and from step 0'
+            in said([*command, tmp_path / 'p', *again, three, '--classes']))
+    before = loaded(tmp_path / 'o')['args']
+    after = loaded(tmp_path / 'p')['args']
+    assert after['classes'] == 3
+    for key in ('method', 'D', 'sigma_data', 'z_max', 'z_min'):
+        assert after[key] == before[key]
+    assert '--D 2.0 (it has 64.0)' in said([*command, tmp_path / 'q', *again, two, '--classes',
+                                            '--D', 2, '--steps', 4])
+    for flag, value, has in (('channels', 1, '3; give --channels 3'),
+                             ('image_size', 8, '16; give --image_size 16'),
+                             ('method', 'vp', 'pfgmpp; give --method pfgmpp')):
+        refuses([*command, tmp_path / 'x', *again, two, f'--{flag}', value],
+                f'--{flag} {value}: --init_from .*ckpt.pt has {has}')
+    script(['checkpoint.py', tmp_path / 'o', '--out', tmp_path / 'ema.pt'])
+    refuses([*command, tmp_path / 'x', '--init_from', tmp_path / 'ema.pt', '--dataset', two],
+            '--init_from .*ema.pt: holds the EMA')
+
+
+@pytest.mark.parametrize('key, value, message', [
+    ('muon', False, '--muon False: --init_from c.pt has True; give --muon'),
+    ('skip', True, '--skip True: --init_from c.pt has False; give --no-skip'),
+    ('ch_mult', [2, 2], '--ch_mult [2, 2]: --init_from c.pt has [1, 1]; give --ch_mult 1 1'),
+    ('nf', 16, '--nf 16: --init_from c.pt has 8; give --nf 8')])
+def test_check_origin__refuses_another_architecture_with_the_flag_that_mends_it(
+        key, value, message, trained):
+    saved = loaded(trained)
+    flags = dict(saved['args'], **{key: value})
+    with pytest.raises(BadInput) as error:
+        options.check_origin(flags, Origin(saved, 'init_from', 'c.pt'))
+    assert str(error.value) == message
+
+
+def test_has_other_classes__compares_counts_and_names():
+    saved = dict(classes=2, class_names=['a', 'b'])
+    assert not options.has_other_classes(dict(classes=2, class_names=['a', 'b']), saved)
+    assert not options.has_other_classes(dict(classes=2, class_names=None), saved)
+    assert options.has_other_classes(dict(classes=2, class_names=['a', 'c']), saved)
+    assert options.has_other_classes(dict(classes=0, class_names=['a', 'b']), saved)
