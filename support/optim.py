@@ -61,13 +61,3 @@ class Muon(torch.optim.Adam):
             turned = orthogonal(torch.stack(list(of_shape.values())))
             for p, move in zip(of_shape, turned):
                 p.sub_(move.view(p.shape), alpha=0.2 * max(shape) ** 0.5 * lr)
-
-
-def update(net, ema, opt, clip, decay):
-    """One step of `opt` on the clipped gradients, and of the EMA -> their norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    with torch.no_grad():  # else every step would hang one more graph on the average
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-    return norm

@@ -212,27 +212,41 @@ def test_step__clips_the_gradient_and_moves_as_adam_of_the_papers(first_weights,
         close(moved, 2e-3 * g / (g.abs() + 1e-8), atol=1e-6)
 
 
-def test_step__is_what_the_paper_says(trained, tmp_path):
-    """One step from a trained network: its loss is that of Algorithm 1, computed here anew."""
-    script(['train.py', *TINY, '--dropout', 0, '--init_from', trained, '--steps', 11,
-            '--out_dir', tmp_path])
-    before = loaded(trained)
-    flags = loaded(tmp_path)['args']
+@pytest.mark.parametrize('has_classes', [False, True], ids=['no_classes', 'classes'])
+def test_step__has_the_loss_of_algorithm_1(has_classes, tmp_path):
+    """Of the fourth step the loss is computed here anew, from the weights after the third."""
+    command = ['train.py', *TINY, '--lr', 0.05, '--out_dir', tmp_path]
+    if has_classes:
+        command.append('--classes')  # after --no-classes; the last one counts
+    script([*command, '--steps', 3])
+    before = loaded(tmp_path)
+    script([*command, '--steps', 4])
+
+    flags = before['args']
     images = load_images('glyphs', 'data', None, None)
-    indices = next(image_order(len(images), 64, 0, 10))
+    indices = next(image_order(len(images), 64, 0, 3))
     charges = to_float(images.pixels[indices])
-    generator = torch.Generator().manual_seed(step_seed(0, 10))
+    generator = torch.Generator().manual_seed(step_seed(0, 3))
+    labels = ()
+    among = None
+    if has_classes:  # a point without a label sees the field of all charges
+        is_hidden = torch.rand(8, generator=generator) < 0.1
+        of_charges = images.labels[indices]
+        of_points = torch.where(is_hidden, -1, of_charges[:8])
+        labels = (of_points,)
+        among = is_hidden[:, None] | (of_points[:, None] == of_charges)
     moved, z = pfgm.perturb(charges[:8], flags['M'], generator=generator, m_draws=flags['m_draws'])
-    target_x, target_z = pfgm.poisson_field(moved, z, charges, 5.0)
+    target_x, target_z = pfgm.poisson_field(moved, z, charges, 5.0, among=among)
     net = as_flow(build(before['net'], flags, 'net').train(), flags)
     with torch.no_grad():
-        v_x, v_z = net(moved, z)
+        v_x, v_z = net(moved, z, *labels)
+    assert v_x.norm() > 0.1 * target_x.norm()  # the network has its part in the loss
     error = (v_x - target_x).square().flatten(1).sum(1) + (v_z - target_z).square()
-    close(losses(tmp_path), [(error / 2).mean()], rtol=1e-5)
+    close(losses(tmp_path)[3], (error / 2).mean(), rtol=1e-5)
 
 
 def test_step__of_a_denoiser_weighs_the_error_as_edm(tmp_path):
-    """The same of pfgmpp with D = inf: EDM Eq. 8."""
+    """The same for pfgmpp with D = inf: EDM Eq. 8."""
     command = ['train.py', *TINY_PP, '--D', 'inf', '--lr', 1e-2, '--out_dir', tmp_path]
     script([*command, '--steps', 3])
     before = loaded(tmp_path)
