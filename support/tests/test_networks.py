@@ -59,6 +59,11 @@ def test_blank__refuses_flags_of_no_network_before_it_is_built(flag, value, ncsn
         networks.blank(flags, 100, 'a.pt')
 
 
+def test_blank__draws_no_frequencies_for_a_network_of_any_width():
+    with pytest.raises(BadInput, match='a value out of range'):
+        networks.blank(dict(FLAGS, ncsnpp=True, nf=2 ** 13), 100, 'a.pt')
+
+
 @pytest.mark.parametrize('flag', networks.ARCHITECTURE)
 def test_blank__refuses_flags_that_are_missing(flag):
     flags = {key: value for key, value in FLAGS.items() if key != flag}
