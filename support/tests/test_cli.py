@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import math
 import os
 import shutil
@@ -59,11 +60,15 @@ def test_say__is_said_by_the_first_process_alone(monkeypatch, capsys):
     assert capsys.readouterr().out == 'from 0\n'
 
 
-def test_watch__yields_the_batches_and_says_when_they_are_done(capsys):
-    batches = [range(3), range(2)]
-    assert list(watch(batches, 5, lambda: 'euler', rank=0)) == batches
-    assert capsys.readouterr().out.startswith('euler: 5/5  ')
-    assert list(watch(batches, 5, 'euler', rank=1)) == batches
+def test_watch__says_every_five_seconds_and_at_the_end_how_far_it_is(monkeypatch, capsys):
+    clock = itertools.count(100, 3)  # three seconds a batch
+    monkeypatch.setattr('time.time', lambda: next(clock))
+    batches = [range(10) for _ in range(5)]
+    assert list(watch(batches, 50, lambda: 'euler', rank=0)) == batches
+    assert capsys.readouterr().out.splitlines() == [
+        'euler: 20/50  3.3 img/s  0:09 left', 'euler: 40/50  3.3 img/s  0:03 left',
+        'euler: 50/50  3.3 img/s  0:00 left']
+    assert list(watch(batches, 50, 'euler', rank=1)) == batches
     assert capsys.readouterr().out == ''
 
 

@@ -109,7 +109,7 @@ def test_open_log__drops_cut_lines_and_steps_to_be_made_again(tmp_path):
 
 def test_observe__sorts_losses_by_z_and_keeps_the_peak_and_the_first_bad_step():
     meter = run.Meter(torch.device('cpu'), unit=2.0)  # so that bins are split at 0.02 ... 20
-    z = torch.tensor([0.01, 0.1, 1.0, 10.0, 100.0])
+    z = torch.tensor([0.015, 0.15, 1.5, 15.0, 150.0])
     loss = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     meter.observe(1, z, loss, torch.tensor(1.0))
     meter.observe(2, z, 10 * loss, torch.tensor(math.inf))
