@@ -154,7 +154,8 @@ REFUSALS = {  # flags of each script and words of its line
         ('--swd --n 2 --nfe 1 --results /proc/x', '--results /proc/x: cannot be written'),
         ('--is --n 20 --inception none.pth', 'none.pth: .*No such file.*; get'),
         ('--is --n 20', OFFLINE),
-        ('--straightness', 'only vp')]}
+        ('--straightness', 'only vp')],
+    'figures': [('curves none.jsonl', 'none.jsonl: .*No such file')]}
 
 
 @pytest.mark.parametrize('name, flags, message', [
@@ -175,6 +176,8 @@ def test_bad_input__ends_in_one_line_before_any_work(
     base = ['--ckpt', straight if 'RF' in words else trained, '--device', 'cpu']
     if name == 'train':
         base = [*TINY, '--out_dir', 'o']
+    elif name == 'figures':
+        base = []
     if 'TWO' in words:
         monkeypatch.setenv('WORLD_SIZE', '2')
     refuses([name, *base, *(word for word in words if word not in ('TWO', 'RF'))], message)

@@ -284,6 +284,7 @@ train.py --dataset 32.npz --batch_size 8 --no-bf16 --steps 8 --init_from a.pth -
 sample.py --ckpt a.pth --tol 0.5 --n 2
 evaluate.py --compare o rf --straightness --swd --sweep nfe=2,3 --n 2
 evaluate.py --exact --dataset large.npz --bpd --n 2 --tol 0.1
+bench solvers --dataset large.npz --n 2 --sweep nfe=2 --solvers unipc,rk45
 train.py TINY_PP --D 128 --dataset large.npz --steps 2 --workers 1 --accum 2 --out_dir pp
 train.py TINY_PP --D 3 --preset cifar10_ncsnpp --steps 2 --sample_every 2 --out_dir ncsnpp
 train.py TINY_PP --consistency --steps 2 --sample_every 2 --init_from ncsnpp --out_dir few
