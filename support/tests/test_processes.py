@@ -295,9 +295,9 @@ sample.py --ckpt across --from large.npz --nfe 2 --n 2
 sample.py --ckpt edm.pkl --n 2 --classes 1
 """
 DRIVER = """
-from support import images, metrics
+from support import images, judge
 from support.tests import common
-metrics.JUDGE_STEPS = 2
+judge.JUDGE_STEPS = 2
 for line in open('modes'):
     images.MEMORY_LIMIT = 1 if '--workers' in line else 2 << 30
     print(line)
