@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from support import judge
-from support.cli import BadInput, above, given_by, say, unless, watch, write
+from support.cli import (BadInput, above, check_folder, given_by, one_of, say, several, unless,
+                         watch, write)
 from support.flow import Flow
 from support.tests.common import TINY, TINY_PP, refuses, script
 
@@ -81,6 +82,24 @@ def test_above__and_unless_take_what_they_say():
     for text in ('0', '10', '1.5', 'all', 'nan'):
         with pytest.raises(Exception, match=f'{text}: must be a whole number above 0 and below 10'):
             whole(text)
+
+
+def test_several__are_values_with_commas_between():
+    calls = several(above(0, int), prefix='nfe=')
+    assert calls('nfe=5,10') == calls('5,10') == [5, 10]
+    with pytest.raises(Exception, match='must be a whole number'):
+        calls('nfe=5,')
+    assert several(one_of(('cat', 'dog')))('dog,cat') == ['dog', 'cat']
+    with pytest.raises(Exception, match='^fox: accepted: cat, dog$'):
+        one_of(('cat', 'dog'))('fox')
+
+
+def test_check_folder__says_how_to_make_it(here):
+    check_folder('--out', 'a.png')
+    with pytest.raises(BadInput, match='--out a/b.png: no folder a; make it with: mkdir -p a'):
+        check_folder('--out', 'a/b.png')
+    os.mkdir('a')
+    check_folder('--out', 'a/b.png')
 
 
 WORDS = ['', 'x', 'nan', 'inf', '-1', '0', '1e400', '1_0', '\u0663', '\u2460', '0x10', '9' * 5000,

@@ -1,0 +1,52 @@
+"""The judge of labelled images."""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support import judge, sets
+from support.judge import LEGIBLE, part_legible
+from support.tests.common import close, refuses, rows_of, said
+
+
+def test_judge_of__tells_digits_from_noise_and_is_kept(few_glyphs, here, monkeypatch):
+    monkeypatch.setattr(judge, 'JUDGE_STEPS', 60)
+    digits, _ = sets.glyphs(split='test')
+    noise = np.random.default_rng(0).integers(0, 256, (130, 16, 16, 1), np.uint8)
+    np.savez('digits.npz', arr_0=digits[:130, ..., None])
+    np.savez('noise.npz', arr_0=noise)
+
+    def measured(name):
+        """(the line of results, whether the judge was trained, whether it could not be read)."""
+        out = said(f'evaluate.py --judge --samples {name} --dataset glyphs --device cpu '
+                   '--data_dir .'.split())
+        return rows_of('results.jsonl')[-1], 'judge: 7680/7680' in out, 'cannot be read' in out
+
+    real, trained, _ = measured('digits.npz')
+    assert trained
+    bad, trained, unreadable = measured('noise.npz')
+    assert not trained and not unreadable
+    assert real['judge_fd'] < 3 * real['judge_fd_of_real'] < bad['judge_fd'] / 5
+    assert real['judge_precision'] > 0.5 and real['judge_recall'] > 0.1
+    assert bad['judge_recall'] == 0
+
+    kept, = Path().glob('judge-*.pt')
+    kept.write_bytes(kept.read_bytes()[:999])
+    again, trained, unreadable = measured('digits.npz')
+    assert trained and unreadable
+    close(again['judge_fd'], real['judge_fd'], rtol=1e-4)
+
+
+def test_judge_of__needs_labels(few_glyphs, here):
+    images, labels = sets.glyphs(split='train')
+    np.savez('digits.npz', arr_0=images[:130, ..., None])
+    command = 'evaluate.py --judge --device cpu --samples digits.npz'.split()
+    refuses([*command, '--ref', 'digits.npz'], '--judge: .* has no labels')
+    np.savez('half.npz', train_images=images, train_labels=labels, test_images=images[:200])
+    refuses([*command, '--dataset', 'half.npz'], '--judge: the test images of .* have no labels')
+
+
+def test_part_legible__counts_what_is_nearly_certain():
+    assert LEGIBLE == 0.9
+    p = torch.tensor([[0.95, 0.05], [0.5, 0.5], [0.1, 0.9], [0.89, 0.11]])
+    assert part_legible(p.double().round(decimals=2)) == 0.5
