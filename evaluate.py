@@ -48,6 +48,9 @@ def parse_args(argv=None):
     metrics = p.add_argument_group('metrics, one or more')
     for name, metric in METRICS.items():
         metrics.add_argument(f'--{name}', action='store_true', help=metric.help)
+    metrics.add_argument('--repeats', type=above(0, int), default=1,
+                         help='of --bpd, each with noise and a Hutchinson probe of its own '
+                         '(default: 1)')
 
     samples = p.add_argument_group('samples')
     samples.add_argument('--n', type=above(0, int), default=None,
@@ -79,9 +82,6 @@ def parse_args(argv=None):
                            help='to 299 pixels; tf1: as in the TensorFlow graph behind the FIDs '
                            'that score_sde, PFGM and EDM published; pytorch: as in pytorch-fid '
                            '(default: tf1)')
-    reference.add_argument('--repeats', type=above(0, int), default=1,
-                           help='of --bpd, each with noise and a Hutchinson probe of its own '
-                           '(default: 1)')
     reference.add_argument('--workers', type=above(-1, int), default=4,
                            help='processes that read a set too large for memory (default: 4)')
 
