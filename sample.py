@@ -21,12 +21,13 @@ import pfgm
 from support.cli import BadInput, Parser, above, say, watch, write
 from support.flow import SAMPLING_FLAGS, Kept, exact_flow, flow_flags, load_flow
 from support.images import to_float, to_uint8
+from support.masks import load_masks
 from support.pictures import grid_of, write_grid
 from support.processes import run, setup, wait
 from support.sample_files import (check_out, claim, folder_of, read_images, save_images,
                                   write_npz)
 from support.seeds import fingerprint
-from support.sets import load_images
+from support.sets import load_images, load_pictures
 
 
 # ---------------------------------------------------------------- flags
@@ -58,7 +59,8 @@ def parse_args(argv=None):
                      '--nfe 100)')
     one.add_argument('--colorize', metavar='IMAGES',
                      help='the same, but what is kept is their grey')
-    special.add_argument('--mask', metavar='IMAGE', help='of --inpaint (default: none)')
+    special.add_argument('--mask', metavar='IMAGES', help='of --inpaint: one for all images, or a '
+                         'folder of one for each, with its name (default: none)')
     special.add_argument('--from', dest='start', metavar='IMAGES',
                          help='what a flow of train.py --source carries across (default: the '
                          'images it was trained on, in turn)')
@@ -240,7 +242,12 @@ def between_draws(flow, n):
 def between_images(flow, paths, data_dir, device):
     """One row between the latents of two images, the files `paths`."""
     C, size, _ = flow.shape
-    ends = [load_images(path, data_dir, size, C, flag='--interpolate')[0] for path in paths]
+    ends = []
+    for path in paths:
+        pictures = load_pictures(path, data_dir, size, C, 1, flag='--interpolate')
+        if pictures.total > 1:
+            say(f'--interpolate {path}: the first of its {pictures.total} images')
+        ends.append(pictures.pixels[0])
     latents, _ = flow.follow(to_float(torch.stack(ends)), device, (0, 0), up=True)
     unit, norm = directions(latents)
     x = slerp(unit[:1], unit[1:], torch.lerp(norm[:1], norm[1:], ALONG))
@@ -259,9 +266,12 @@ def write_gif(flow, n, out, device):
 
     x = flow.prior(range(n))
     keep(flow.z_max, x)
-    _, nfe = flow.follow(x, device, range(n), callback=keep)
+    x, nfe = flow.follow(x, device, range(n), callback=keep)
     every = math.ceil(len(frames) / 40)
-    grids = [grid_of(frame) for frame in frames[::every] + frames[-1:]]
+    picture = to_uint8(x.float()).cpu()  # the last frame is what --out x.png shows
+    grids = [grid_of(frame) for frame in [*frames[:-1:every], picture]]
+    if flow.shape[0] == 1:  # else a GIF would choose 256 colours for the greys
+        grids = [grid.convert('L') for grid in grids]
     milliseconds = [80 for _ in grids]
     milliseconds[-1] = 2000
     write('--out', out, lambda file: grids[0].save(
@@ -269,17 +279,20 @@ def write_gif(flow, n, out, device):
     print(f'{out}: {n} images, {len(grids)} frames, {flow.solver} nfe {nfe}')
 
 
-def encode(flow, images, out, device):
-    """Follow images uint8 (n, C, H, W) up to z_max and back, and print the norms of their latents
-    and the errors of what comes back. --out is a PNG with one image a row: the input, its latent,
+def encode(flow, pictures, out, device):
+    """Follow the Pictures up to z_max and back, and print the norms of their latents and the errors
+    of what comes back. --out is a PNG with one image a row: the input, its latent,
     what comes back, and |error| x 10."""
-    x = to_float(images).to(device)
+    x = to_float(pictures.pixels).to(device)
     latent, nfe_up = flow.follow(x, device, up=True)
     back, nfe_down = flow.follow(latent, device)
     error = (back.to(x) - x).abs()
     for i, (l, e) in enumerate(zip(latent, error)):
         print(f'image {i}: |latent| {l.norm():.1f}  error mean {e.mean():.2e}  max {e.max():.2e}')
-    print(f'{len(x)} images: mean error {error.mean():.2e} of a range of 2 '
+    counted = f'{len(x)} images'
+    if pictures.total > len(x):
+        counted += f', the first of {pictures.total}'
+    print(f'{counted}: mean error {error.mean():.2e} of a range of 2 '
           f'(one grey level is 7.8e-3), nfe {nfe_up} up, {nfe_down} down')
     shown = latent / latent.abs().amax((1, 2, 3), keepdim=True)
     row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)
@@ -291,32 +304,40 @@ def grey(x):
     return x.mean(1, keepdim=True).expand_as(x)
 
 
-def outside_mask(path, data_dir, size, device):
-    """A projection of x (b, C, size, size): what is black in the image at `path`, and else 0."""
-    image = load_images(path, data_dir, size, 1, flag='--mask')[0]
-    black = image.to(device) < 128
-    if black.all():
-        raise BadInput(f'--mask {path}: nothing in it is white, to be made anew')
-    return lambda x: x * black
+def outside_mask(kept):
+    """A projection of x (b, C, H, W): itself where `kept`, bool (1, H, W), is true, and else 0."""
+    return lambda x: x * kept
 
 
-def restore(flow, images, part, n, out, batch_size, device):
-    """Keep a part of each of up to 8 images, and make the rest of it anew in n ways: a PNG with one
-    image a row, the image, what is kept of it, and the results. part: a projection, see Kept."""
-    count = min(len(images), 8)
+def in_range(x, part, image):
+    """Images in [-1, 1] whose part is that of `image` (1, C, H, W), near the images x (b, C, H, W).
+
+    Clipping changes the part, and to mend the part may lead out of the range. The two in turn come
+    closer to both: of --colorize a pixel's error falls by a third or more each time."""
+    for _ in range(50):
+        x = (x + part(image - x)).clamp(-1, 1)
+    return x
+
+
+RESTORED = 8  # images of --inpaint and --colorize, at most
+
+
+def restore(flow, pictures, parts, n, out, batch_size, device):
+    """Keep a part of each of the Pictures, and make the rest of it anew in n ways: a PNG with one
+    image a row, the image, what is kept of it, and the results. parts: of each a projection, see
+    Kept."""
     rows = []
-    for i in range(count):
-        image = to_float(images[i])[None].to(device)
+    for i, part in enumerate(parts):
+        image = to_float(pictures.pixels[i])[None].to(device)
         rows += [image, part(image)]
         for batch in torch.arange(i * n, (i + 1) * n).split(batch_size):
             indices = batch.tolist()
             x, _ = flow.follow(flow.prior(indices), device, indices, kept=Kept(part, image))
-            x = x.float()
-            rows.append(x + part(image - x))
+            rows.append(in_range(x.float(), part, image))
     write_grid('--out', out, to_uint8(torch.cat(rows)), n + 2)
-    line = f'{out}: {n} results of each of {count} images'
-    if len(images) > count:
-        line += f', the first of {len(images)}'
+    line = f'{out}: {n} results of each of {len(parts)} images'
+    if pictures.total > len(parts):
+        line += f', the first of {pictures.total}'
     print(line)
 
 
@@ -358,17 +379,20 @@ def main(args):
     say('  '.join(f'{name} {value}' for name, value in flow.settings().items()))
 
     if args.encode:
-        images = load_images(args.encode, args.data_dir, size, C, flag='--encode')
-        return encode(flow, images[list(range(min(n, len(images))))], args.out, device)
+        pictures = load_pictures(args.encode, args.data_dir, size, C, n, flag='--encode')
+        return encode(flow, pictures, args.out, device)
     if args.inpaint:
-        images = load_images(args.inpaint, args.data_dir, size, C, flag='--inpaint')
-        part = outside_mask(args.mask, args.data_dir, size, device)
-        return restore(flow, images, part, args.n or 8, args.out, args.batch_size, device)
+        pictures = load_pictures(args.inpaint, args.data_dir, size, C, RESTORED, flag='--inpaint')
+        masks = load_masks(args.mask, pictures, args.data_dir).to(device)
+        parts = [outside_mask(kept) for kept in masks]
+        return restore(flow, pictures, parts, args.n or 8, args.out, args.batch_size, device)
     if args.colorize:
-        images = load_images(args.colorize, args.data_dir, size, C, flag='--colorize')
         if C == 1:
             raise BadInput(f'--colorize {args.colorize}: the images of this network are grey')
-        return restore(flow, images, grey, args.n or 8, args.out, args.batch_size, device)
+        pictures = load_pictures(args.colorize, args.data_dir, size, C, RESTORED,
+                                 flag='--colorize')
+        parts = [grey for _ in pictures.places]
+        return restore(flow, pictures, parts, args.n or 8, args.out, args.batch_size, device)
     if args.out.endswith('.gif'):
         return write_gif(flow, n, args.out, device)
 

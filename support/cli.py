@@ -85,18 +85,23 @@ def one_of(words):
 
 # ---------------------------------------------------------------- progress
 
+def own_rank():
+    """The number of this process among those of torchrun; 0 where it is alone."""
+    return int(os.environ.get('RANK', '0'))
+
+
 def say(line):
     """Print a line once, however many processes come here: the first one prints it."""
-    if os.environ.get('RANK', '0') == '0':
+    if own_rank() == 0:
         print(line, flush=True)
 
 
-def watch(batches, count, label, rank):
+def watch(batches, count, label, rank, briefly=False):
     """Yield the batches. Every five seconds and at the end, rank 0 prints how far it has come and
     how long the rest will take.
 
     batches: of `count` images together, each with a len(). label: the first words of the line, or a
-    function that returns them."""
+    function that returns them. briefly: without the line at the end."""
     start = time.time()
     last_line = start
     done = 0
@@ -104,7 +109,8 @@ def watch(batches, count, label, rank):
         yield batch
         done += len(batch)
         now = time.time()
-        if rank == 0 and (now - last_line > 5 or done == count):
+        is_last = done == count and not briefly
+        if rank == 0 and (now - last_line > 5 or is_last):
             last_line = now
             words = label() if callable(label) else label
             rate = done / (now - start)

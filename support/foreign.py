@@ -16,7 +16,8 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-IMAGE_EXTENSIONS = tuple('.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
+IMAGE_EXTENSIONS = tuple(
+    '.png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
 
 # Folders that are splits: train/ val/, Train/ TEST/, training_set/ test_set/, train2017/ val2017/.
 SPLIT = re.compile('(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:'
@@ -266,23 +267,30 @@ def table_labels(root, tables, paths, names):
 def list_images(root, split):
     """The RawSet of a folder or .zip.
 
-    Files with other extensions than IMAGE_EXTENSIONS are ignored. Labels come from dataset.json
-    where there is one. Else the outermost folders that layout() leaves are the classes; those of
-    the images to train on are also the classes of a test split. Raises ValueError where there are
-    no images for the split."""
-    parts = files_of(root)
-    tables = {name: path[:-1] for name, path in parts.items() if path[-1:] == ['dataset.json']}
-    parts = {name: path for name, path in parts.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
+    Files with other extensions than IMAGE_EXTENSIONS are passed over, and counted in a note. Labels
+    come from dataset.json where there is one. Else the outermost folders that layout() leaves are
+    the classes; those of the images to train on are also the classes of a test split. Raises
+    ValueError where there are no images for the split."""
+    files = files_of(root)
+    tables = {name: path[:-1] for name, path in files.items() if path[-1:] == ['dataset.json']}
+    parts = {name: path for name, path in files.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
+    others = [name for name in files if name not in parts and name not in tables]
+    passed_over = f'passed over {len(others)} of {len(files)} files ({endings_of(others)})'
     if not parts:
-        raise ValueError(f"no images in it, which end in {' '.join(IMAGE_EXTENSIONS)}")
+        problem = f"no images in it, which end in {' '.join(IMAGE_EXTENSIONS)}"
+        if others:
+            problem += f'; {passed_over}'
+        raise ValueError(problem)
     paths, splits, notes = layout(parts)
+    if others:
+        notes.insert(0, passed_over)
     served = chosen_split(splits, split)
     if splits:
         counts = Counter(splits.values())
-        others = ' or '.join(f'{other} ({counts[other]})' for other in counts if other != served)
+        unused = ' or '.join(f'{other} ({counts[other]})' for other in counts if other != served)
         note = f'its {served} split'
-        if others:
-            note += f', not {others}'
+        if unused:
+            note += f', not {unused}'
         notes.append(note)
     chosen = [name for name in paths if splits.get(name, '') == served]  # all, without splits
     to_train_on = [name for name in paths if splits.get(name, 'train') == 'train'] or chosen
@@ -304,6 +312,15 @@ def list_images(root, split):
                   ['/'.join(paths[name]) for name in chosen], apart=served in ('test', 'val'))
 
 
+def endings_of(names):
+    """In words: how these files end, those of which there are most first."""
+    counts = Counter(os.path.splitext(name)[1].lower() or 'no ending' for name in names)
+    words = [f'{count} {ending}' for ending, count in counts.most_common(5)]
+    if len(counts) > 5:
+        words.append('...')
+    return ', '.join(words)
+
+
 def files_of(root):
     """{name: the parts of its path} of the files in a folder or .zip, in order. __MACOSX is left
     out, and so are paths with a part that begins with a dot ('..' is one)."""
@@ -312,7 +329,7 @@ def files_of(root):
         separator = re.escape(os.sep)
     else:
         with zipfile.ZipFile(root) as archive:
-            names = archive.namelist()
+            names = [name for name in archive.namelist() if not name.endswith(('/', '\\'))]
         separator = r'[/\\]'  # some programs of Windows write the other one
     hidden = re.compile(r'(^|[/\\])(\.[^/\\]|__MACOSX/)')
     return {name: [part for part in re.split(separator, name) if part not in ('', '.')]

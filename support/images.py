@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from support.cli import BadInput, CLASS_LIMIT
+from support.cli import BadInput, CLASS_LIMIT, own_rank, watch
 from support.foreign import read_bytes
 from support.processes import deaf, reader_lost
 from support.seeds import fingerprint, step_seed
@@ -32,6 +32,13 @@ class Unreadable(Exception):
     """An image cannot be decoded. The message says why."""
 
 
+class Picture(NamedTuple):
+    """An image as read_image() returns it."""
+    image: Image.Image  # of mode L or RGB
+    size: tuple         # (width, height) of the file, where the image may be a reduced one
+    lost: list          # what it lost on the way, in words
+
+
 def open_image(root, entry):
     """A PIL image that is not decoded yet. root and entry: as in foreign.RawSet; an entry is the
     name of a file in root or, where root is None, the pixels themselves."""
@@ -40,13 +47,26 @@ def open_image(root, entry):
     return Image.open(io.BytesIO(read_bytes(root, entry)), formats=FORMATS)
 
 
-def read_image(root, entry):
-    """Decode an image -> (PIL image of mode L or RGB, what it lost on the way, in words). Raises
-    Unreadable."""
+def read_image(root, entry, least=None):
+    """Decode an image -> Picture. Raises Unreadable.
+
+    least: as of reduce()."""
     try:
-        return simplified(open_image(root, entry))
+        image = open_image(root, entry)
+        size = image.size
+        reduce(image, least)
+        image, lost = simplified(image)
     except Exception as error:  # Pillow's plugins raise almost anything on a broken file
         raise Unreadable(repr(error)) from error
+    return Picture(image, size, lost)
+
+
+def reduce(image, least):
+    """Let a JPEG that is not decoded yet be decoded at a half, a quarter or an eighth of its size,
+    but with `least` pixels a side or more, or None for all of them. Of a large photograph that
+    takes a fraction of the time. Images of other formats stay as they are."""
+    if least is not None:
+        image.draft(None, (least, least))
 
 
 def simplified(image):
@@ -80,16 +100,26 @@ def has_colour(image):
     return image.mode == 'RGB' and bool(np.ptp(np.asarray(image), axis=2).any())
 
 
-def entry_has_colour(root, entry):
+def entry_has_colour(root, entry, least=None):
     """Whether an image has colour. One of a grey mode need not be decoded to tell, and one that
-    cannot be read has none."""
+    cannot be read has none. least: as of read_image()."""
     try:
         image = open_image(root, entry)
         if image.mode in ('1', 'L', 'LA') or is_deep(image):
             return False
+        reduce(image, least)
         return has_colour(simplified(image)[0])
     except Exception:  # as in read_image()
         return False
+
+
+def centre_square(image, size, side=None, resample=Image.Resampling.BICUBIC):
+    """The centred square of a PIL image, `side` pixels wide or as large as it can be, resized to
+    size x size pixels."""
+    side = side or min(image.size)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), resample)
 
 
 def evenly_spaced(n, count=64):
@@ -97,26 +127,51 @@ def evenly_spaced(n, count=64):
     return sorted({k * n // count for k in range(count)})
 
 
-def probe(root, entries, channels=None):
+def in_parts(function, items, threads):
+    """Yields [function(item) for item in part] for each part of the items, in order. threads:
+    whether several threads share a part."""
+    parts = [items[first:first + 64] for first in range(0, len(items), 64)]
+    if not threads:
+        for part in parts:
+            yield list(map(function, part))
+        return
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for part in parts:
+            yield list(pool.map(function, part))
+
+
+def threads_help(size):
+    """Whether several threads decode images of this (width, height) faster than one does. Pillow
+    decodes without the GIL, but on tinier images threads lose more by waiting for it."""
+    return min(size) >= 64
+
+
+def probe(root, entries, channels=None, least=None):
     """The size and channels that fit a set: (shorter side of its first readable image, channels).
-    channels None: 1 if all images are grey, else 3. Raises ValueError where none of 64 images can
-    be read."""
-    images = []
+    channels None: 1 if all images are grey, else 3. least: as of read_image(). Raises ValueError
+    where none of 64 images can be read."""
+    pictures = []
     problems = []
     for k in evenly_spaced(len(entries)):
         try:
-            image, _ = read_image(root, entries[k])
-            images.append(image)
+            pictures.append(read_image(root, entries[k], least))
         except Unreadable as error:
             problems.append(str(error))
-    if not images:
+    if not pictures:
         raise ValueError(f'none of {len(problems)} images can be read '
                          f'({entries[0]!r}: {problems[0]})')
+    size = pictures[0].size
     if channels is None:  # most sets in colour show it in these, without a look at all of them
-        coloured = (any(has_colour(image) for image in images)
-                    or any(entry_has_colour(root, entry) for entry in entries))
-        channels = 3 if coloured else 1
-    return min(images[0].size), channels
+        channels = 1
+        if any(has_colour(picture.image) for picture in pictures):
+            channels = 3
+        else:
+            parts = in_parts(lambda entry: entry_has_colour(root, entry, least), entries,
+                             threads_help(size))
+            if any(map(any, watch(parts, len(entries), 'looked for colour', own_rank(),
+                                  briefly=True))):
+                channels = 3
+    return min(size), channels
 
 
 # ---------------------------------------------------------------- a set of images
@@ -141,14 +196,16 @@ class Images(torch.utils.data.Dataset):
     from training_batches(), and everything else from read_batches(). sets.load_images() makes it.
     """
 
-    def __init__(self, name, flag, raw, image_size, channels, flip, is_known_set=False):
-        """raw: the foreign.RawSet of its files or arrays."""
+    def __init__(self, name, flag, raw, image_size, channels, flip, is_known_set=False,
+                 size_is_fixed=False):
+        """raw: the foreign.RawSet of its files or arrays. size_is_fixed: whether image_size is that
+        of a network or of other images, which no --image_size changes."""
         self.name = name                  # str: a name in sets.SETS, or the path of a user's set
         self.flag = flag                  # str: the flag that gave it, such as --dataset
         self.given = f'{flag} {name}'     # str: with which messages to the user begin
-        self.is_known_set = is_known_set  # bool: whether `name` is one in sets.SETS. The size that
-                                          # these are used at is part of what they are, so they may
-                                          # be enlarged to it; a user's own images may not
+        self.is_known_set = is_known_set  # bool: whether `name` is one in sets.SETS. These may be
+                                          # enlarged, and a line says so; a user's own may not
+        self.size_is_fixed = size_is_fixed
         self.image_size = image_size      # int: S
         self.channels = channels          # int: C, 1 for grey and 3 for colour
         self.flip = flip                  # bool: whether to mirror half of them in training, where
@@ -218,43 +275,55 @@ class Images(torch.utils.data.Dataset):
 
     def decode(self, k):
         """Image k as Decoded: its centred square, resized. Raises BadInput for one of a user's own
-        files that is smaller than image_size: enlarging it would blur the set."""
+        that is smaller than image_size: enlarging it would blur the set."""
         entry = self.entries[k]
-        try:
-            image, lost = read_image(self.root, entry)
-        except Unreadable as error:
-            return Decoded(None, f'{entry!r}: {error}', [])
         size = self.image_size
-        side = min(image.size)
-        is_own_file = self.root is not None and not self.is_known_set
-        if side < size and is_own_file:
-            raise BadInput(f'{self.given}: {entry!r} is {image.width}x{image.height}; '
-                           f'give an --image_size of at most {side}, not {size}')
+        crop = None
+        least = 2 * size  # what is resized from twice its size is as good as from more
+        if self.name == 'celeba64':  # the crop that papers use, in pixels of the file
+            crop = 140
+            least = None
+        try:
+            image, (width, height), lost = read_image(self.root, entry, least)
+        except Unreadable as error:
+            return Decoded(None, f'{self.file(k)}: {error}', [])
+        side = min(width, height)
+        if crop:
+            side = crop = min(side, crop)
+        if side < size and not self.is_known_set:
+            mend = f'give an --image_size of at most {side}, not {size}'
+            if self.size_is_fixed:
+                mend = f'it is not enlarged; give one of {size} pixels a side or more'
+            raise BadInput(f'{self.given}: {self.file(k)} is {width}x{height}; {mend}')
         changes = list(lost)
-        if image.width != image.height:
+        if width != height:
             changes.append('cropped to the centre square')
-        if side != size:
+        if side < size:
+            changes.append(f'enlarged to {size} x {size}')
+        elif side > size:
             changes.append(f'resized to {size} x {size}')
         if self.channels == 1 and has_colour(image):
             changes.append('coloured, made grey')
-        if self.name == 'celeba64':  # the crop that papers use
-            side = min(side, 140)
-        left = (image.width - side) // 2
-        top = (image.height - side) // 2
         image = image.convert('L' if self.channels == 1 else 'RGB')
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = centre_square(image, size, crop)
         pixels = np.array(image).reshape(size, size, -1).transpose(2, 0, 1)
         return Decoded(pixels, '', changes)
 
+    def file(self, k):
+        """Image k in words: its file, or its number in an array."""
+        if self.root is None:
+            return f'image {k}'
+        return repr(self.entries[k])
+
     def decode_many(self, indices):
-        """Yields decode(k) for each of the indices, in order."""
-        if self.image_size < 64:
-            yield from map(self.decode, indices)
-            return
-        # Pillow decodes without the GIL. On tinier images threads lose more by waiting for it.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            yield from pool.map(self.decode, indices)
+        """Yields [decode(k) for k in part] for each part of the indices, in order."""
+        size = (self.image_size, self.image_size)
+        if self.root is not None:
+            try:
+                size = open_image(self.root, self.entries[0]).size
+            except Exception:  # as in read_image()
+                pass
+        return in_parts(self.decode, indices, threads_help(size))
 
     def fill(self):
         """Decode all images into `pixels`. Of a set that is too large for memory 64 are looked at.
@@ -272,12 +341,17 @@ class Images(torch.utils.data.Dataset):
         if not is_large and self.is_as_wanted():
             pixels[:] = self.entries.reshape(n, size, size, -1).transpose(0, 3, 1, 2)
         else:
-            for row, decoded in enumerate(self.decode_many(indices)):
-                changes.update(decoded.changes)
-                if decoded.pixels is None:
-                    problems[row] = decoded.problem
-                else:
-                    pixels[row] = decoded.pixels
+            row = 0
+            parts = self.decode_many(indices)
+            for part in watch(parts, len(indices), f'{self.given}: decoded', own_rank(),
+                              briefly=True):
+                for decoded in part:
+                    changes.update(decoded.changes)
+                    if decoded.pixels is None:
+                        problems[row] = decoded.problem
+                    else:
+                        pixels[row] = decoded.pixels
+                    row += 1
 
         looked = 'looked at ' if is_large else ''
         if len(problems) == len(pixels):

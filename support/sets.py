@@ -1,8 +1,11 @@
 """Known data sets, and load_images(), which finds and decodes any set. Read it if you want to add
 one."""
+import difflib
 import os
+import re
 import warnings
-from typing import NamedTuple
+from collections import Counter
+from typing import NamedTuple, Optional
 
 import torch.nn.functional as F
 import numpy as np
@@ -93,52 +96,133 @@ ACCEPTED = (f"{', '.join(SETS)}, an image, a folder or .zip of them, a .npy or .
 # ---------------------------------------------------------------- any set
 
 def load_images(dataset='glyphs', data_dir='data', image_size=None, channels=None, split='train',
-                flag='--dataset'):
+                flag='--dataset', size_is_fixed=False):
     """The Images of a data set, decoded where they fit in memory.
 
     dataset: a name in SETS, or a path (the name wins over a file that is called so). data_dir:
     where the known sets are kept. image_size None: the known default, or the shorter side of the
     first image of a path. channels None: the known default, or 1 if all images of a path are grey,
     else 3. split: train or test. As its test split a path without one serves its val split, or
-    without any split all of its images. flag: the one that gave `dataset`, for messages. Raises
-    BadInput."""
+    without any split all of its images. flag: the one that gave `dataset`, for messages.
+    size_is_fixed: whether image_size is that of a network or of other images, so that no message
+    tells to change it. Raises BadInput."""
     if split not in ('train', 'test'):
         raise BadInput(f'--split {split}: accepted: train, test')
     if channels not in (None, 1, 3):
         raise BadInput(f'--channels {channels}: accepted: 1, 3')
-    # Not catch_warnings, which is not safe with threads: these stay for the whole process.
-    warnings.filterwarnings('ignore', module='PIL')
-    warnings.simplefilter('error', Image.DecompressionBombWarning)
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores
     dataset = str(dataset)
-    data_dir = str(data_dir)
+    raw = found(dataset, str(data_dir), flag, image_size, split)
     is_known_set = dataset in SETS
-    with first_of_its_machine():  # for the others, what it downloads is then there
+    if is_known_set:
+        default_size = SETS[dataset].image_size
+        default_channels = SETS[dataset].channels
+        flip = SETS[dataset].flip
+    else:
+        least = 2 * image_size if image_size else None
         try:
-            raw = find(dataset, data_dir, image_size, split)
-            if is_known_set:
-                default_size = SETS[dataset].image_size
-                default_channels = SETS[dataset].channels
-                flip = SETS[dataset].flip
-            else:
-                default_size, default_channels = probe(raw.root, raw.entries, channels)
-                flip = default_channels == 3
-        except Exception as error:  # a damaged file makes the libraries raise almost anything
-            mend = f'accepted: {ACCEPTED}'
-            if is_known_set:
-                mend = f'fetch by hand {SETS[dataset].by_hand.format(data_dir)}'
-            raise BadInput(f'{flag} {dataset}: {str(error) or repr(error)}; {mend}') from error
+            default_size, default_channels = probe(raw.root, raw.entries, channels, least)
+        except Exception as error:  # as in found()
+            raise unusable(dataset, data_dir, flag, error) from error
+        flip = default_channels == 3
     size = default_size if image_size is None else image_size
     if not 1 <= size <= SIZE_LIMIT:
         raise BadInput(f'--image_size {size}: of {flag} {dataset}; accepted: 1 to {SIZE_LIMIT}')
-    images = Images(dataset, flag, raw, size, channels or default_channels, flip, is_known_set)
+    images = Images(dataset, flag, raw, size, channels or default_channels, flip, is_known_set,
+                    size_is_fixed)
     notes = list(raw.notes)
     if split == 'test' and not raw.apart:
         notes.append('no test split in it: these images serve')
     notes += images.fill()
-    if notes and not is_known_set:
-        say(f'{images.given}: {"; ".join(notes)}')
+    say_notes(images, notes)
     return images
+
+
+class Pictures(NamedTuple):
+    """A few images that the user gave, such as those of --inpaint."""
+    pixels: torch.Tensor   # uint8 (n, C, S, S)
+    places: list           # n numbers: which images of the whole set they are
+    names: Optional[list]  # of all images of the set, their files; None for an array
+    total: int             # how many the set has
+
+
+def load_pictures(dataset, data_dir, image_size, channels, count, flag):
+    """The first `count` images of a data set that can be read, as Pictures. No others are decoded.
+
+    image_size and channels: those of the network. dataset, data_dir, flag: as of load_images().
+    Raises BadInput, also for an image of the user's that is smaller than image_size."""
+    dataset = str(dataset)
+    raw = found(dataset, str(data_dir), flag, image_size)
+    images = Images(dataset, flag, raw, image_size, channels, flip=False,
+                    is_known_set=dataset in SETS, size_is_fixed=True)
+    pixels = []
+    places = []
+    problems = []
+    changes = Counter()
+    for k in range(len(images)):
+        decoded = images.decode(k)
+        if decoded.pixels is None:
+            problems.append(decoded.problem)
+            continue
+        pixels.append(torch.from_numpy(decoded.pixels))
+        places.append(k)
+        changes.update(decoded.changes)
+        if len(pixels) == count:
+            break
+    if not pixels:
+        raise BadInput(f'{images.given}: no image can be read (first: {problems[0]})')
+    notes = list(raw.notes)
+    if problems:
+        notes.append(f'without {len(problems)} that cannot be read (first: {problems[0]})')
+    notes += [f'{change_count} of {len(pixels)} images {change}'
+              for change, change_count in changes.items()]
+    say_notes(images, notes)
+    names = None
+    if raw.root is not None:
+        names = list(raw.paths or raw.entries)
+    return Pictures(torch.stack(pixels), places, names, len(images))
+
+
+def say_notes(images, notes):
+    """Say in one line what was decided for the user: of a known set only whether its images were
+    enlarged, since the rest is part of what it is."""
+    if images.is_known_set:
+        notes = [note for note in notes if 'enlarged' in note]
+    if notes:
+        say(f'{images.given}: {"; ".join(notes)}')
+
+
+def found(dataset, data_dir, flag, image_size=None, split='train'):
+    """The RawSet of a known set or of a path, as find() finds it. Raises BadInput in the name of
+    `flag`, which gave `dataset`."""
+    # Not catch_warnings, which is not safe with threads: these stay for the whole process.
+    warnings.filterwarnings('ignore', module='PIL')
+    warnings.simplefilter('error', Image.DecompressionBombWarning)
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # more workers than cores
+    if dataset in SETS and os.path.lexists(dataset):
+        say(f'{flag} {dataset}: the known set, not the file or folder here that is called so; that '
+            f'is ./{dataset}')
+    with first_of_its_machine():  # for the others, what it downloads is then there
+        try:
+            return find(dataset, data_dir, image_size, split)
+        except Exception as error:  # a damaged file makes the libraries raise almost anything
+            raise unusable(dataset, data_dir, flag, error) from error
+
+
+def unusable(dataset, data_dir, flag, error):
+    """The BadInput for a data set that cannot be found or read, because of `error`."""
+    mend = f'accepted: {ACCEPTED}'
+    if dataset in SETS:
+        mend = f'fetch by hand {SETS[dataset].by_hand.format(data_dir)}'
+    return BadInput(f'{flag} {dataset}: {str(error) or repr(error)}; {mend}')
+
+
+def meant_set(name):
+    """The known set whose name is nearly this one, CIFAR-10 for cifar10, or None."""
+    def bare(text):
+        return re.sub('[^a-z0-9]', '', text.lower())
+    names = {bare(known): known for known in SETS}
+    near = difflib.get_close_matches(bare(os.path.basename(name.rstrip('/'))), names, 1, cutoff=0.75)
+    return names[near[0]] if near else None
 
 
 def find(dataset, data_dir, image_size, split):
@@ -198,9 +282,13 @@ def from_path(path, split):
     if is_file and ending in IMAGE_EXTENSIONS:
         return RawSet(os.path.dirname(path) or '.', [os.path.basename(path)], apart=False)
     if not os.path.lexists(path):
-        raise ValueError('no such data set, file or folder')
+        problem = 'no such data set, file or folder'
+        meant = meant_set(path)
+        if meant:
+            problem += f'; did you mean {meant}?'
+        raise ValueError(problem)
     if is_file:
-        raise ValueError('is of another kind')
+        raise ValueError(f'is of another kind ({ending or "no ending"})')
     raise ValueError('neither a file nor a folder')
 
 
