@@ -22,7 +22,7 @@ import torch.distributed as dist
 import pfgm
 from support import options, published, students
 from support.checkpoint import in_folder, save
-from support.cli import BadInput, Parser, above, given_by, say, unless
+from support.cli import BadInput, Parser, above, given_by, listed, say, unless
 from support.cpu import speed_up
 from support.flow import flow_of, load_flow
 from support.images import charges_of, image_order, images_a_step, to_uint8, training_batches
@@ -99,7 +99,8 @@ def parse_args(argv=None):
     data.add_argument('--classes', action=yes_or_no,
                       help='train on the labels too; a tenth is hidden, for --guidance')
     data.add_argument('--flip', action=yes_or_no,
-                      help='mirror half of the images (default: as the data is)')
+                      help='mirror half of the images (default: known sets as the papers have it, '
+                      'others if in colour and without --classes)')
     data.add_argument('--workers', type=above(-1, int), default=4,
                       help='processes that read a set too large for memory')
 
@@ -282,7 +283,11 @@ def description(args, images, parameters, start, device, world):
     size = args.image_size
     line = f'{images.name}: {len(images)} images of {size} x {size} x {args.channels}'
     if args.classes:
-        line += f' in {args.classes} classes ({", ".join(args.class_names or "?")[:500]})'
+        line += f' in {args.classes} classes ({listed(args.class_names or "?")[:500]})'
+    if args.flip and not (args.reflow or args.distill):
+        line += ', half of them mirrored (--no-flip: none)'
+    elif images.flip and not images.is_known_set and args.classes:
+        line += ', none mirrored (--flip: half of them)'
     line += f'; {parameters:,} parameters; {args.method}: '
     if args.method == 'pfgm':
         line += (f'M {args.M}, upper_norm {args.upper_norm:.4g}, z_exp {args.z_exp:.3g}, '

@@ -19,7 +19,46 @@ class BadInput(ValueError):
 
     def __init__(self, message):
         one_line = ' '.join(message.split())  # the name or contents of a file may break lines
-        super().__init__(one_line)
+        super().__init__(printable(one_line))
+
+
+def printable(text):
+    """The text, with what is no visible character written as Python writes it, such as the escape
+    codes that command a terminal: \\x1b. The names of files and classes may hold anything. The ends
+    of lines stay, and so do tabs and the "\\r" of progress bars."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() or c in '\n\r\t' else repr(c)[1:-1] for c in text)
+
+
+def listed(names):
+    """The names with commas between them; those that hold commas themselves in quotes."""
+    return ', '.join(f'"{name}"' if ',' in name else name for name in names)
+
+
+class PrintableStream:
+    """A text stream, such as sys.stdout, that is written to by way of printable()."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.stream.write(printable(text))
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def printable_output():
+    """Inside, nothing that is printed, by whatever part of the program, commands the terminal."""
+    with (contextlib.redirect_stdout(PrintableStream(sys.stdout)),
+          contextlib.redirect_stderr(PrintableStream(sys.stderr))):
+        yield
 
 
 @contextlib.contextmanager
@@ -42,7 +81,7 @@ class Parser(argparse.ArgumentParser):
                          **options)
 
     def error(self, message):
-        message = ' '.join(message.removeprefix('argument ').split())
+        message = printable(' '.join(message.removeprefix('argument ').split()))
         print(f'{message} (see {self.prog} --help)', file=sys.stderr)
         sys.exit(2)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from support.cli import BadInput, CLASS_LIMIT, own_rank, watch
+from support.cli import BadInput, CLASS_LIMIT, listed, own_rank, watch
 from support.foreign import read_bytes
 from support.processes import deaf, reader_lost
 from support.seeds import fingerprint, step_seed
@@ -209,7 +209,7 @@ class Images(torch.utils.data.Dataset):
         self.image_size = image_size      # int: S
         self.channels = channels          # int: C, 1 for grey and 3 for colour
         self.flip = flip                  # bool: whether to mirror half of them in training, where
-                                          # --flip does not say
+                                          # neither --flip nor their labels say otherwise
         self.pixels = None                # uint8 (n, C, S, S), or None: decoded at each access
         self.labels = raw.labels          # int64 (n,), or None
         self.classes = raw.classes        # list of str, the name of each class, or None
@@ -254,6 +254,13 @@ class Images(torch.utils.data.Dataset):
             self.skipped += 1
         raise BadInput(f'{self.given}: no image can be read (last: {decoded.problem})')
 
+    def classes_in_words(self):
+        """How many classes there are, and their names."""
+        line = f'{len(self.labels.unique())} classes found'
+        if self.classes:
+            line += f' ({listed(self.classes)[:500]})'
+        return line
+
     def class_count(self, flag='--classes'):
         """How many classes the labels are. Raises BadInput in the name of `flag`, which wants them,
         where there are no labels, or other than 0, 1, 2, ... with none left out."""
@@ -266,7 +273,7 @@ class Images(torch.utils.data.Dataset):
         if not counts_up or empty or len(labels) > CLASS_LIMIT:
             problem = f'{flag}: {len(labels)} labels from {labels[0]} to {labels[-1]}'
             if empty:
-                problem += f', no image of {", ".join(empty)}'
+                problem += f', no image of {listed(empty)}'
             mend = f'accepted: 0, 1, 2, ... with none left out, at most {CLASS_LIMIT}'
             if flag == '--classes':
                 mend += '; or give --no-classes'

@@ -47,8 +47,8 @@ def masks_of(path, raw, pictures):
         if len(by_stem) == count and all(name in by_stem for name in stems):
             return [by_stem[name] for name in stems]
     if count != pictures.total:
-        raise BadInput(f'--mask {path}: {count} masks for {pictures.total} images, with other names; '
-                       'give one, or one an image with its name')
+        raise BadInput(f'--mask {path}: {count} masks for {pictures.total} images, with other '
+                       'names; give one, or one an image with its name')
     if names is not None and pictures.names is not None:
         first = pictures.places[0]
         say(f'--mask {path}: paired with the images in order, since their names differ (first: '

@@ -66,8 +66,9 @@ def fill(flags, preset, has_preset, images, origin, world):
 
     # The data.
     flags.update(image_size=images.image_size, channels=images.channels)
-    default['flip'] = images.flip
     flags['classes'] = class_count(flags, default, has_preset, images, origin)
+    # In a mirror a left hand is a right one, and labels may say which it is.
+    default['flip'] = images.flip and (not flags['classes'] or images.is_known_set)
 
     # Everything else.
     for key, value in default.items():
@@ -135,6 +136,8 @@ def class_count(flags, default, has_preset, images, origin):
         decided = origin.saved or has_preset
         usable = images.labels is not None and not flags['source']
         wanted = default['classes'] and decided and usable
+        if usable and not wanted and not images.is_known_set:
+            say(f'{images.given}: {images.classes_in_words()}; --classes trains on them')
     return images.class_count() if wanted else 0
 
 

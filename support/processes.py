@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.cli import BadInput
+from support.cli import BadInput, printable, printable_output
 
 try:
     import resource
@@ -31,14 +31,15 @@ def run(main, args):
     """Call main(args). What the user can mend ends in one line on stderr and exit code 2, the end
     of another process in one line and exit code 1."""
     try:
-        main(args)
+        with printable_output():
+            main(args)
     except (BadInput, KeyboardInterrupt, RuntimeError) as error:
         last_words = explain(error)
         if last_words is None:
             raise
         line, code = last_words
         if line:
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
         sys.exit(code)
     finally:
         AT_THE_END.close()

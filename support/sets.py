@@ -221,7 +221,8 @@ def meant_set(name):
     def bare(text):
         return re.sub('[^a-z0-9]', '', text.lower())
     names = {bare(known): known for known in SETS}
-    near = difflib.get_close_matches(bare(os.path.basename(name.rstrip('/'))), names, 1, cutoff=0.75)
+    last_part = os.path.basename(name.rstrip('/'))
+    near = difflib.get_close_matches(bare(last_part), names, 1, cutoff=0.75)
     return names[near[0]] if near else None
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import shutil
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import torch
 from PIL import Image
 
 from support import judge
-from support.cli import (BadInput, above, check_folder, given_by, one_of, say, several, unless,
-                         watch, write)
+from support.cli import (BadInput, above, check_folder, given_by, one_of, printable, say, several,
+                         unless, watch, write)
 from support.flow import Flow
+from support.processes import run
 from support.tests.common import TINY, TINY_PP, refuses, script
 
 
@@ -27,6 +29,28 @@ def test_given_by__names_the_flag_that_gave_the_file():
     with pytest.raises(BadInput, match='^--distill a.pt: no such file; see --ckpt$'):
         with given_by('--distill'):
             raise BadInput('--ckpt a.pt:\nno such file; see --ckpt')
+
+
+RED = '\x1b[31mcat\u202e\udcff'
+
+
+def test_printable__shows_escape_codes_and_leaves_words_and_lines():
+    assert printable('c\xe4t \u732b\t1\r\n') == 'c\xe4t \u732b\t1\r\n'
+    assert printable(RED) == r'\x1b[31mcat\u202e\udcff'
+    assert str(BadInput(f'{RED}\n; give')) == r'\x1b[31mcat\u202e\udcff ; give'
+
+
+def test_run__no_escape_code_reaches_the_terminal(capsys):
+    def main(args):
+        print(RED)
+        print(RED, file=sys.stderr)
+        sys.stdout.writelines([RED])
+        raise BadInput(RED)
+    with pytest.raises(SystemExit):
+        run(main, None)
+    captured = capsys.readouterr()
+    assert captured.out.count(r'\x1b[31mcat') == 2 and captured.err.count(r'\x1b[31mcat') == 2
+    assert '\x1b' not in captured.out + captured.err
 
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full, which stands for a disk')

@@ -86,6 +86,27 @@ def test_list_images__a_set_of_nothing_to_train_on_is_refused(tmp_path):
     assert len(load_images(tmp_path / 'set', split='test')) == 1
 
 
+@pytest.mark.parametrize('is_zip', [False, True])
+def test_list_images__counts_what_it_passes_over(tmp_path, capsys, is_zip):
+    names = ['a.jfif', 'b.HEIC', 'c.heic', 'd.AVIF', 'readme', '.hidden', 'dataset.json']
+    files = {name: b'' for name in names} | {'a.jfif': encoded(picture(), 'JPEG')}
+    root = pictures(tmp_path / 'set', 'e.png')
+    for name, raw in files.items():
+        (root / name).write_bytes(raw)
+    if is_zip:
+        entries = [(file.name, file.read_bytes()) for file in root.iterdir()]
+        root = tmp_path / 'a.zip'
+        root.write_bytes(zipped([('empty/', b''), *entries]))
+    images = load_images(root)
+    assert len(images) == 2  # .jfif is JPEG
+    note = 'passed over 4 of 7 files (2 .heic, 1 .avif, 1 no ending)'
+    assert capsys.readouterr().out == f'--dataset {root}: {note}\n'
+
+    (tmp_path / 'none').mkdir()
+    (tmp_path / 'none' / 'b.heic').write_bytes(b'')
+    load_refuses(r'no images in it, .*passed over 1 of 1 files \(1 .heic\)', tmp_path / 'none')
+
+
 def test_files_below__follows_links_but_not_in_circles(tmp_path):
     pictures(tmp_path, 'store/cat/0.png', 'store/dog/0.png', 'set/fox/0.png')
     links = {
@@ -166,7 +187,7 @@ def test_read_arrays__keeps_every_pixel_of_any_layout_and_type(tmp_path, capsys,
         assert np.array_equal(images.pixels, pixels[:, :3])
         assert images.pixels.is_contiguous()
     assert capsys.readouterr().out == ''
-    assert array_set(tmp_path, stored, image_size=12).pixels.shape[2:] == (12, 12)
+    assert array_set(tmp_path, stored, image_size=4).pixels.shape[2:] == (4, 4)
 
     x = to_float(images.pixels)
     assert x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)

@@ -2,7 +2,9 @@
 import io
 import itertools
 import os
+import re
 import signal
+import time
 import zipfile
 from unittest.mock import patch
 
@@ -72,6 +74,45 @@ def test_probe__one_coloured_image_of_many_makes_a_coloured_set(tmp_path, capsys
     out = capsys.readouterr().out  # what is lost is said: of a large set, of the 64
     assert 'resized to 4 x 4' in out
     assert ('1 of 200 images coloured' in out) == (not is_large)
+
+
+def test_read_image__a_large_jpeg_is_decoded_at_a_reduced_size(tmp_path):
+    turn = Image.Exif()
+    turn[0x0112] = 6  # a quarter
+    picture(0, 512).crop((0, 0, 512, 400)).save(tmp_path / 'a.jpg', exif=turn, quality=95)
+    picture(0, 512).save(tmp_path / 'a.png')
+    for least, reduced in ((None, (400, 512)), (401, (400, 512)), (200, (200, 256)),
+                           (10, (50, 64))):
+        image, size, _ = images_module.read_image(tmp_path, 'a.jpg', least)
+        assert image.size == reduced and size == (512, 400)
+    assert images_module.read_image(tmp_path, 'a.png', 10).image.size == (512, 512)
+
+    whole = images_module.read_image(tmp_path, 'a.jpg').image
+    expected = np.asarray(images_module.centre_square(whole, 16)).astype(int)
+    images = load_images(tmp_path, image_size=16)  # never from less than 32 pixels a side
+    shown = images[0].permute(1, 2, 0).numpy()
+    assert abs(shown - expected).mean() < 1 and abs(shown - expected).max() < 8
+
+
+def test_in_parts__several_threads_yield_the_same_in_order():
+    items = range(200)
+    for threads in (False, True):
+        parts = list(images_module.in_parts(str, items, threads))
+        assert [len(part) for part in parts] == [64, 64, 64, 8]
+        assert sum(parts, []) == list(map(str, items))
+
+
+def test_fill__large_photographs_are_decoded_by_several_threads_with_progress(
+        tmp_path, monkeypatch, capsys):
+    for k in range(3):
+        picture(k, 300).save(tmp_path / f'{k}.jpg')
+    clock = itertools.count(step=6)
+    monkeypatch.setattr(time, 'time', lambda: next(clock))
+    with patch.object(images_module, 'in_parts', side_effect=images_module.in_parts) as parts:
+        load_images(tmp_path, image_size=16)
+    threads = parts.call_args.args[2]
+    assert threads
+    assert re.search(f'--dataset {tmp_path}: decoded: 3/3  .* img/s', capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------- a set of images

@@ -134,6 +134,34 @@ def test_class_count__our_own_sets_are_trained_on_their_labels_others_if_asked(h
             '--classes: 2 labels from 1 to 2; accepted: 0, 1.*; or give --no-classes')
 
 
+def test_class_count__says_which_classes_were_found_and_are_not_used(here):
+    classes_of(Path('photos'), 'dog', 'cat, tabby')
+    command = ['train.py', *TINY_PP[:-1], '--D', 2, '--dataset', 'photos', '--steps', 1]
+    line = '--dataset photos: 2 classes found ("cat, tabby", dog); --classes trains on them\n'
+    first = 'photos: 16 images of 16 x 16 x 3'
+    for out, flags, is_said in (('a', [], True), ('b', ['--no-classes'], False),
+                                ('c', ['--classes'], False)):
+        printed = said([*command, '--out_dir', out, *flags])
+        assert (line in printed) == is_said
+        in_classes = ' in 2 classes ("cat, tabby", dog)' if out == 'c' else ''
+        mirrored = ', none mirrored (--flip: ' if out == 'c' else ', half of them mirrored (--no-f'
+        assert f'{first}{in_classes}{mirrored}' in printed
+        assert loaded(out)['args']['flip'] == (out != 'c')
+    printed = said([*command, '--out_dir', 'd', '--classes', '--flip'])
+    assert 'half of them mirrored' in printed and loaded('d')['args']['flip']
+
+
+def test_fill__known_sets_are_mirrored_with_their_labels_too():
+    images = FakeImages(32)
+    images.is_known_set = True
+    images.labels = torch.arange(10)
+    images.class_count = lambda: 10
+    assert filled(images, '--classes')['flip']
+    images.is_known_set = False
+    assert not filled(images, '--classes')['flip']
+    assert filled(images, '--no-classes')['flip']
+
+
 # ---------------------------------------------------------------- against a checkpoint
 
 def test_check_resume__refuses_what_changes_the_run_and_says_what_may_change(trained, capsys):

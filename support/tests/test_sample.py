@@ -13,7 +13,7 @@ from PIL import Image
 import sample
 from support import sample_files, sets
 from support.flow import Flow
-from support.tests.common import HERE, refuses, said, sampled, script, seeded
+from support.tests.common import HERE, close, refuses, said, sampled, script, seeded
 
 DATA = Path(__file__).parent / 'data'
 
@@ -183,6 +183,7 @@ def ambiguous(here):
     tinted = grey[:12].repeat(2, 1, 1, 1) + tint - tint.roll(1, 3)     # of mean 0
     mask = Image.new('L', (8, 8))
     mask.save('none.png')
+    Image.new('L', (8, 8), 'white').save('all.png')
     mask.paste(255, (0, 6, 8, 8))
     mask.save('mask.png')
     return grey, tinted
@@ -203,12 +204,54 @@ def test_restore__keeps_what_is_known_and_makes_images_that_fit(flags, ambiguous
         assert len(error[2:].argmin(1).unique()) == 2, i
 
 
+def test_restore__each_image_has_its_own_mask(here):
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    np.save('x.npy', images)
+    for folder in ('images', 'masks'):
+        os.mkdir(folder)
+    for k in range(9):
+        Image.fromarray(images[k]).save(f'images/{k}.png')
+        mask = Image.new('L', (8, 8), 255)
+        mask.paste(0, (0, 0, 8, k % 7 + 1))
+        mask.save(f'masks/{k}.png')
+    out = said(['sample.py', *'--exact --device cpu --dataset x.npy --inpaint images'.split(),
+                *'--mask masks --nfe 3 --n 1 --out a.png'.split()])
+    assert '1 results of each of 8 images, the first of 9' in out
+    for k, (image, kept, _) in enumerate(restored_images('a.png', 8, 1)):
+        rows = k % 7 + 1
+        assert torch.equal(kept[:rows], image[:rows])
+        assert (kept[rows:] == 128).all()  # 0 in [-1, 1]
+
+
+def test_in_range__keeps_the_grey_that_clipping_would_change():
+    image = torch.rand(1, 3, 8, 8, generator=seeded()) * 2 - 1
+    x = 2 * torch.randn(5, 3, 8, 8, generator=seeded(1))
+    clipped = (x + sample.grey(image - x)).clamp(-1, 1)
+    assert (clipped - image).mean(1).abs().max() * 127.5 > 40  # grey levels
+    x = sample.in_range(x, sample.grey, image)
+    assert x.abs().max() <= 1
+    close((x - image).mean(1), torch.zeros(5, 8, 8), atol=1e-6)
+
+
+def test_write_gif__ends_in_the_picture_that_is_saved(trained, here):
+    command = ['sample.py', '--ckpt', trained, *'--device cpu --n 4 --nfe 3 --solver euler'.split()]
+    script([*command, '--out', 'a.png'])
+    script([*command, '--out', 'a.gif'])
+    film = Image.open('a.gif')
+    assert film.n_frames == 4
+    film.seek(film.n_frames - 1)
+    last = np.asarray(film.convert('L')).astype(int)
+    picture = np.asarray(Image.open('a.png').convert('L')).astype(int)
+    assert abs(last - picture).max() <= 1
+
+
 def test_restore__refuses_flags_that_do_not_fit(ambiguous):
     np.save('x.npy', ambiguous[1].to(torch.uint8).numpy())
     for flags, message in (
             ('--dataset glyphs --colorize glyphs', 'glyphs: the images .* are grey'),
             ('--colorize x.npy --solver rk45', '--solver rk45'),
             ('--colorize x.npy --mask mask.png', '--inpaint and --mask belong together'),
-            ('--inpaint x.npy --mask none.png', '--mask none.png: nothing in it is white')):
+            ('--inpaint x.npy --mask none.png', '--mask none.png: nothing in it is white'),
+            ('--inpaint x.npy --mask all.png', '--mask all.png: nothing in it is black, to be kept')):
         refuses(['sample.py', *'--exact --device cpu --dataset x.npy'.split(), *flags.split()],
                 message)

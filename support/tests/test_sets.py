@@ -13,8 +13,9 @@ from PIL import Image
 
 from support import images as images_module
 from support import sets
+from support.cli import BadInput
 from support.images import mean_norm
-from support.sets import load_images
+from support.sets import load_images, load_pictures, meant_set
 from support.tests.common import load_refuses
 from support.tests.made import picture, pictures, shows, written
 
@@ -27,12 +28,51 @@ def test_load_images__what_is_no_set_or_too_small_is_refused(folder, tmp_path):
     load_refuses('no images', tmp_path / 'empty')
     load_refuses('none of 2 images', tmp_path / 'bad')
     load_refuses('is of another kind', tmp_path / 'a.txt')
-    load_refuses('no such data set.*accepted: glyphs', tmp_path / 'absent')
+    load_refuses('no such data set, file or folder; accepted: glyphs', tmp_path / 'absent')
+    load_refuses(r'no such data set.*; did you mean cifar10\?; accepted', 'CIFAR-10')
     load_refuses('5.png.* is 6x6; give an --image_size of at most 6', tmp_path / 'set')
     load_refuses('0.png.* is 8x8', folder, image_size=16)
+    load_refuses("0.png' is 8x8; it is not enlarged; give one of 16 pixels a side or more", folder,
+                 image_size=16, size_is_fixed=True)
+    np.save(tmp_path / 'a.npy', np.zeros((3, 8, 8), np.uint8))
+    load_refuses('a.npy: image 0 is 8x8; give an --image_size of at most 8, not 9',
+                 tmp_path / 'a.npy', image_size=9)
     load_refuses('--split .*accepted', split='valid')
     load_refuses('--channels .*accepted', channels=2)
     load_refuses('--image_size .*accepted', image_size=0)
+
+
+@pytest.mark.parametrize('names, known', [
+    ('CIFAR-10 cifar data/cifar10/', 'cifar10'), ('Mnist MNIST', 'mnist'), ('celeba', 'celeba64'),
+    ('fashion-mnist FashionMNIST', 'fashion_mnist'), ('lsun-bedroom', 'lsun_bedroom'),
+    ('blood_mnist', 'bloodmnist'), ('photos imagenet64 my_digits cats out', None)])
+def test_meant_set__knows_other_spellings_and_guesses_no_more(names, known):
+    for name in names.split():
+        assert meant_set(name) == known, name
+
+
+def test_found__says_that_a_known_set_wins_over_a_folder_of_its_name(here, few_glyphs, capsys):
+    os.mkdir('glyphs')
+    load_images()
+    assert '--dataset glyphs: the known set, not the file or folder' in capsys.readouterr().out
+
+
+def test_load_pictures__decodes_only_what_is_used(folder, capsys):
+    (folder / '0.png').write_text('broken')
+    (folder / '3.png').write_text('broken')
+    with patch.object(images_module, 'read_image', side_effect=images_module.read_image) as read:
+        pictures = load_pictures(folder, 'data', 8, 3, 2, '--inpaint')
+    assert read.call_count == 3
+    assert pictures.places == [1, 2] and pictures.total == 10
+    assert pictures.names == [f'{k}.png' for k in range(10)]
+    for pixels, k in zip(pictures.pixels, (1, 2), strict=True):
+        assert shows(pixels, picture(k))
+    out = capsys.readouterr().out
+    assert f"--inpaint {folder}: without 1 that cannot be read (first: '0.png': " in out
+    with pytest.raises(BadInput, match="--inpaint .*: '1.png' is 8x8; it is not enlarged"):
+        load_pictures(folder, 'data', 16, 3, 2, '--inpaint')
+    everything = load_pictures('glyphs', 'data', 16, 1, 3, '--encode')
+    assert len(everything.pixels) == 3 and everything.total == 10_000 and everything.names is None
 
 
 # ---------------------------------------------------------------- downloaded sets
@@ -98,13 +138,14 @@ def test_load_images__what_cannot_be_downloaded_is_to_be_fetched_by_hand(tmp_pat
     load_refuses(f'--dataset lsun_bedroom: .*by hand {tmp_path}/lsun', 'lsun_bedroom', tmp_path)
 
 
-def test_load_images__mnist_by_torchvision(tmp_path, fake_torchvision):
+def test_load_images__mnist_by_torchvision(tmp_path, fake_torchvision, capsys):
     train_images = load_images('mnist', tmp_path)
     test_images = load_images('mnist', tmp_path, 32, 3, 'test')
     assert train_images.pixels.shape == (4, 1, 28, 28)
     assert train_images.labels.tolist() == [1] * 4
     assert test_images.pixels.shape == (2, 3, 32, 32)
     assert not test_images.flip and test_images.classes == ['a', 'b']
+    assert capsys.readouterr().out == '--dataset mnist: 2 of 2 images enlarged to 32 x 32\n'
 
 
 def test_load_images__lsun_bedroom_of_a_folder(tmp_path):
