@@ -14,7 +14,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from support.cli import BadInput, CLASS_LIMIT, listed, own_rank, watch
 from support.foreign import read_bytes
@@ -35,7 +35,7 @@ class Unreadable(Exception):
 class Picture(NamedTuple):
     """An image as read_image() returns it."""
     image: Image.Image  # of mode L or RGB
-    size: tuple         # (width, height) of the file, where the image may be a reduced one
+    size: tuple         # its (width, height), or that before it was reduced
     lost: list          # what it lost on the way, in words
 
 
@@ -54,6 +54,8 @@ def read_image(root, entry, least=None):
     try:
         image = open_image(root, entry)
         size = image.size
+        if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # turned by a quarter
+            size = size[::-1]
         reduce(image, least)
         image, lost = simplified(image)
     except Exception as error:  # Pillow's plugins raise almost anything on a broken file
@@ -113,13 +115,19 @@ def entry_has_colour(root, entry, least=None):
         return False
 
 
-def centre_square(image, size, side=None, resample=Image.Resampling.BICUBIC):
+def centre_square(image, size, *, whole_size=None, side=None, resample=Image.Resampling.BICUBIC):
     """The centred square of a PIL image, `side` pixels wide or as large as it can be, resized to
-    size x size pixels."""
-    side = side or min(image.size)
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((size, size), resample)
+    size x size pixels. whole_size: (width, height) of the image before reduce(); side is in its
+    pixels."""
+    width, height = whole_size or image.size
+    side = side or min(width, height)
+    left = (width - side) // 2
+    top = (height - side) // 2
+    box = (left, top, left + side, top + side)
+    factor = round(width / image.width)
+    if factor == 1:
+        return image.crop(box).resize((size, size), resample)
+    return image.resize((size, size), resample, [edge / factor for edge in box])
 
 
 def evenly_spaced(n, count=64):
@@ -285,18 +293,17 @@ class Images(torch.utils.data.Dataset):
         that is smaller than image_size: enlarging it would blur the set."""
         entry = self.entries[k]
         size = self.image_size
-        crop = None
         least = 2 * size  # what is resized from twice its size is as good as from more
-        if self.name == 'celeba64':  # the crop that papers use, in pixels of the file
-            crop = 140
-            least = None
+        if self.name == 'celeba64':
+            least = None  # of which a part is cropped
         try:
-            image, (width, height), lost = read_image(self.root, entry, least)
+            image, whole_size, lost = read_image(self.root, entry, least)
         except Unreadable as error:
             return Decoded(None, f'{self.file(k)}: {error}', [])
-        side = min(width, height)
-        if crop:
-            side = crop = min(side, crop)
+        width, height = whole_size
+        side = min(whole_size)
+        if self.name == 'celeba64':  # the crop that papers use
+            side = min(side, 140)
         if side < size and not self.is_known_set:
             mend = f'give an --image_size of at most {side}, not {size}'
             if self.size_is_fixed:
@@ -312,7 +319,7 @@ class Images(torch.utils.data.Dataset):
         if self.channels == 1 and has_colour(image):
             changes.append('coloured, made grey')
         image = image.convert('L' if self.channels == 1 else 'RGB')
-        image = centre_square(image, size, crop)
+        image = centre_square(image, size, whole_size=whole_size, side=side)
         pixels = np.array(image).reshape(size, size, -1).transpose(2, 0, 1)
         return Decoded(pixels, '', changes)
 

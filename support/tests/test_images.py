@@ -84,14 +84,14 @@ def test_read_image__a_large_jpeg_is_decoded_at_a_reduced_size(tmp_path):
     for least, reduced in ((None, (400, 512)), (401, (400, 512)), (200, (200, 256)),
                            (10, (50, 64))):
         image, size, _ = images_module.read_image(tmp_path, 'a.jpg', least)
-        assert image.size == reduced and size == (512, 400)
+        assert image.size == reduced and size == (400, 512)
     assert images_module.read_image(tmp_path, 'a.png', 10).image.size == (512, 512)
 
     whole = images_module.read_image(tmp_path, 'a.jpg').image
     expected = np.asarray(images_module.centre_square(whole, 16)).astype(int)
     images = load_images(tmp_path, image_size=16)  # never from less than 32 pixels a side
     shown = images[0].permute(1, 2, 0).numpy()
-    assert abs(shown - expected).mean() < 1 and abs(shown - expected).max() < 8
+    assert abs(shown - expected).max() <= 2
 
 
 def test_in_parts__several_threads_yield_the_same_in_order():
