@@ -265,7 +265,7 @@ def reference_images(args, wanted, statistics, trained_on, channels, size):
         path = args.compare[0] if args.compare else args.ckpt
         raise BadInput(f'--ckpt {path}: does not say what it was trained on; give --dataset')
     flag = '--dataset' if args.dataset else '--dataset of --ckpt'
-    return load_images(name, args.data_dir, size, channels, flag=flag)
+    return load_images(name, args.data_dir, size, channels, flag=flag, size_is_fixed=True)
 
 
 def check_counts(wanted, n, n_reference):
@@ -302,7 +302,8 @@ def load_reference(args, wanted, own, trained_on, n, channels, size, device, ran
         if (train.channels, train.image_size) != (channels, size):
             raise BadInput(f'--ref {args.ref}: {train.image_size} pixels a side, {train.channels} '
                            f'channels; samples: {size}, {channels}; give --dataset {args.ref}')
-        test = load_images(train.name, args.data_dir, size, channels, 'test', train.flag)
+        test = load_images(train.name, args.data_dir, size, channels, 'test', train.flag,
+                           size_is_fixed=True)
         if not test.apart:
             test = None
         if 'judge' in wanted and rank == 0:  # before any image is made

@@ -312,7 +312,7 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
     flow.z_min = z_min or flow.z_min
     if flags.get('source'):
         start = load_images(source or flags['source'], data_dir, flags['image_size'],
-                            flags['channels'], flag='--from')
+                            flags['channels'], flag='--from', size_is_fixed=True)
         flow.source = charges_of(start, '--from')
     check_flow(flow, z_min, tol_least=1e-7, precision='float32 of a network')
     flow.classes = tuple(class_numbers(classes, flow.class_count, flow.class_names))
