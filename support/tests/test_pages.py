@@ -60,16 +60,14 @@ def after_launcher(words):
 # last counts.
 SMALLER = {
     'train.py': '--device cpu --no-bf16 --batch_size 8 --log_every 1 --steps 3',
-    'sample.py': '--device cpu --no-bf16 --n 4',
+    'sample.py': '--device cpu --no-bf16 --n 4 --tol 0.1',
     'evaluate.py': '--device cpu --no-bf16 --n 4',
     '--init_from': '--steps 10',
     '--pairs': '--pairs 4',
     '--exact': '--n 2',
-    'rk45': '--tol 0.1',
     '--bpd': '--tol 0.1',
-    '--encode': '--tol 0.1',
     '--compare': '--tol 0.1 --sweep nfe=2,3',
-    '--sweep': '--sweep nfe=2,3',
+    '--sweep': '--tol 0.1 --sweep nfe=2,3',
     'speed': '--device cpu',
     'solvers': '--device cpu --n 4 --sweep nfe=2,3',
 }
@@ -149,6 +147,7 @@ def test_readme_commands__run_in_their_order(newcomer, count):
     for command in readme_commands()[:count]:
         if command[0] in ('pip', 'pytest'):
             continue
+        print(' '.join(command))  # which pytest shows if it fails, and with -s at once
         more = ' '.join(SMALLER.get(word, '') for word in command).split()
         script([*command, *more])
         for flag, path in zip(command, command[1:]):
