@@ -515,6 +515,19 @@ def test_UNet__patches_are_channels_inside_and_pixels_outside():
     assert grad[0].ne(0).all() and not grad[1].any()
 
 
+def test_UNet__begins_with_blocks_that_add_next_to_nothing():
+    """The last layers of blocks, and the network's own, are initialised with a scale of 1e-10."""
+    torch.manual_seed(0)
+    net = unet.UNet(16, 3, 32, (1, 1), 1, (8,))
+    for name, weight in net.named_parameters():
+        if name.endswith(('conv2.weight', 'out.weight', 'conv_out.weight')):
+            fan_out, fan_in = torch.nn.init._calculate_fan_in_and_fan_out(weight)
+            bound = (3e-10 / ((fan_in + fan_out) / 2)) ** 0.5
+            assert 0.8 * bound < weight.abs().max() <= bound, name
+    v_x, v_z = net(torch.randn(2, 3, 16, 16), torch.ones(2))
+    assert v_x.abs().max() < 1e-3 and v_z.abs().max() < 1e-3
+
+
 def test_UNet__weights_of_a_seed_do_not_depend_on_attn():
     with_attention, without = [], []
     for attn, names in ((4,), with_attention), ((), without):
