@@ -23,9 +23,9 @@ from support.flow import SAMPLING_FLAGS, Kept, exact_flow, flow_flags, load_flow
 from support.images import to_float, to_uint8
 from support.masks import load_masks
 from support.pictures import grid_of, write_grid
-from support.processes import run, setup, wait
-from support.sample_files import (check_out, claim, folder_of, read_images, save_images,
-                                  write_npz)
+from support.processes import everywhere, run, setup, share_of_rank, wait
+from support.sample_files import (check_out, claim, folder_of, images_to_make, read_images,
+                                  save_images, write_npz)
 from support.seeds import fingerprint
 from support.sets import load_images, load_pictures
 
@@ -138,10 +138,14 @@ def write_images(flow, n, out, batch_size, device, rank, world, rows=None, data=
         claim(folder, f'--out {out}', made_by)
     wait()
     paths = [os.path.join(folder, f'{i:06d}.png') for i in range(n)]
-    missing = [i for i in range(n) if not os.path.exists(paths[i])]
+    # Each process looks at a share of the files, and all have looked before any of them adds one.
+    looked = everywhere(images_to_make(paths, flow.shape, share_of_rank(n, rank, world)))
+    missing = [i for share, _ in looked for i in share]
+    broken = sum(count for _, count in looked)
+    if broken:
+        say(f'{folder}: {broken} images that cannot be read are made anew')
     if len(missing) < n:
         say(f'{folder}: {n - len(missing)} of {n} images are there; making the others')
-    wait()  # every process has looked before any of them adds a file
 
     starts = None if rows is None else rows.starts
     save_images(make_images(flow, missing[rank::world], batch_size, device, rank, starts), paths)
@@ -376,6 +380,8 @@ def main(args):
     n = args.n or 64
     if args.n is None and flow.source is not None:
         n = min(64, len(flow.source))
+    elif flow.source is not None and n > len(flow.source):
+        say(f'--n {n}: there are {len(flow.source)} images to start from, so these come again')
     say('  '.join(f'{name} {value}' for name, value in flow.settings().items()))
 
     if args.encode:

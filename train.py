@@ -222,8 +222,7 @@ def prepare(flags, images, world):
     flags: the mapping of flags as parsed. images: the data set. world: the number of processes.
     Raises BadInput for flags that contradict one another, the data, or the checkpoint."""
     flags.update(data=images.identity, class_names=images.classes)
-    origin = open_run(flags['out_dir'], flags['dataset'], images.identity, images.classes,
-                      reflow=flags['reflow'], distill=flags['distill'],
+    origin = open_run(flags['out_dir'], images, reflow=flags['reflow'], distill=flags['distill'],
                       init_from=flags['init_from'], consistency=flags['consistency'])
     preset = PRESETS.get(flags['preset'] or flags['dataset'])
     if preset is None:
@@ -314,8 +313,7 @@ def pairs_for_student(args, start, device, rank, world):
     pairs = students.pairs_of_teacher(teacher, args.pairs, os.path.join(args.out_dir, 'pairs'),
                                       f'{flag} {path}', args.batch_size, device, rank, world)
     if rank == 0 and start == 0 and isinstance(teacher.net, VP):
-        x = teacher.prior(range(64)).to(device)
-        bent = students.straightness(teacher.net, x, teacher.labels_of(range(64), device)).mean()
+        bent = students.straightness(teacher, 64, args.batch_size, device)
         print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
     return pairs
 

@@ -127,7 +127,8 @@ def is_method(value):
 
 
 def is_identity(value):
-    """Of a data set, as images.Images has it: how many images, their names' and labels' marks."""
+    """Of a data set, as images.Images has it: how many images, a mark of their labels, a hash of
+    their pixels."""
     return (isinstance(value, list) and len(value) == 3
             and all(whole_number(0, 2 ** 64)(item) for item in value))
 

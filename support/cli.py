@@ -167,6 +167,31 @@ def check_folder(flag, path):
         raise BadInput(f'{flag} {path}: no folder {folder}; make it with: mkdir -p {folder}')
 
 
+def why_not_writable(path, appends=False):
+    """Why write() could not write the file `path`, or with `appends` why nothing could be appended
+    to it, in words; '' where it can be done."""
+    try:
+        if os.path.lexists(path):
+            open(path, 'ab').close()
+            if appends:
+                return ''
+        part = f'{path}.{os.getpid()}.part'  # not `path`: another process may begin to write it
+        open(part, 'wb').close()
+        os.remove(part)
+    except OSError as error:
+        return str(error)
+    return ''
+
+
+def check_writable(flag, path, appends=False):
+    """BadInput unless the file `path`, which `flag` says to write, can be written: now, not after an
+    hour of work."""
+    check_folder(flag, path)
+    reason = why_not_writable(path, appends)
+    if reason:
+        raise BadInput(f'{flag} {path}: cannot be written ({reason}); give another')
+
+
 def write(flag, path, save):
     """Write the file `path`, which `flag` gave, by save(file): whole, or not at all.
 

@@ -1,11 +1,14 @@
 """Images as tensors: decoding, batches, their order, and images as charges. Read it if you want to
 know what a training step is given: training_batches(), at the end.
 """
+import copy
+import hashlib
 import io
 import multiprocessing
 import os
 import re
 import sys
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -228,15 +231,9 @@ class Images(torch.utils.data.Dataset):
                                           # once all are decoded
         self.skipped = 0                  # int: how many accesses met an image that was broken
 
-        # Three numbers that tell sets apart, and stay the same where a set is moved: how many
-        # images there are, their names (or some of their pixels), and their labels.
-        if self.root is None:
-            every = -(-len(self) // 16)  # 16 images or fewer
-            names = self.entries[::every].tobytes()
-        else:
-            names = '\n'.join(raw.paths or self.entries).encode(errors='surrogateescape')
-        labels = [] if self.labels is None else [self.labels]
-        self.identity = [len(self), zlib.crc32(names), fingerprint(labels)]
+        self.paths = raw.paths            # names of the entries where the set is moved or zipped,
+                                          # see foreign.RawSet; None once it is identified
+        self.identity = None              # three numbers that tell it from other sets, see identify
 
     def __len__(self):
         return len(self.entries if self.pixels is None else self.pixels)
@@ -385,7 +382,74 @@ class Images(torch.utils.data.Dataset):
                  for change, count in changes.items()]
         if pixels.max() < 64:
             notes.append(f'nearly black, no value above {pixels.max()} of 255')
+        self.identify(pixels)
         return notes
+
+    def identify(self, pixels):
+        """Set `identity`, from the pixels (., C, S, S) that were decoded. It is kept in checkpoints,
+        and stays the same where a set is moved or zipped: how many images there are, a CRC-32 of
+        their labels and the names of their classes, and 64 bits of a SHA-256 of all their pixels.
+
+        To decode all of a set that is too large for memory would take hours. There the hash is that
+        of the names of all images, of the sizes of their files, and of the pixels of 64 of them."""
+        digest = hashlib.sha256(pixels)
+        if self.pixels is None:
+            digest.update('\n'.join(self.names_and_sizes()).encode(errors='surrogateescape'))
+        labels = [] if self.labels is None else [self.labels]
+        classes = '\n'.join(self.classes or ()).encode(errors='surrogateescape')
+        self.identity = [len(self), zlib.crc32(classes, fingerprint(labels)),
+                         int.from_bytes(digest.digest()[:8], 'big')]
+        self.paths = None
+
+    def names_and_sizes(self):
+        """Yields a line for each image of a large set, with its name and how many bytes its file
+        has. An array has neither."""
+        if self.root is None:
+            return
+        names = self.paths or self.entries
+        if os.path.isdir(self.root):
+            for name, entry in zip(names, self.entries):
+                path = os.path.join(self.root, entry)
+                yield f'{name} {os.path.getsize(path) if os.path.isfile(path) else 0}'
+        else:
+            with zipfile.ZipFile(self.root) as archive:
+                for name, entry in zip(names, self.entries):
+                    yield f'{name} {archive.getinfo(entry).file_size}'
+
+    def difference(self, identity, shape, labelled, classes):
+        """How these images differ from those that a network was trained on, in words; '' where they
+        are the same as far as the identities tell, or where there is none to compare with.
+
+        identity, shape (C, S, S), classes: of those images, as its checkpoint keeps them. labelled:
+        whether it was trained with their labels, which do not matter otherwise. Pixels are compared
+        where both sets were decoded at one size."""
+        if not identity:  # the authors' files do not say
+            return ''
+        count, labels, pixels = identity
+        if count != self.identity[0]:
+            return f'{count} images there, {self.identity[0]} here'
+        if labelled and labels != self.identity[1]:
+            if classes and self.classes and classes != self.classes:
+                return f'classes {", ".join(classes)} there, {", ".join(self.classes)} here'
+            return 'other labels'
+        same_size = tuple(shape) == (self.channels, self.image_size, self.image_size)
+        if same_size and pixels != self.identity[2]:
+            return 'as many images, with other pixels'
+        return ''
+
+    def of_labels(self, labels):
+        """These images without those of other labels than the list `labels`: an Images, whose
+        `identity` is still that of the whole set."""
+        kept = torch.isin(self.labels, torch.tensor(labels)).nonzero().flatten()
+        part = copy.copy(self)
+        part.labels = self.labels[kept]
+        if self.pixels is not None:
+            part.pixels = self.pixels[kept.to(self.pixels.device)]
+        elif self.root is None:
+            part.entries = self.entries[kept.numpy()]
+        else:
+            part.entries = [self.entries[k] for k in kept.tolist()]
+        return part
 
     def is_as_wanted(self):
         """Whether the entries are an array of the wanted size and channels, which decode() would

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import pfgm
-from support.cli import BadInput, watch, write
+from support.cli import BadInput, say, watch, write, why_not_writable
 from support.cpu import keep_freed_memory
 from support.images import image_order, read_batches, to_float
 
@@ -68,9 +68,12 @@ def judged(net, pixels):
 
 
 def judge_of(train, test, data_dir, device):
-    """The Judge of a labelled data set, whose classifier is trained once and kept in data_dir.
+    """The Judge of a labelled data set, whose classifier is trained once and kept in data_dir,
+    under a name that tells its images and labels from all others. Where nothing can be written
+    there a line says so, and it is trained each time.
 
-    Raises BadInput where there are no labels."""
+    test: the images that its features are taken of; of the classes of the samples, say. Raises
+    BadInput where there are no labels."""
     classes = train.class_count('--judge')
     if test.labels is None:
         raise BadInput(f'--judge: the test images of {test.name} have {test.unlabelled}; '
@@ -84,9 +87,12 @@ def judge_of(train, test, data_dir, device):
     except Exception as error:  # a damaged file can fail in any way
         if os.path.exists(path):
             print(f'{path}: cannot be read ({str(error)[:80]}); it is made anew', flush=True)
+        reason = why_not_kept(path)
+        if reason:
+            say(f'--data_dir {data_dir}: cannot be written ({reason}); the judge is not kept')
         net = train_judge(train, classes, device)
-        os.makedirs(data_dir, exist_ok=True)
-        write('--data_dir', path, lambda file: torch.save(net.state_dict(), file))
+        if not reason:
+            keep_judge(path, net)
     net.eval()
 
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:10_000]
@@ -95,6 +101,25 @@ def judge_of(train, test, data_dir, device):
     note = f'the judge is right on {right:.1%} of {len(real)} images of {test.name}, '
     note += f'and reads {part_legible(p):.1%}'
     return Judge(net, real, note)
+
+
+def why_not_kept(path):
+    """Why the file of a judge cannot be written, in words; '' where it can. Its folder is made where
+    there is none."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    except OSError as error:
+        return str(error)
+    return why_not_writable(path)
+
+
+def keep_judge(path, net):
+    """Write the judge to a file, or say why it cannot be written: it serves this once all the same.
+    """
+    try:
+        write('--data_dir', path, lambda file: torch.save(net.state_dict(), file))
+    except BadInput as error:
+        say(str(error))
 
 
 def part_legible(p):

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -42,10 +43,20 @@ def hardware(device):
     return f'{device.type}, {platform.machine()}, {os.cpu_count()} cores'
 
 
+def command_line(world=1):
+    """The command that started this process, as it can be pasted into a shell of Python's
+    environment. world: how many processes of torchrun take part."""
+    words = ['python']
+    if world > 1:
+        words = ['torchrun', f'--nproc_per_node={world}', '--']
+    words += [word for word in sys.orig_argv[1:] if word != '-u']  # torchrun's own
+    return shlex.join(words)
+
+
 def record_result(path, values, device, world=1, *, seconds, seed):
     """Append one line of JSON to the file of --results: the dict `values`, and what it takes to get
     them again. world: how many processes took part. Raises BadInput where it cannot be written."""
-    row = dict(command=' '.join(sys.argv), time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+    row = dict(command=command_line(world), time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
                git=revision(), torch=torch.__version__, hardware=f'{world} x {hardware(device)}',
                seconds=round(seconds, 1), seed=seed, **values)
     try:

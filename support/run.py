@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from support.checkpoint import read_checkpoint
-from support.cli import BadInput, given_by, write
+from support.cli import BadInput, given_by, say, write
 from support.processes import AT_THE_END, peak_memory
 from support.sets import SETS
 
@@ -36,12 +36,11 @@ class Origin(NamedTuple):
         return self.flag == 'out_dir'
 
 
-def open_run(out_dir, dataset, identity, class_names, *, reflow=None, distill=None, init_from=None,
-             consistency=False):
+def open_run(out_dir, images, *, reflow=None, distill=None, init_from=None, consistency=False):
     """The Origin of a run: the checkpoint in out_dir, else the one that a flag names, else none.
 
-    dataset, identity, class_names: of the images. Where the newest checkpoint in out_dir is
-    damaged, a line says so and the one before it is used. Raises BadInput for a folder that holds
+    images: the data set. Where the newest checkpoint in out_dir is damaged, a line says so and the
+    one before it is used. Raises BadInput for a folder that holds
     something else than a run, and where the run was made with other images."""
     newest = os.path.join(out_dir, 'ckpt.pt')
     older = sorted(glob.glob(os.path.join(glob.escape(out_dir), 'ckpt-*.pt')), reverse=True)
@@ -54,7 +53,7 @@ def open_run(out_dir, dataset, identity, class_names, *, reflow=None, distill=No
                 raise
             print(f'{error}; going back to {paths[k + 1]}', file=sys.stderr)
             continue
-        check_data(dataset, identity, class_names, saved['args'],
+        check_data(images, saved['args'],
                    f'--out_dir {out_dir} holds a run', 'give another --out_dir, '
                    f'with --init_from {path} to go on from its network')
         return Origin(saved, 'out_dir', newest)
@@ -66,8 +65,7 @@ def open_run(out_dir, dataset, identity, class_names, *, reflow=None, distill=No
         is_teacher = flag != 'init_from'
         saved = read_given(flag, path, ema_only=is_teacher or consistency)
         if is_teacher and 'dataset' in saved['args']:  # the authors' files do not say
-            check_data(dataset, identity, class_names, saved['args'],
-                       f'--{flag} {path} was trained', f'give --dataset {saved["args"]["dataset"]}')
+            check_data(images, saved['args'], f'--{flag} {path} was trained', f'give --dataset {saved["args"]["dataset"]}')
         return Origin(saved, flag, path)
     return Origin(None, None, None)
 
@@ -105,29 +103,23 @@ def read_given(flag, path, ema_only=False):
     return saved
 
 
-def check_data(dataset, identity, class_names, old, where, mend):
+def check_data(images, old, where, mend):
     """Raise BadInput unless the images are those that a run was made with: a known data set of that
-    name or, wherever they are now, as many, with the same names and labels.
+    name or, wherever they are now, as many with the same pixels and labels. Where a known set is
+    drawn or decoded otherwise here than there, as by other versions of Pillow, a line says so.
 
-    dataset, identity, class_names: of the images here. old: the flags of that run. where and mend:
-    the first and the last words of the line."""
+    old: the flags of that run. where and mend: the first and the last words of the line."""
     trained_on = old.get('dataset')  # None in the authors' files, which do not say
-    reason = ''
-    if dataset in SETS or trained_on in SETS:
-        same = dataset == trained_on
-    else:
-        there = old.get('data') or [0]  # how many, a checksum of their names, one of the labels
-        told = 3 if old.get('classes') else 2  # without classes the labels do not matter
-        same = there[:told] == identity[:told]
-        names = old.get('class_names')
-        if names and class_names and names != class_names:
-            reason = f' (classes {", ".join(names)} there, {", ".join(class_names)} here)'
-        elif there[0] != identity[0]:
-            reason = f' ({there[0]} images there, {identity[0]} here)'
-        else:
-            reason = ' (other names of the images, or other labels)'
-    if not same:
-        raise BadInput(f'--dataset {dataset}: {where} on {trained_on}; {mend}{reason}')
+    size = old['image_size']
+    difference = images.difference(old.get('data'), (old['channels'], size, size),
+                                   old['classes'] > 0, old.get('class_names'))
+    if images.name in SETS or trained_on in SETS:
+        if images.name != trained_on:
+            raise BadInput(f'--dataset {images.name}: {where} on {trained_on}; {mend}')
+        if difference:
+            say(f'--dataset {images.name}: not as it was there: {difference}')
+    elif difference:
+        raise BadInput(f'--dataset {images.name}: {where} on {trained_on}; {mend} ({difference})')
 
 
 def restore_optimizer(opt, saved, device, rank):

@@ -94,6 +94,27 @@ def save_images(batches, paths):
         list(saved)
 
 
+def is_whole(path, shape):
+    """Whether a file of save_png() is there and can be read, as an image of `shape` (C, H, W)."""
+    C, H, W = shape
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.size == (W, H) and image.mode == ('L' if C == 1 else 'RGB')
+    except Exception:  # there is none, or Pillow's plugins raise almost anything on a broken file
+        return False
+
+
+def images_to_make(paths, shape, indices):
+    """Which of the images `indices` have no file among `paths` that can be read: those that are to
+    be made -> (their indices, how many of these have a file that cannot be read)."""
+    with ThreadPoolExecutor(4) as pool:
+        whole = list(pool.map(lambda i: is_whole(paths[i], shape), indices))
+    missing = [i for i, is_there in zip(indices, whole) if not is_there]
+    broken = sum(os.path.lexists(paths[i]) for i in missing)
+    return missing, broken
+
+
 def read_images(paths):
     """uint8 (n, C, H, W) of the files of save_png()."""
     rows = np.stack([np.atleast_3d(Image.open(path)) for path in paths])  # (n, H, W, C)
