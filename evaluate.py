@@ -23,22 +23,28 @@ from PIL import Image
 
 import pfgm
 from support.checkpoint import in_folder
-from support.cli import BadInput, Parser, above, check_folder, one_of, say, several, watch
-from support.flow import DIVERGED, SAMPLING_FLAGS, exact_flow, flow_flags, load_flow
+from support.cli import (BadInput, Parser, above, check_folder, check_writable, one_of, say,
+                         several, watch)
+from support.flow import (DIVERGED, SAMPLING_FLAGS, class_numbers, exact_flow, flow_flags,
+                          load_flow)
 from support.images import Images, read_batches, to_uint8
 from support.inception import (INCEPTION, POOL, Measured, collect, load_inception, read_stats,
                                write_stats)
 from support.judge import Judge, judge_of, judged, part_legible
 from support.methods import VP
-from support.metrics import (frechet, inception_score, kid, nearest_images, pick_images,
+from support.metrics import (frechet, inception_score, kid, matched, nearest_images, pick_images,
                              precision_recall, sliced_wasserstein)
 from support.pictures import check_png, grid_of, plot, strip, write_png
 from support.processes import everywhere, run, setup, share_of_rank
 from support.results import print_table, record_result
 from support.seeds import step_seed
-from support.sets import load_images
+from support.sets import SETS, load_images
 from support.solvers import SOLVERS
 from support.students import straightness
+
+BPD_TOL = 1e-5     # of --bpd, where --tol does not say
+BIASED_TOL = 1e-4  # above it bits/dim come out too low
+GREY_LEVEL = 1 / 128
 
 
 # ---------------------------------------------------------------- flags
@@ -95,13 +101,15 @@ def parse_args(argv=None):
     flow_flags(p)
     p.set_defaults(tol=None)
     args = p.parse_args(argv)
-    args.bpd_tol = args.tol or 1e-5
+    args.bpd_tol = args.tol or BPD_TOL
     args.tol = args.tol or 1e-4
     if args.compare:
         args.sweep = args.sweep or [5, 10, 20, 50]
         if not asked_by(args):
             args.swd = True
             args.bpd = True
+    if args.bpd and 'rk45' in (args.solvers or ()):
+        args.tol = args.bpd_tol  # they stand in one table
     return args
 
 
@@ -114,7 +122,6 @@ def check_flags(args):
     """BadInput for whatever can be known before any work is done."""
     asked = asked_by(args)
     of_flows = [name for name in asked if name in OF_FLOWS]
-    of_samples = [name for name in asked if name not in OF_FLOWS]
     if not asked and not args.save_stats:
         raise BadInput('no metric asked; give one or more of '
                        + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz')
@@ -122,7 +129,7 @@ def check_flags(args):
         raise BadInput('--compile: --exact has no network; leave it out')
     if args.solvers and not args.sweep:
         raise BadInput(f'--solvers {",".join(args.solvers)}: belongs to --sweep nfe=5,10,20')
-    if args.sweep and (not of_samples or 'neighbours' in asked):
+    if args.sweep and (not of_samples(asked) or 'neighbours' in asked):
         raise BadInput('--sweep: give some of --fid --is --kid --prc --swd --judge to sweep, '
                        'and not --neighbours')
     if args.compare and (args.samples or args.exact):
@@ -139,6 +146,11 @@ def check_flags(args):
         check_png('--out', args.out)
     for flag in ('results', 'save_stats'):
         check_folder(f'--{flag}', vars(args)[flag] or '')
+    if args.n is not None:
+        check_counts(of_samples(asked), f'--n {args.n}', args.n)
+    if args.bpd and args.bpd_tol > BIASED_TOL:
+        say(f'--tol {args.bpd_tol:g}: above {BIASED_TOL:g} bits/dim are biased, and cannot be '
+            'compared with those of finer ones; leave it out')
 
 
 def fill_output(args):
@@ -153,6 +165,23 @@ def fill_output(args):
         name = 'sweep.png'
     args.results = args.results or os.path.join(folder, 'results.jsonl')
     args.out = args.out or os.path.join(os.path.dirname(args.results), name)
+
+
+def check_places(args):
+    """BadInput where something cannot be written that is to be written at the end."""
+    if asked_by(args):
+        check_writable('--results', args.results, appends=True)
+    if args.sweep or args.neighbours:
+        check_writable('--out', args.out)
+    if args.compare:
+        check_writable('--out', strip_beside(args.out))
+    if args.save_stats:
+        check_writable('--save_stats', args.save_stats)
+
+
+def strip_beside(out):
+    """The path of the strip of samples of --compare, beside its plot."""
+    return f'{os.path.splitext(out)[0]}_samples.png'
 
 
 # ---------------------------------------------------------------- where images come from
@@ -190,14 +219,23 @@ def generated(flow, n, batch_size, device, rank, world, calls):
         yield to_uint8(x)
 
 
-def evenly_spaced(n, of, rank, world):
-    """This rank's share of n numbers that are evenly spaced below `of`, as a tensor."""
-    return torch.tensor(share_of_rank(n, rank, world)) * of // n
+def chosen_indices(n, of):
+    """n different numbers below `of`, in order, always the same: int64 (n,). They are random, since
+    every tenth image of a set whose classes come in turn would be of one class."""
+    if n >= of:
+        return torch.arange(of)
+    return torch.randperm(of, generator=torch.Generator().manual_seed(0))[:n].sort().values
+
+
+def part_of_rank(indices, rank, world):
+    """This rank's share of a tensor of indices."""
+    share = share_of_rank(len(indices), rank, world)
+    return indices[share.start:share.stop]
 
 
 def stored(images, n, batch_size, device, rank, world, workers, label):
-    """This rank's share of n evenly spaced images of a data set, uint8 (b, C, H, W) a batch."""
-    indices = evenly_spaced(n, len(images), rank, world)
+    """This rank's share of n images of a data set, uint8 (b, C, H, W) a batch."""
+    indices = part_of_rank(chosen_indices(n, len(images)), rank, world)
     batches = read_batches(images, indices.split(batch_size), device, workers)
     return watch(batches, len(indices), label, rank)
 
@@ -207,18 +245,28 @@ def stored(images, n, batch_size, device, rank, world, workers, label):
 class Reference(NamedTuple):
     """What samples are compared with."""
     name: str
-    train: Optional[Images]              # None: the statistics of --ref are all there is
-    test: Optional[Images]               # of the same data set, where it has a test split
+    whole: Optional[Images]              # None: the statistics of --ref are all there is
+    train: Optional[Images]              # those of it that are of the classes of the samples
+    test: Optional[Images]               # the same of its test split, where it has one
+    classes: str                         # in words, which classes these are; '' for all
     statistics: Optional[Measured]       # of --ref, or of one pass over train
     inception: Optional[torch.nn.Module]
     last_layer: Optional[torch.Tensor]   # of Inception, (1008, 2048)
     resize: str                          # of --resize
     judge: Optional[Judge]
 
-    def against(self, n):
-        """In words: which n images are compared with this."""
+    def against(self, samples):
+        """In words: how many samples are compared with this, and whether both are alike."""
         known = self.statistics is not None and self.statistics.n
-        return f'{n} images against {known or "the"} of {self.name}'
+        line = f'{samples.n} images against {known or "the"} of {self.name}{self.classes}'
+        return line + other_shares(samples.labels, self.train)
+
+    def facts(self):
+        """What a line of results says of it, so that two of one name can be told apart."""
+        facts = dict(reference=self.name, reference_classes=self.classes or None)
+        if self.whole is not None:
+            facts['reference_pixels'] = f'{self.whole.identity[-1]:016x}'
+        return facts
 
 
 def statistics_of_file(path, convention):
@@ -249,52 +297,190 @@ def images_beside_statistics(args, wanted, statistics):
     return images
 
 
-def reference_images(args, wanted, statistics, trained_on, channels, size):
+def trained_on(flow):
+    """The name of the data set that a network was trained on, or None where nothing says it."""
+    if not flow.dataset and flow.shape[1] == 32:
+        return 'cifar10'  # files of EDM and PFGM++ do not say
+    return flow.dataset
+
+
+def check_same_data(flows):
+    """BadInput unless all networks of --compare were trained on the same images, wherever these
+    are: in one table all are measured against the same."""
+    (first_name, first), *others = flows.items()
+    for name, flow in others:
+        same = trained_on(flow) == trained_on(first)
+        if flow.data and first.data and flow.dataset not in SETS:
+            same = flow.data == first.data
+        if not same:
+            raise BadInput(f'--compare: {name} was trained on {trained_on(flow)}, {first_name} on '
+                           f'other images, {trained_on(first)}; say by --dataset or --ref what '
+                           'all are compared with')
+
+
+def check_data(flows, images, given):
+    """Say where the images are not those that a network was trained on; BadInput where they were
+    found by the name that its checkpoint has for them. given: whether the user named them."""
+    for name, flow in flows.items():
+        difference = images.difference(flow.data, flow.shape, flow.class_count > 0,
+                                       flow.class_names)
+        if not difference:
+            continue
+        if given or images.is_known_set:
+            say(f'{images.given}: {name} was trained on others ({difference})')
+        else:
+            raise BadInput(f'{images.given}: not the images that {name} was trained on '
+                           f'({difference}); if they are meant, give --dataset {images.name}')
+
+
+def reference_images(args, wanted, statistics, flows, channels, size):
     """The data set that samples are compared with, or None where none is needed: that of --ref or
-    --dataset, else the one that the network was trained on."""
+    --dataset, else the one that the networks were trained on."""
     if args.ref and statistics is not None:
         return images_beside_statistics(args, wanted, statistics)
     if args.ref:  # at its own size, as pytorch-fid reads it
         return load_images(args.ref, args.data_dir, args.image_size, flag='--ref')
     if not needs(wanted) & {'pixels', 'statistics'}:
         return None
-    name = args.dataset or trained_on
-    if not name and size == 32:
-        name = 'cifar10'  # files of EDM and PFGM++ do not say
+    name = args.dataset
+    flag = '--dataset'
+    if not name:
+        check_same_data(flows)
+        name = trained_on(next(iter(flows.values())))
+        flag = '--dataset of --ckpt'
     if not name:
         path = args.compare[0] if args.compare else args.ckpt
         raise BadInput(f'--ckpt {path}: does not say what it was trained on; give --dataset')
-    flag = '--dataset' if args.dataset else '--dataset of --ckpt'
-    return load_images(name, args.data_dir, size, channels, flag=flag, size_is_fixed=True)
+    images = load_images(name, args.data_dir, size, channels, flag=flag, size_is_fixed=True)
+    check_data(flows, images, given=bool(args.dataset))
+    return images
 
 
-def check_counts(wanted, n, n_reference):
-    """BadInput for fewer images than an estimator needs. None: no images are measured, or a file
-    does not say how many they were."""
-    for name in [name for name in METRICS if name in wanted]:
+def check_counts(names, which, n):
+    """BadInput for fewer images than the metrics `names` need. which: the first words of the line,
+    on the n images."""
+    for name in names:
         least = METRICS[name].least
         mend = f'--{name} needs {least} images or more'
         if name == 'fid':
             mend += f' (the covariance of {POOL} features)'
-        mend += '; a metric for few images: --swd'
-        if n is not None and n < least:
-            raise BadInput(f'--n {n}: {mend}')
-        counts = 'statistics' in METRICS[name].needs and n_reference is not None
-        if counts and n_reference < least:
-            raise BadInput(f'the reference: n {n_reference}: {mend}')
+        if n < least:
+            raise BadInput(f'{which}: {mend}; a metric for few images: --swd')
 
 
-def load_reference(args, wanted, own, trained_on, n, channels, size, device, rank, world):
+# ---------------------------------------------------------------- of which classes they are
+
+def same_labels(labels, names, images):
+    """Labels of classes called `names` (or None), as the labels of the same classes in the data set
+    `images`, int64 (n,); None where it has no such classes."""
+    if labels is None or len(labels) == 0 or images is None or images.labels is None:
+        return None
+    if names and images.classes:
+        numbers = [images.classes.index(name) if name in images.classes else -1 for name in names]
+        labels = torch.tensor(numbers)[labels]
+    if labels.min() < 0 or labels.max() > images.labels.max():
+        return None
+    return labels
+
+
+def labels_of_samples(indices, flow, given, words, train):
+    """The classes of samples `indices`, as labels of the data set `train`: int64 (n,), or None where
+    they are not known.
+
+    flow: what makes the samples, or None where they are the Images `given`: of the classes `words`
+    of --classes in turn, or with labels of their own."""
+    if train is None or train.labels is None:
+        return None
+    if flow is not None:
+        return same_labels(flow.labels_of(indices, 'cpu'), flow.class_names, train)
+    if words is not None:
+        try:
+            numbers = class_numbers(words, int(train.labels.max()) + 1, train.classes)
+        except BadInput as error:
+            raise BadInput(str(error).replace('the network knows', f'{train.given} has')) from error
+        labels = [numbers[i % len(numbers)] for i in indices if numbers]
+        return same_labels(torch.tensor(labels), train.classes, train)
+    if given.labels is None:
+        return None
+    return same_labels(given.labels[list(indices)], given.classes, train)
+
+
+def classes_to_compare(args, flows, given, train):
+    """(the classes of the samples as a list of labels of `train`, None where they are all that it
+    has or are not known; in words what they are and what is compared with them).
+
+    The arguments are those of load_reference() and of labels_of_samples()."""
+    samples = {}  # {name: the labels of one turn}
+    if args.classes is not None and not flows:
+        turn = range(len(args.classes))
+        samples[args.samples] = labels_of_samples(turn, None, given, args.classes, train)
+    elif given is not None:
+        samples[args.samples] = labels_of_samples(range(len(given)), None, given, None, train)
+    for name, flow in flows.items():
+        samples[name] = labels_of_samples(range(len(flow.classes)), flow, None, None, train)
+    every = [] if train is None or train.labels is None else train.labels.unique().tolist()
+    chosen = {name: labels.unique().tolist() for name, labels in samples.items()
+              if labels is not None}
+    parts = [labels for labels in chosen.values() if labels != every]
+    if parts and any(labels != parts[0] for labels in chosen.values()):
+        raise BadInput('--compare: networks of other classes; measure them one by one, or say by '
+                       '--classes which ones they share')
+    if parts:
+        return parts[0], ' of ' + names_of_classes(parts[0], train.classes)
+
+    # Nothing can be left out of statistics, nor where the samples do not say their classes.
+    if given is not None and not chosen and len(every) > 1:
+        return None, f' of all {len(every)} classes (--classes says those of the samples)'
+    for flow in flows.values():
+        is_part = 0 < len(set(flow.classes)) < flow.class_count
+        if is_part and not chosen:
+            return None, (' of all its classes, where the samples are of '
+                          + names_of_classes(sorted(set(flow.classes)), flow.class_names))
+    return None, ''
+
+
+def names_of_classes(labels, names):
+    """Some classes in words; of many the first."""
+    words = [names[label] if names else str(label) for label in labels]
+    line = ', '.join(words[:8])
+    if len(words) > 8:
+        line += f' ... ({len(words)} in all)'
+    return f'class {line}' if len(words) == 1 else f'classes {line}'
+
+
+def other_shares(labels, train):
+    """In words, whether classes have other shares among samples with these labels than in the data
+    set, with which a distance to all of it would be that of the shares too."""
+    if labels is None:
+        return ''
+    classes = int(train.labels.max()) + 1
+    ours = labels.bincount(minlength=classes) / len(labels)
+    theirs = train.labels.bincount(minlength=classes) / len(train)
+    if (ours - theirs).abs().max() < 0.02:
+        return ''
+    return ', whose classes have other shares'
+
+
+# ---------------------------------------------------------------- the reference
+
+def load_reference(args, wanted, own, flows, images, n, channels, size, device, rank, world):
     """The Reference for n samples of (channels, size, size), for the metrics `wanted`; and the file
     of --save_stats.
 
-    own: the images of --exact, or None. trained_on: the name of what the network was trained on."""
+    own: the images of --exact, or None. flows: {name: Flow} of what makes the samples; or images:
+    those of --samples. Raises BadInput where there are too few, before anything is trained or made.
+    """
+    asked = asked_by(args)
     version = 'random' if args.inception == 'random' else '2015-12-05'
     convention = f'{args.resize} resize, {version} Inception'
     statistics = statistics_of_file(args.ref, convention)
     train = own
     if args.ref or own is None:
-        train = reference_images(args, wanted, statistics, trained_on, channels, size)
+        train = reference_images(args, wanted, statistics, flows, channels, size)
+    whole = train
+    classes, in_words = classes_to_compare(args, flows, images, whole)
+    if classes is not None:
+        train = whole.of_labels(classes)
 
     test = judge = None
     needed = needs(wanted)
@@ -306,19 +492,27 @@ def load_reference(args, wanted, own, trained_on, n, channels, size, device, ran
                            size_is_fixed=True)
         if not test.apart:
             test = None
-        if 'judge' in wanted and rank == 0:  # before any image is made
-            judge = judge_of(train, test or train, args.data_dir, device)
+        elif train is not whole:
+            test = test_of_classes(test, classes, whole)
 
-    n_reference = None
+    # Enough images? Before the judge is trained, or Inception loaded.
+    if asked:
+        check_counts(of_samples(wanted), f'--n {n}' if n == args.n else f'{n} samples', n)
+    n_reference = None if train is None else len(train)
     if statistics is not None:
         n_reference = statistics.n
-    elif train is not None:
-        n_reference = len(train)
-    check_counts(wanted, n if asked_by(args) else None, n_reference)
-    fewest = min([n, *(len(images) for images in (train, test) if images is not None)])
+    if n_reference is not None:
+        counted = [name for name in of_samples(wanted) if 'statistics' in METRICS[name].needs]
+        check_counts(counted, f'the reference: {n_reference} images{in_words}', n_reference)
+    if 'judge' in wanted:
+        real = test or train
+        check_counts(['judge'], f'{real.given}: {len(real)} images{in_words}', len(real))
+    fewest = min([n, *(len(part) for part in (train, test) if part is not None)])
     if fewest < world:
         raise BadInput(f'{fewest} images: fewer than the {world} processes; give more by --n')
 
+    if 'judge' in wanted and rank == 0:  # before any image is made
+        judge = judge_of(whole, test or train, args.data_dir, device)
     inception = last_layer = None
     if needed & {'features', 'statistics'}:
         inception, last_layer = load_inception(args.inception, device, rank)
@@ -336,8 +530,26 @@ def load_reference(args, wanted, own, trained_on, n, channels, size, device, ran
         statistics = measured
     if args.save_stats and rank == 0:
         write_stats(args.save_stats, statistics, convention)
+        if classes is not None:
+            print(f'{args.save_stats}: {statistics.n} images{in_words}')
     name = args.ref if train is None else train.name
-    return Reference(name, train, test, statistics, inception, last_layer, args.resize, judge)
+    return Reference(name, whole, train, test, in_words, statistics, inception, last_layer,
+                     args.resize, judge)
+
+
+def of_samples(names):
+    """Those of the metrics `names` that are of samples, in the order of METRICS."""
+    return [name for name in METRICS if name in names and name not in OF_FLOWS]
+
+
+def test_of_classes(test, classes, whole):
+    """The test images of these classes, a list of labels of the training images `whole`; None where
+    the test images do not say theirs."""
+    labels = same_labels(torch.tensor(classes), whole.classes, test)
+    if labels is None:
+        say(f'{test.given}: its test images are not compared: of which classes they are is unknown')
+        return None
+    return test.of_labels(labels.tolist())
 
 
 # ---------------------------------------------------------------- metrics of samples
@@ -355,7 +567,7 @@ def of_fid(samples, reference, device, seed):
     real = reference.statistics
     distance = frechet(samples.mu.to(device), samples.sigma.to(device),
                        real.mu.to(device), real.sigma.to(device))
-    yield Result(dict(fid=distance), f'{reference.against(samples.n)}, {reference.resize} resize')
+    yield Result(dict(fid=distance), f'{reference.against(samples)}, {reference.resize} resize')
 
 
 def of_is(samples, reference, device, seed):
@@ -367,7 +579,7 @@ def of_is(samples, reference, device, seed):
 
 def of_kid(samples, reference, device, seed):
     mean, std, size = kid(samples.features, reference.statistics.features, device, seed=seed)
-    note = f'{reference.against(samples.n)}, 100 subsets of {size}'
+    note = f'{reference.against(samples)}, 100 subsets of {size}'
     if size < 1000:
         note += ', not 1000: too few images'
     yield Result(dict(kid=mean, kid_std=std), note)
@@ -375,29 +587,43 @@ def of_kid(samples, reference, device, seed):
 
 def of_prc(samples, reference, device, seed):
     precision, recall = precision_recall(samples.features, reference.statistics.features, device)
-    yield Result(dict(precision=precision, recall=recall), reference.against(samples.n))
+    yield Result(dict(precision=precision, recall=recall), reference.against(samples))
 
 
 def of_swd(samples, reference, device, seed):
-    count = min(samples.n, len(reference.train))
+    sets = [images for images in (reference.train, reference.test) if images is not None]
+    # The samples may be sorted by class: a part of them is taken at random.
+    order = torch.randperm(samples.n, generator=torch.Generator().manual_seed(seed))
+    labels = samples.labels
+    count = min(samples.n, *(len(images) for images in sets))
+    alike = 0
+    if labels is not None and all(images.labels is not None for images in sets):
+        alike = matched(labels[order], *sets)
+    if alike > 1:
+        count = alike
+        labels = labels[order[:count]]
+    else:
+        labels = None
+    real = pick_images(reference.train, count, seed, labels)
+    values = dict(swd=sliced_wasserstein(samples.pixels[order[:count]], real, device))
     if reference.test is not None:
-        count = min(count, len(reference.test))
-    real = pick_images(reference.train, count, seed)
-    values = dict(swd=sliced_wasserstein(samples.pixels[:count], real, device))
-    if reference.test is not None:
-        test = pick_images(reference.test, count, seed)
+        test = pick_images(reference.test, count, seed, labels)
         values['swd_of_test'] = sliced_wasserstein(test, real, device)
-    yield Result(values, f'{count} images against {count} of {reference.name}')
+    note = f'{count} images against {count} of {reference.name}{reference.classes}'
+    if labels is not None and len(labels.unique()) > 1:
+        note += ', as many of each class'
+    yield Result(values, note)
 
 
 def of_neighbours(samples, reference, device, seed):
     """And a picture of the 32 samples closest to a training image, each left of that image."""
     measured = dict(samples=samples.pixels)
     if reference.test is not None:
-        measured['test'] = pick_images(reference.test, samples.n, seed)
+        labels = samples.labels if reference.test.labels is not None else None
+        measured['test'] = pick_images(reference.test, samples.n, seed, labels)
     marks = torch.tensor([0, 0.05, 0.5, 0.95]).double()
     for name, x in measured.items():
-        distances, neighbours = nearest_images(x, reference.train, device)
+        distances, neighbours = nearest_images(x, reference.whole, device)
         least, q05, q50, q95 = distances.quantile(marks).tolist()
         values = {f'{name}_min': least, f'{name}_q05': q05, f'{name}_q50': q50,
                   f'{name}_q95': q95, f'{name}_mean': distances.mean().item(),
@@ -407,16 +633,21 @@ def of_neighbours(samples, reference, device, seed):
             first = distances.argsort()[:32]
             pairs = torch.stack([x[first], neighbours[first]], 1)
             picture = grid_of(pairs.flatten(0, 1), nrow=8)
-        note = f'{name}: {len(x)} images, nearest of {len(reference.train)} of {reference.name}'
+        note = f'{name}: {len(x)} images, nearest of {len(reference.whole)} of {reference.name}'
         yield Result(values, note, picture)
 
 
 def of_judge(samples, reference, device, seed):
     """The Frechet distance to the test images in the judge's features, beside that of as many
-    training images, and how many samples it finds legible."""
+    training images, and how many samples it finds legible.
+
+    The training images have the classes of the samples. At random their shares would differ more
+    from those of the test images than the shares of samples whose classes come in turn, and a good
+    flow would come out nearer to the test images than real ones."""
     judge = reference.judge
     features, p = judged(judge.net, samples.pixels)
-    train, _ = judged(judge.net, pick_images(reference.train, samples.n, seed))
+    real = pick_images(reference.train, samples.n, seed, samples.labels)
+    train, _ = judged(judge.net, real)
 
     def distance(x):
         return frechet(x.mean(0), x.T.cov(), judge.real.mean(0), judge.real.T.cov())
@@ -424,7 +655,9 @@ def of_judge(samples, reference, device, seed):
     precision, recall = precision_recall(features, judge.real, device)
     values = dict(judge_fd=distance(features), judge_fd_of_real=distance(train),
                   judge_precision=precision, judge_recall=recall, legible=part_legible(p))
-    yield Result(values, f'{samples.n} images; {judge.note}')
+    note = f'{samples.n} images{reference.classes}, of_real: {len(real)}'
+    note += ' drawn at random' if samples.labels is None else ', as many of each class'
+    yield Result(values, f'{note}; {judge.note}')
 
 
 class Metric(NamedTuple):
@@ -501,14 +734,14 @@ def labels_for(flow, images):
 
 
 def bits_per_dim(flow, images, n, *, repeats, tol, batch_size, device, rank=0, world=1):
-    """Bits/dim of n evenly spaced images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
+    """Bits/dim of n images x = (pixel + U[0, 1)) / 256 * 2 - 1, and how far from x
     the flow comes back down from their latents: {name: number}.
 
     The noise of an image depends on the flow's seed, its index and the repeat, the probe of the
     divergence on the batch that it is in too. Raises BadInput where RK45 cannot go on at `tol`."""
     labels = labels_for(flow, images)
     options = dict(gamma=flow.gamma, z_exp=flow.z_exp, small_z=flow.small_z, rtol=tol, atol=tol)
-    indices = evenly_spaced(n, len(images), rank, world)
+    indices = part_of_rank(chosen_indices(n, len(images)), rank, world)
     rows = []
     for index in watch(indices.split(batch_size), len(indices), 'bits/dim', rank):
         pixels = images[index.tolist()].cpu()
@@ -544,16 +777,6 @@ def bits_per_dim(flow, images, n, *, repeats, tol, batch_size, device, rank=0, w
                 round_trip_mean=error.mean().item(), round_trip_max=largest.max().item())
 
 
-def mean_straightness(flow, n, batch_size, device):
-    """The straightness of n lines of a flow."""
-    parts = []
-    for index in torch.arange(n).split(batch_size):
-        x = flow.prior(index.tolist()).to(device)
-        labels = flow.labels_of(index.tolist(), device)
-        parts.append(straightness(flow.net, x, labels))
-    return torch.cat(parts).mean().item()
-
-
 def measure_flow(asked, name, flow, reference, args, device, rank, world):
     """Print and record the metrics of a flow that are asked for -> {name: number}."""
     if not set(asked) & set(OF_FLOWS):
@@ -580,10 +803,21 @@ def measure_flow(asked, name, flow, reference, args, device, rank, world):
                               tol=args.bpd_tol, batch_size=args.batch_size, device=device,
                               rank=rank, world=world)
         facts = dataclasses.replace(flow, solver='rk45', tol=args.bpd_tol).facts()
-        facts.update(dataset=images.name, split=split)
-        note = f'{split} images of {images.name}'
+        facts.update(reference.facts(), dataset=images.name, split=split)
+        note = f'{split} images of {images.name}{reference.classes}, tol {args.bpd_tol:g}'
+        if args.bpd_tol > BIASED_TOL:
+            note += f', biased above {BIASED_TOL:g}'
+        levels = values['round_trip_max'] / GREY_LEVEL
+        if levels > 1:
+            note += (f'; an image comes back {levels:.1f} grey levels off, so the flow was not '
+                     'followed exactly')
+            if args.bpd_tol > BPD_TOL:
+                note += f': give --tol {BPD_TOL:g}'
     if 'straightness' in asked and isinstance(flow.net, VP):
-        values['straightness'] = mean_straightness(flow, args.n or 256, args.batch_size, device)
+        n = args.n or 256
+        if flow.source is not None:
+            n = min(n, len(flow.source))
+        values['straightness'] = straightness(flow, n, args.batch_size, device)
     measured = {key: values[key] for key in OF_FLOWS if key in values}
     for key, value in measured.items():
         if not math.isfinite(value):
@@ -618,11 +852,10 @@ def measure(asked, name, flow, images, n, reference, args, device, rank, world):
         for solver in args.solvers or ['unipc']:
             calls = [None] if solver == 'rk45' else args.sweep
             points += [(solver, nfe) for nfe in calls]
-    of_samples = [key for key in asked if key not in OF_FLOWS]
-    if not of_samples:
+    if not of_samples(asked):
         return []
 
-    keep = needs(of_samples)
+    keep = needs(of_samples(asked))
     if args.compare:
         keep.add('pixels')
     measured = []
@@ -639,6 +872,9 @@ def measure(asked, name, flow, images, n, reference, args, device, rank, world):
         samples = collect(batches, n, reference.inception, args.resize, keep, device)
         if rank > 0:
             continue
+        indices = range(n) if images is None else chosen_indices(n, len(images)).tolist()
+        labels = labels_of_samples(indices, flow, images, args.classes, reference.train)
+        samples = samples._replace(labels=labels)
         seconds = time.time() - start
         values = measure_samples(asked, samples, reference, device, args.seed, args.out)
         facts = {}
@@ -649,7 +885,7 @@ def measure(asked, name, flow, images, n, reference, args, device, rank, world):
             facts = flow.facts()
             told.update(solver=solver, nfe=float(np.mean(calls)))
         n_reference = reference.statistics.n if reference.statistics is not None else None
-        row = {'n': n, 'n_ref': n_reference, 'reference': reference.name, 'resize': args.resize,
+        row = {'n': n, 'n_ref': n_reference, **reference.facts(), 'resize': args.resize,
                'inception': args.inception, **facts, **told, **values}
         record_result(args.results, row, device, world, seconds=time.time() - start,
                       seed=args.seed)
@@ -675,11 +911,12 @@ def show_sweep(points, n, args):
         if args.compare and row['solver'] != 'rk45':
             pictures.setdefault(curve, []).append(pixels)
     print_table([row for row, _ in points])
+    if args.bpd:
+        print(f'bpd by rk45 with --tol {args.bpd_tol:g}')
     plot(curves, 'network calls an image (NFE)', f'{shown.upper()}, {n} images', args.out)
     if pictures:
         rows = {curve: torch.cat(parts) for curve, parts in pictures.items()}
-        strip(rows, [f'nfe {nfe}' for nfe in args.sweep],
-              f'{os.path.splitext(args.out)[0]}_samples.png')
+        strip(rows, [f'nfe {nfe}' for nfe in args.sweep], strip_beside(args.out))
 
 
 def main(args):
@@ -693,7 +930,7 @@ def main(args):
 
     # what is measured: images that are given, or those of flows
     flows = {}
-    images = own = trained_on = channels = size = None
+    images = own = channels = size = None
     if args.samples:
         images = load_images(args.samples, args.data_dir, args.image_size, flag='--samples')
         channels = images.channels
@@ -702,7 +939,6 @@ def main(args):
         flows, own = load_flows(args, device)
         first = next(iter(flows.values()))
         channels, size, _ = first.shape
-        trained_on = first.dataset
         if 'straightness' in asked and not any(isinstance(f.net, VP) for f in flows.values()):
             raise BadInput('--straightness: only vp, subvp, ddpm and rf have a time to be straight '
                            'in; give another --ckpt, or leave it out')
@@ -715,9 +951,16 @@ def main(args):
             n = 50000
     if images is not None and n > len(images):
         raise BadInput(f'--n {n}: --samples {args.samples} has {len(images)} images')
+    for name, flow in flows.items():
+        if flow.source is not None and n > len(flow.source):
+            say(f'{name} starts from {len(flow.source)} images, and more samples would be the same '
+                f'again: {len(flow.source)} samples, not {n}')
+            n = len(flow.source)
+    if rank == 0:
+        check_places(args)
 
     # what it is compared with
-    reference = load_reference(args, wanted, own, trained_on, n, channels, size, device, rank,
+    reference = load_reference(args, wanted, own, flows, images, n, channels, size, device, rank,
                                world)
 
     # measure, and show

@@ -72,6 +72,7 @@ class Flow:
     step: Optional[int] = None        # updates it was trained for
     student: bool = False             # trained for one or two calls: it has no flow to follow
     dataset: Optional[str] = None     # the name of what it was trained on
+    data: Optional[list] = None       # its identity, as images.Images has it
     class_count: int = 0              # how many classes it knows
     class_names: Optional[list] = None
     source: Optional[Charges] = None  # the images that it starts from, in place of noise
@@ -228,7 +229,8 @@ class Flow:
         """All that its images depend on but for the network's weights and the images of `source`: a
         dict that json can write."""
         names = [field.name for field in dataclasses.fields(self)]
-        values = {name: getattr(self, name) for name in names if name not in ('net', 'source')}
+        left_out = ('net', 'source', 'data')
+        values = {name: getattr(self, name) for name in names if name not in left_out}
         return dict(values, schedule=self.chosen_schedule(), classes=list(self.classes))
 
     def facts(self):
@@ -306,7 +308,8 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
         bf16 = fast_bf16(device) and not (official or edm)
 
     flow = flow_of(net, flags, weights=weights, step=flags['step'], student=student,
-                   dataset=flags.get('dataset'), class_names=flags.get('class_names'),
+                   dataset=flags.get('dataset'), data=flags.get('data'),
+                   class_names=flags.get('class_names'),
                    solver=solver, nfe=nfe or 100, tol=tol, schedule=schedule, to_data=to_data,
                    z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16)
     flow.z_min = z_min or flow.z_min

@@ -111,6 +111,7 @@ class Measured(NamedTuple):
     sigma: torch.Tensor               # (2048, 2048) float64, their covariance, over n - 1
     features: Optional[torch.Tensor]  # (n, 2048) float32, where asked for
     pixels: Optional[torch.Tensor]    # (n, C, H, W) uint8, where asked for
+    labels: Optional[torch.Tensor] = None  # int64 (n,), their classes, where they are known
 
 
 def collect(batches, n, net, resize, keep, device):

@@ -107,10 +107,30 @@ def sliced_wasserstein(x, y, device='cpu', projections=512, seed=0):
     return (along(x) - along(y)).square().mean().sqrt().item()
 
 
-def pick_images(images, n, seed):
-    """n images of a data set at random, uint8 on the CPU."""
+def pick_images(images, n, seed, labels=None):
+    """n images of a data set at random, uint8 on the CPU. labels (n,): pick as many of each class
+    as there are in these, or all that there are of it. What one set is compared with should be of
+    the same classes: else a part of the distance is that of the shares of the classes."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[:n].sort().values.tolist()].cpu()
+    if labels is None:
+        chosen = order[:n]
+    else:
+        ordered = images.labels[order]
+        chosen = torch.cat([order[ordered == label][:int((labels == label).sum())]
+                            for label in labels.unique()])
+    return images[chosen.sort().values.tolist()].cpu()
+
+
+def matched(labels, *sets):
+    """How many of the first of these labels (n,) can be matched by images of the same classes in
+    each of the sets: a number up to n."""
+    least = len(labels)
+    for label in labels.unique():
+        places = (labels == label).nonzero().flatten()
+        there = min(int((images.labels == label).sum()) for images in sets)
+        if len(places) > there:
+            least = min(least, int(places[there]))
+    return least
 
 
 def nearest_images(x, train, device='cpu'):

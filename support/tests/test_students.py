@@ -10,7 +10,7 @@ import torch
 
 import pfgm
 from support import checkpoint, students
-from support.flow import load_flow
+from support.flow import Flow, load_flow
 from support.methods import VP, RectifiedFlow
 from support.tests.common import (F64, TINY, TINY_PP, close, loaded, losses, refuses, said, script,
                                   spied)
@@ -29,18 +29,51 @@ def followed(path, nfe, n):
 
 # ---------------------------------------------------------------- straightness
 
-def test_straightness__of_known_lines():
+def test_bends_of_lines__of_known_lines():
     y = torch.linspace(-1, 1, 6, dtype=F64)
     x = 999 * torch.randn(5, 6, dtype=F64)
     # A rectified flow of one data point y: F = y - eps, and the lines are straight.
     flow = RectifiedFlow(lambda x, c_noise: ((y - x) / (1 - c_noise[:, None] / 999), None))
-    close(students.straightness(flow, x), torch.zeros(5), atol=1e-12)
+    close(students.bends_of_lines(flow, x)[0], torch.zeros(5), atol=1e-9)
     # VP with eps = 0: x / alpha stays as it is.
     flow = VP(lambda x, c_noise: (torch.zeros_like(x), None))
-    alpha = flow.alpha(flow.planes(flow.high, flow.low, 50))
+    alpha = flow.alpha(flow.planes(flow.high, flow.low, 25))
     whole = alpha[-1] - alpha[0]
-    bent = (whole - 50 * alpha.diff()).square().mean() / whole ** 2
-    close(students.straightness(flow, x), bent.expand(5), rtol=1e-9)
+    bent = (whole - 25 * alpha.diff()).square().mean() / whole ** 2
+    bends, lengths = students.bends_of_lines(flow, x, calls=50)
+    close(bends / lengths, bent.expand(5), rtol=1e-9)
+
+
+@pytest.mark.parametrize('spread', [(0.1, 0.1, 0.1, 0.1), (0.5, 0.5, 0.5, 0.5),
+                                    (0.05, 0.1, 0.5, 2.0)])
+def test_straightness__of_a_gaussian_is_that_of_the_closed_form(spread):
+    """Of data N(0, s^2) the lines of a rectified flow are x_t = x_1 w(t) / w(1), where w^2 is
+    t^2 + (1 - t)^2 s^2, and t goes from 0, the data, to 1. Where s differs from axis to axis, so
+    does the bend of the lines, and a mean of ratios is not a ratio of means."""
+    s = torch.tensor(spread, dtype=F64).view(4, 1, 1)
+
+    def velocity(x, c_noise):
+        t = 1 - pfgm.column(c_noise / 999, x)
+        return ((1 - t) * s ** 2 - t) / (t ** 2 + (1 - t) ** 2 * s ** 2) * x, None
+
+    flow = Flow(RectifiedFlow(velocity), (4, 1, 1), math.inf, 1e-3, RectifiedFlow(velocity).high,
+                None, 0.0, 0.0)
+    ends = [flow.net.t_of(torch.tensor(z, dtype=F64)) for z in (flow.net.low, flow.net.high)]
+    t = torch.linspace(*ends, 10 ** 6, dtype=F64).view(1, -1)
+    w = (t ** 2 + (1 - t) ** 2 * s.view(4, 1) ** 2).sqrt() / ends[1]
+    length = (w[:, -1] - w[:, 0]).square()
+    bend = w.diff().square().mean(1) * w.shape[1] ** 2 - length
+    want = bend.sum() / length.sum()
+    # All draws of one norm along each axis: what is left is the error of the steps.
+    flow.prior = lambda indices: flow.z_max * torch.tensor(
+        [1., -1, 1, -1], dtype=F64).view(4, 1, 1).expand(len(indices), 4, 1, 1)
+    measured = students.straightness(flow, 3, 2, torch.device('cpu'))
+    close(measured, want, rtol=0.01)
+    lines = [torch.tensor(row, dtype=F64).view(4, 1, 1) for row in ((3., 0, 0, 0), (0., 0, 0, 1))]
+    flow.prior = lambda indices: flow.z_max * torch.stack([lines[k] for k in indices])
+    measured = students.straightness(flow, 2, 1, torch.device('cpu'))
+    scale = torch.tensor([9., 0, 0, 1], dtype=F64)
+    close(measured, (scale * bend).sum() / (scale * length).sum(), rtol=0.01)
 
 
 # ---------------------------------------------------------------- reflow and distillation
