@@ -263,7 +263,7 @@ class Reference(NamedTuple):
 
     def facts(self):
         """What a line of results says of it, so that two of one name can be told apart."""
-        facts = dict(reference=self.name, reference_classes=self.classes or None)
+        facts = dict(reference=self.name, reference_classes=self.classes.strip() or None)
         if self.whole is not None:
             facts['reference_pixels'] = f'{self.whole.identity[-1]:016x}'
         return facts
@@ -384,8 +384,8 @@ def same_labels(labels, names, images):
 
 
 def labels_of_samples(indices, flow, given, words, train):
-    """The classes of samples `indices`, as labels of the data set `train`: int64 (n,), or None where
-    they are not known.
+    """The classes of samples `indices`, as labels of the data set `train`: int64 (n,), or None
+    where they are not known.
 
     flow: what makes the samples, or None where they are the Images `given`: of the classes `words`
     of --classes in turn, or with labels of their own."""
@@ -405,17 +405,17 @@ def labels_of_samples(indices, flow, given, words, train):
     return same_labels(given.labels[list(indices)], given.classes, train)
 
 
-def classes_to_compare(args, flows, given, train):
+def classes_to_compare(words, flows, given, train):
     """(the classes of the samples as a list of labels of `train`, None where they are all that it
     has or are not known; in words what they are and what is compared with them).
 
-    The arguments are those of load_reference() and of labels_of_samples()."""
+    flows: {name: Flow} of what makes the samples. The others as in labels_of_samples()."""
     samples = {}  # {name: the labels of one turn}
-    if args.classes is not None and not flows:
-        turn = range(len(args.classes))
-        samples[args.samples] = labels_of_samples(turn, None, given, args.classes, train)
+    if words is not None and not flows:
+        turn = range(len(words))
+        samples['samples'] = labels_of_samples(turn, None, given, words, train)
     elif given is not None:
-        samples[args.samples] = labels_of_samples(range(len(given)), None, given, None, train)
+        samples['samples'] = labels_of_samples(range(len(given)), None, given, None, train)
     for name, flow in flows.items():
         samples[name] = labels_of_samples(range(len(flow.classes)), flow, None, None, train)
     every = [] if train is None or train.labels is None else train.labels.unique().tolist()
@@ -430,7 +430,7 @@ def classes_to_compare(args, flows, given, train):
 
     # Nothing can be left out of statistics, nor where the samples do not say their classes.
     if given is not None and not chosen and len(every) > 1:
-        return None, f' of all {len(every)} classes (--classes says those of the samples)'
+        return None, f' of all {len(every)} classes; --classes says those of the samples'
     for flow in flows.values():
         is_part = 0 < len(set(flow.classes)) < flow.class_count
         if is_part and not chosen:
@@ -478,7 +478,7 @@ def load_reference(args, wanted, own, flows, images, n, channels, size, device, 
     if args.ref or own is None:
         train = reference_images(args, wanted, statistics, flows, channels, size)
     whole = train
-    classes, in_words = classes_to_compare(args, flows, images, whole)
+    classes, in_words = classes_to_compare(args.classes, flows, images, whole)
     if classes is not None:
         train = whole.of_labels(classes)
 
@@ -604,8 +604,9 @@ def of_swd(samples, reference, device, seed):
         labels = labels[order[:count]]
     else:
         labels = None
+    chosen = order[:count].sort().values
     real = pick_images(reference.train, count, seed, labels)
-    values = dict(swd=sliced_wasserstein(samples.pixels[order[:count]], real, device))
+    values = dict(swd=sliced_wasserstein(samples.pixels[chosen], real, device))
     if reference.test is not None:
         test = pick_images(reference.test, count, seed, labels)
         values['swd_of_test'] = sliced_wasserstein(test, real, device)

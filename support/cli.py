@@ -184,8 +184,8 @@ def why_not_writable(path, appends=False):
 
 
 def check_writable(flag, path, appends=False):
-    """BadInput unless the file `path`, which `flag` says to write, can be written: now, not after an
-    hour of work."""
+    """BadInput unless the file `path`, which `flag` says to write, can be written: now, not after
+    an hour of work."""
     check_folder(flag, path)
     reason = why_not_writable(path, appends)
     if reason:

@@ -386,12 +386,14 @@ class Images(torch.utils.data.Dataset):
         return notes
 
     def identify(self, pixels):
-        """Set `identity`, from the pixels (., C, S, S) that were decoded. It is kept in checkpoints,
-        and stays the same where a set is moved or zipped: how many images there are, a CRC-32 of
-        their labels and the names of their classes, and 64 bits of a SHA-256 of all their pixels.
+        """Set `identity`, from the pixels (., C, S, S) that were decoded. It is kept in
+        checkpoints, and stays the same where a set is moved or zipped: how many images there are, a
+        CRC-32 of their labels and the names of their classes, and 64 bits of a SHA-256 of all their
+        pixels.
 
         To decode all of a set that is too large for memory would take hours. There the hash is that
-        of the names of all images, of the sizes of their files, and of the pixels of 64 of them."""
+        of the names of all images, of the sizes of their files, and of the pixels of 64 of them: it
+        does not see a change of another image that keeps the size of its file."""
         digest = hashlib.sha256(pixels)
         if self.pixels is None:
             digest.update('\n'.join(self.names_and_sizes()).encode(errors='surrogateescape'))

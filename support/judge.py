@@ -104,8 +104,8 @@ def judge_of(train, test, data_dir, device):
 
 
 def why_not_kept(path):
-    """Why the file of a judge cannot be written, in words; '' where it can. Its folder is made where
-    there is none."""
+    """Why the file of a judge cannot be written, in words; '' where it can. Its folder is made
+    where there is none."""
     try:
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     except OSError as error:

@@ -65,7 +65,8 @@ def open_run(out_dir, images, *, reflow=None, distill=None, init_from=None, cons
         is_teacher = flag != 'init_from'
         saved = read_given(flag, path, ema_only=is_teacher or consistency)
         if is_teacher and 'dataset' in saved['args']:  # the authors' files do not say
-            check_data(images, saved['args'], f'--{flag} {path} was trained', f'give --dataset {saved["args"]["dataset"]}')
+            check_data(images, saved['args'], f'--{flag} {path} was trained',
+                       f'give --dataset {saved["args"]["dataset"]}')
         return Origin(saved, flag, path)
     return Origin(None, None, None)
 

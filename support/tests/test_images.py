@@ -279,3 +279,75 @@ def test_training_batches__go_on_from_any_step_and_mirror_half_of_the_images():
     is_mirrored = (again.clean == plain.clean.flip(-1)).flatten(1).all(1)
     assert (is_same | is_mirrored).all()
     assert 140 < is_mirrored.sum() < 260
+
+
+# ---------------------------------------------------------------- which images these are
+
+def test_identify__tells_pixels_labels_and_classes_apart(tmp_path):
+    def identity(name, pixels, **labels):
+        np.savez(tmp_path / name, x=pixels, **labels)
+        return load_images(tmp_path / name).identity
+
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    plain = identity('a.npz', pixels)
+    assert identity('b.npz', pixels) == plain
+    assert identity('c.npz', pixels[::-1])[2] != plain[2]
+    one_other = pixels.copy()
+    one_other[7, 3, 3] ^= 1
+    assert identity('d.npz', one_other)[:2] == plain[:2]
+    assert identity('d.npz', one_other)[2] != plain[2]
+    labelled = identity('e.npz', pixels, y=np.arange(40) % 2)
+    assert labelled[2] == plain[2] and labelled[1] != plain[1]
+
+    for folder, names in (('f', 'cat dog'), ('g', 'ant bee')):
+        for name in names.split():
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.fromarray(pixels[0]).save(tmp_path / folder / name / '0.png')
+    f, g = (load_images(tmp_path / folder) for folder in 'fg')
+    assert f.identity[2] == g.identity[2] and f.identity[1] != g.identity[1]
+    shape = (1, 8, 8)
+    assert g.difference(f.identity, shape, True, f.classes) == \
+        'classes cat, dog there, ant, bee here'
+    assert g.difference(f.identity, shape, False, f.classes) == ''  # trained without labels
+    assert g.difference(plain, shape, False, None) == '40 images there, 2 here'
+    assert g.difference(None, shape, False, None) == ''
+    other = [2, f.identity[1], 0]
+    assert f.difference(other, shape, True, None) == 'as many images, with other pixels'
+    assert f.difference(other, (1, 16, 16), True, None) == ''  # cannot be compared
+
+
+def test_identify__of_a_set_too_large_for_memory_sees_sizes_and_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (130, 8, 8), np.uint8)
+    (tmp_path / 'a').mkdir()
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / 'a' / f'{k:03d}.png')
+    before = load_images(tmp_path / 'a').identity
+    (tmp_path / 'a').rename(tmp_path / 'b')
+    with zipfile.ZipFile(tmp_path / 'c.zip', 'w') as archive:
+        for file in sorted((tmp_path / 'b').iterdir()):
+            archive.write(file, file.name)
+    assert load_images(tmp_path / 'b').identity == before
+    assert load_images(tmp_path / 'c.zip').identity == before
+    Image.fromarray(pixels[1] * 0).save(tmp_path / 'b' / '001.png')  # not one of the 64
+    changed = load_images(tmp_path / 'b').identity
+    assert changed[2] != before[2]
+    (tmp_path / 'b' / '001.png').rename(tmp_path / 'b' / '001a.png')
+    assert load_images(tmp_path / 'b').identity[2] not in (changed[2], before[2])
+
+
+@pytest.mark.parametrize('limit', [0, 1 << 30])
+def test_of_labels__leaves_the_others_out(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', limit)
+    pixels = np.arange(12 * 64).astype(np.uint8).reshape(12, 8, 8)
+    np.savez(tmp_path / 'a.npz', x=pixels, y=np.arange(12) % 3)
+    for c in 'abc':
+        (tmp_path / 'set' / c).mkdir(parents=True)
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / 'set' / 'abc'[k % 3] / f'{k:02d}.png')
+    array = load_images(tmp_path / 'a.npz').of_labels([0, 2])
+    assert array.labels.tolist() == [0, 2] * 4
+    assert np.array_equal(array[list(range(8))][:, 0], pixels[[0, 2, 3, 5, 6, 8, 9, 11]])
+    files = load_images(tmp_path / 'set').of_labels([1])
+    assert np.array_equal(files[[0, 1, 2, 3]][:, 0], pixels[[1, 4, 7, 10]])
+    assert len(files) == 4 and files.labels.unique().tolist() == [1]

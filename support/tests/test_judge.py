@@ -1,10 +1,14 @@
 """The judge of labelled images."""
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from support import judge, sets
+from support.cli import BadInput
 from support.judge import LEGIBLE, part_legible
 from support.tests.common import close, refuses, rows_of, said
 
@@ -35,6 +39,38 @@ def test_judge_of__tells_digits_from_noise_and_is_kept(few_glyphs, here, monkeyp
     again, trained, unreadable = measured('digits.npz')
     assert trained and unreadable
     close(again['judge_fd'], real['judge_fd'], rtol=1e-4)
+
+
+def test_judge_of__sets_with_the_same_names_and_labels_have_judges_of_their_own(here, monkeypatch):
+    monkeypatch.setattr(judge, 'JUDGE_STEPS', 2)
+    for name in 'ab':
+        pixels = np.random.default_rng(ord(name)).integers(0, 256, (130, 8, 8), np.uint8)
+        np.savez(f'{name}.npz', x=pixels, y=np.arange(130) % 2)
+        images = sets.load_images(f'{name}.npz')
+        judge.judge_of(images, images, 'kept', torch.device('cpu'))
+    shutil.copy('b.npz', 'c.npz')
+    images = sets.load_images('c.npz')
+    judge.judge_of(images, images, 'kept', torch.device('cpu'))
+    assert len(os.listdir('kept')) == 2
+
+
+def test_judge_of__serves_where_it_cannot_be_kept_and_says_so_first(here, monkeypatch, capsys):
+    monkeypatch.setattr(judge, 'JUDGE_STEPS', 2)
+    np.savez('a.npz', x=np.arange(130 * 64).astype(np.uint8).reshape(130, 8, 8),
+             y=np.arange(130) % 2)
+    Path('file').touch()
+    images = sets.load_images('a.npz')
+    assert judge.judge_of(images, images, 'file', torch.device('cpu')).real.shape == (130, 128)
+    line, *progress = capsys.readouterr().out.splitlines()
+    assert re.fullmatch('--data_dir file: cannot be written .*; the judge is not kept', line)
+    assert progress
+
+    def full(flag, path, save):
+        raise BadInput(f'{flag} {path}: cannot be written (no space)')
+
+    monkeypatch.setattr(judge, 'write', full)
+    assert judge.judge_of(images, images, 'kept', torch.device('cpu')).net
+    assert 'cannot be written (no space)' in capsys.readouterr().out
 
 
 def test_judge_of__needs_labels(few_glyphs, here):

@@ -7,7 +7,7 @@ from scipy import linalg
 
 from support.foreign import RawSet
 from support.images import Images
-from support.metrics import (frechet, inception_score, kid, nearest_images, pick_images,
+from support.metrics import (frechet, inception_score, kid, matched, nearest_images, pick_images,
                              precision_recall, sliced_wasserstein, squared_distances)
 from support.tests.common import F64, close, randn, seeded
 
@@ -84,6 +84,34 @@ def test_sliced_wasserstein__of_a_shift():
     shifted = sliced_wasserstein(x, x + 20, projections=4000)
     close(shifted, 20 / 127.5, rtol=0.05)  # |shift| / sqrt(N), the rms of its projections
     assert sliced_wasserstein(x, x) == 0
+
+
+class Labelled:
+    """A data set of 30 images of two classes, 20 of class 0 and 10 of class 1."""
+    labels = torch.tensor([0, 0, 1] * 10)
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return torch.tensor(index)
+
+
+def test_pick_images__of_the_classes_of_others():
+    images = Labelled()
+    picked = pick_images(images, 12, 0, torch.tensor([1, 0, 1] * 4))
+    assert len(picked.unique()) == 12
+    assert images.labels[picked].tolist().count(1) == 8
+    picked = pick_images(images, 15, 0, torch.ones(15))
+    assert images.labels[picked].tolist() == [1] * 10  # all that there are
+    assert len(pick_images(images, 3, 0, torch.tensor([5, 5, 0]))) == 1
+
+
+def test_matched__stops_at_the_first_class_that_has_no_more():
+    images = Labelled()
+    assert matched(torch.tensor([0, 1] * 4), images) == 8
+    assert matched(torch.tensor([0, 1] * 20), images) == 21  # the 11th of class 1 comes next
+    assert matched(torch.tensor([0, 1, 5, 0]), images, images) == 2
 
 
 def test_pick_images__takes_different_ones_and_the_same_for_a_seed():

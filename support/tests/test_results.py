@@ -1,9 +1,13 @@
 """Lines of results and tables."""
+import shlex
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from support.cli import BadInput
-from support.results import print_table, record_result
+from support.results import command_line, print_table, record_result
 from support.tests.common import rows_of
 
 
@@ -20,6 +24,17 @@ def test_record_result__says_how_to_get_the_numbers_again(here):
     assert (row['fid'], other['fid'], row['seed'], row['seconds']) == (3.5, 4.5, 7, 1.3)
     assert row['hardware'].startswith('2 x cpu, ') and row['torch'] == torch.__version__
     assert {'command', 'time', 'git'} <= row.keys()
+
+
+def test_command_line__can_be_pasted_into_a_shell(monkeypatch):
+    words = ['/usr/bin/python3', 'evaluate.py', '--samples', 'my images/', '--ref', "it's $1.npz"]
+    monkeypatch.setattr(sys, 'orig_argv', words)
+    assert shlex.split(command_line()) == ['python', *words[1:]]
+    done = subprocess.run(['sh', '-c', command_line().replace('python evaluate.py', 'printf %s,')],
+                          capture_output=True, text=True)
+    assert done.stdout == "--samples,my images/,--ref,it's $1.npz,"
+    monkeypatch.setattr(sys, 'orig_argv', ['python3', '-u', 'evaluate.py', '--fid'])
+    assert command_line(8) == 'torchrun --nproc_per_node=8 -- evaluate.py --fid'
 
 
 def test_record_result__that_cannot_be_written(here):

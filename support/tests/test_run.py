@@ -17,6 +17,7 @@ import train
 from support import checkpoint, run
 from support.tests.common import (TINY, loaded, losses, refuses, rows_of, said, same_run, script,
                                   start, until)
+from support.tests.made import picture, pictures
 
 
 # ---------------------------------------------------------------- where training starts from
@@ -74,6 +75,25 @@ def test_open_run__is_not_overwritten_by_another_run(flags, message, trained, he
     refuses(['train.py', *TINY, '--dropout', 0.1, '--out_dir', trained, '--steps', 20, *flags],
             message)
     assert (trained / 'ckpt.pt').read_bytes() == before
+
+
+def test_check_data__tells_a_folder_that_changed_from_one_that_moved(here, tmp_path):
+    pictures(tmp_path / 'set', *(f'{k}.png' for k in range(10)), side=16)
+    command = ['train.py', *TINY, '--out_dir', 'out', '--dataset']
+    script([*command, 'set', '--steps', 1])
+    shutil.move('set', 'moved')
+    script([*command, 'moved', '--steps', 2])
+    picture(77, 16).save('moved/3.png')
+    refuses([*command, 'moved', '--steps', 3],
+            '--dataset moved: --out_dir out holds a run on moved; give another --out_dir, .* '
+            '.as many images, with other pixels.')
+    os.remove('moved/3.png')
+    refuses([*command, 'moved', '--steps', 3], '10 images there, 9 here')
+
+
+def test_check_data__says_where_a_known_set_is_drawn_otherwise(trained, few_glyphs, copied):
+    out = said(['train.py', *TINY, '--dropout', 0.1, '--out_dir', copied, '--steps', 11])
+    assert '--dataset glyphs: not as it was there: 10000 images there, 200 here' in out
 
 
 def test_check_is_run__refuses_folders_of_other_things_but_not_of_runs(tmp_path):

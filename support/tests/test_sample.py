@@ -57,6 +57,23 @@ def test_write_images__processes_share_the_images(trained, here):
     assert abs(sampled('one.npz', *flags) - np.load('two.npz')['arr_0'].astype(int)).max() <= 1
 
 
+def test_images_to_make__are_those_that_are_missing_or_cannot_be_read(trained, here):
+    command = ['sample.py', '--ckpt', trained, *'--n 6 --nfe 2 --device cpu --out made'.split()]
+    script(command)
+    before = {path: path.read_bytes() for path in Path('made').glob('*.png')}
+    first, second, third, fourth, *_ = sorted(before)
+    first.write_bytes(before[first][:60])
+    second.write_bytes(b'')
+    Image.new('RGB', (16, 16)).save(third)
+    fourth.unlink()
+    out = said(command)
+    assert 'made: 3 images that cannot be read are made anew' in out
+    assert 'made: 2 of 6 images are there; making the others' in out
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    assert 'anew' not in said(command)
+
+
 def test_write_images__are_files_as_they_are_made_and_only_missing_ones_are_made_again(
         trained, tmp_path, monkeypatch):
     flags = ['--device', 'cpu', '--ckpt', trained / 'ckpt.pt', '--nfe', 3, '--batch_size', 2, '--n']
