@@ -67,6 +67,14 @@ def test_noise_of__goes_no_farther_than_the_prior():
     assert heavy_tailed.noise_of(range(200))(0).abs().max() > 100
 
 
+def test_noise_of__is_other_noise_than_that_of_the_prior():
+    flow = flow_without_network(upper_norm=None)
+    start = flow.prior([0, 1]) / flow.z_max
+    fresh = flow.noise_of([0, 1])
+    assert not torch.isclose(fresh(0), start).any() and not torch.isclose(fresh(1), start).any()
+    assert not torch.isclose(start[0], start[1]).any()  # images have noise of their own
+
+
 def test_ending__is_the_plane_of_the_last_call_before_z_0():
     flow = flow_without_network(solver='unipc', nfe=10)
     assert flow.ending() == (True, 25 / 10 ** 3)  # solvers.last_plane()
