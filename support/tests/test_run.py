@@ -20,6 +20,14 @@ from support.tests.common import (TINY, loaded, losses, refuses, rows_of, said, 
 from support.tests.made import picture, pictures
 
 
+def test_restore_optimizer__a_run_in_two_parts_ends_as_one_in_one(here):
+    command = ['train.py', *TINY, '--dropout', 0.1, '--muon']
+    script([*command, '--steps', 6, '--out_dir', 'whole'])
+    script([*command, '--steps', 3, '--out_dir', 'parts'])
+    script([*command, '--steps', 6, '--out_dir', 'parts'])
+    assert same_run('whole', 'parts')
+
+
 # ---------------------------------------------------------------- where training starts from
 
 @pytest.mark.parametrize('kills, seed', [(2, 0), pytest.param(50, 1, marks=pytest.mark.slow)])
