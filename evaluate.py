@@ -429,6 +429,8 @@ def classes_to_compare(words, flows, given, train):
         return parts[0], ' of ' + names_of_classes(parts[0], train.classes)
 
     # Nothing can be left out of statistics, nor where the samples do not say their classes.
+    if words and not flows and not chosen:
+        return None, f' of all its classes, where the samples are of {",".join(words)}'
     if given is not None and not chosen and len(every) > 1:
         return None, f' of all {len(every)} classes; --classes says those of the samples'
     for flow in flows.values():
@@ -478,7 +480,9 @@ def load_reference(args, wanted, own, flows, images, n, channels, size, device, 
     if args.ref or own is None:
         train = reference_images(args, wanted, statistics, flows, channels, size)
     whole = train
-    classes, in_words = classes_to_compare(args.classes, flows, images, whole)
+    # Statistics are of all their images, and so is then what stands beside them.
+    can_be_part = whole if statistics is None else None
+    classes, in_words = classes_to_compare(args.classes, flows, images, can_be_part)
     if classes is not None:
         train = whole.of_labels(classes)
 

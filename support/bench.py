@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pfgm
-from support.cli import BadInput, Parser, above, check_folder, one_of, several
+from support.cli import BadInput, Parser, above, check_writable, one_of, several
 from support.cpu import speed_up
 from support.images import charges_of
 from support.methods import flow_constants
@@ -280,8 +280,9 @@ def main(args):
         speed(device, args.seed)
         return
     out = args.out or os.path.join(os.path.dirname(args.results), 'solvers.png')
-    check_folder('--results', args.results)
     check_png('--out', out)
+    check_writable('--results', args.results, appends=True)
+    check_writable('--out', out)
     images = load_images(args.dataset, args.data_dir, args.image_size)
     solvers(images, args.dataset, device, n=args.n, batch_size=args.batch_size,
             solver_names=args.solvers, nfes=args.sweep, seed=args.seed, results=args.results,

@@ -189,7 +189,8 @@ def test_classes_to_compare__are_those_of_the_samples(two_sets):
     assert rows_of('r.jsonl')[-1]['reference_classes'] == 'of class dog'
     _, note = swd_of('--n', 6)
     assert note == '6 images against 6 of A, as many of each class'
-    np.savez('s.npz', mu=np.zeros(POOL), sigma=np.eye(POOL))
+    assert evaluate.classes_to_compare(['cat'], {}, load_images('A/cat'), None) == (
+        None, ' of all its classes, where the samples are of cat')
     of_all = Reference('s.npz', None, None, None, '', None, None, None, None, None)
     flow = load_flow('out/ckpt.pt', CPU, classes=['cat'])
     classes, words = evaluate.classes_to_compare(None, dict(out=flow), None, None)
