@@ -127,6 +127,9 @@ def check_flags(args):
                        + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz')
     if args.exact and args.compile:
         raise BadInput('--compile: --exact has no network; leave it out')
+    if args.start and (args.exact or args.samples):
+        raise BadInput(f'--from {args.start}: no flow of train.py --source is measured; leave it '
+                       'out')
     if args.solvers and not args.sweep:
         raise BadInput(f'--solvers {",".join(args.solvers)}: belongs to --sweep nfe=5,10,20')
     if args.sweep and (not of_samples(asked) or 'neighbours' in asked):
@@ -202,7 +205,8 @@ def load_flows(args, device):
     flows = {}
     for name, path in zip(names, paths):
         flow = load_flow(path, device, weights=args.weights, compiled=args.compile,
-                         dataset=args.dataset, data_dir=args.data_dir, bf16=args.bf16, **options)
+                         dataset=args.dataset, data_dir=args.data_dir, source=args.start,
+                         bf16=args.bf16, **options)
         flows[name] = flow
         if flow.shape != flows[names[0]].shape:
             raise BadInput(f'--compare {path}: makes images of {flow.shape}, the first others; '
@@ -842,7 +846,26 @@ def measure_flow(asked, name, flow, reference, args, device, rank, world):
 class Point(NamedTuple):
     """A line of the table of a sweep."""
     row: dict                       # its numbers and words
+    nfe: Optional[int]              # network calls that were asked for; None of rk45
     pixels: Optional[torch.Tensor]  # a few of its samples, uint8 (4, C, H, W), for --compare
+
+
+def points_of_sweep(name, flow, sweep, solvers):
+    """The (solver, network calls) with which a sweep follows a flow, which it calls `name`. A
+    student takes the calls that it was trained for only, and a line says so. sweep: numbers of
+    calls. solvers: as given, or None."""
+    if flow.student == 'distill':
+        say(f'{name}: a student of --distill, measured with the one call that it was trained for')
+        return [(flow.solver, 1)]
+    if flow.student == 'consistency':
+        say(f'{name}: a student of --consistency, trained for one or two calls; all calls are '
+            'made by renew')
+        return [('renew', nfe) for nfe in sweep]
+    points = []
+    for solver in solvers or ['unipc']:
+        calls = [None] if solver == 'rk45' else sweep
+        points += [(solver, nfe) for nfe in calls]
+    return points
 
 
 def measure(asked, name, flow, images, n, reference, args, device, rank, world):
@@ -852,13 +875,10 @@ def measure(asked, name, flow, images, n, reference, args, device, rank, world):
     if flow is not None:
         of_flow = measure_flow(asked, name, flow, reference, args, device, rank, world)
         points = [(flow.solver, flow.nfe)]
-    if args.sweep:
-        points = []
-        for solver in args.solvers or ['unipc']:
-            calls = [None] if solver == 'rk45' else args.sweep
-            points += [(solver, nfe) for nfe in calls]
     if not of_samples(asked):
         return []
+    if args.sweep:
+        points = points_of_sweep(name, flow, args.sweep, args.solvers)
 
     keep = needs(of_samples(asked))
     if args.compare:
@@ -894,7 +914,7 @@ def measure(asked, name, flow, images, n, reference, args, device, rank, world):
                'inception': args.inception, **facts, **told, **values}
         record_result(args.results, row, device, world, seconds=time.time() - start,
                       seed=args.seed)
-        measured.append(Point({**told, 'seconds': seconds, **values, **of_flow},
+        measured.append(Point({**told, 'seconds': seconds, **values, **of_flow}, nfe,
                               samples.pixels[:4] if args.compare else None))
     return measured
 
@@ -907,21 +927,31 @@ def show_sweep(points, n, args):
         if len(args.solvers or ()) > 1:
             told = ['run', 'solver']
     curves = {}
-    pictures = {}
-    for row, pixels in points:
+    pictures = {}  # {curve: {nfe: pixels}}
+    for row, nfe, pixels in points:
         shown = next(key for key in row
                      if key not in ('run', 'method', 'solver', 'nfe', 'seconds'))
         curve = ' '.join(row[key] for key in told)
         curves.setdefault(curve, []).append((row['nfe'], row[shown]))
         if args.compare and row['solver'] != 'rk45':
-            pictures.setdefault(curve, []).append(pixels)
-    print_table([row for row, _ in points])
+            pictures.setdefault(curve, {})[nfe] = pixels
+    print_table([point.row for point in points])
     if args.bpd:
         print(f'bpd by rk45 with --tol {args.bpd_tol:g}')
     plot(curves, 'network calls an image (NFE)', f'{shown.upper()}, {n} images', args.out)
     if pictures:
-        rows = {curve: torch.cat(parts) for curve, parts in pictures.items()}
-        strip(rows, [f'nfe {nfe}' for nfe in args.sweep], strip_beside(args.out))
+        write_strip(pictures, strip_beside(args.out))
+
+
+def write_strip(pictures, out):
+    """A strip of samples with a row for each curve and a column for each number of network calls.
+    Where a curve has none with so many it is grey. pictures: {curve: {nfe: uint8 (4, C, H, W)}}."""
+    calls = sorted({nfe for by_nfe in pictures.values() for nfe in by_nfe})
+    some = next(iter(next(iter(pictures.values())).values()))
+    grey = torch.full_like(some, 128)
+    rows = {curve: torch.cat([by_nfe.get(nfe, grey) for nfe in calls])
+            for curve, by_nfe in pictures.items()}
+    strip(rows, [f'nfe {nfe}' for nfe in calls], out)
 
 
 def main(args):

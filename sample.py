@@ -47,7 +47,8 @@ def parse_args(argv=None):
                      help='the way from noise to images: as with --out samples.gif')
     one.add_argument('--interpolate', nargs='*', metavar='IMAGE',
                      help='rows of 8: slerp between two directions of the prior, both with its '
-                     'norm; or between the latents of two images that are given')
+                     'norm; or between the latents of two images that are given (for train.py '
+                     '--source lerp, between the images that it starts from)')
     one.add_argument('--rescale', action='store_true',
                      help='rows of 8: one direction, with norms from a third of the prior\'s to '
                      'twice that')
@@ -61,15 +62,9 @@ def parse_args(argv=None):
                      help='the same, but what is kept is their grey')
     special.add_argument('--mask', metavar='IMAGES', help='of --inpaint: one for all images, or a '
                          'folder of one for each, with its name (default: none)')
-    special.add_argument('--from', dest='start', metavar='IMAGES',
-                         help='what a flow of train.py --source carries across (default: the '
-                         'images it was trained on, in turn)')
     args = p.parse_args(argv)
     if args.gif and not args.out.endswith('.gif'):
         args.out = os.path.splitext(args.out)[0] + '.gif'
-    if (args.inpaint or args.colorize) and not args.solver:
-        args.solver = 'renew'
-        args.nfe = args.nfe or 100
     return args
 
 
@@ -93,16 +88,32 @@ def check_flags(args):
         raise BadInput(f'--out {args.out}: made by one process; run it without torchrun')
     if args.exact and args.compile:
         raise BadInput('--compile: --exact has no network; leave it out')
+    if args.exact and args.start:
+        raise BadInput(f'--from {args.start}: --exact starts from noise; leave it out')
+
+
+# The flags of the special pictures, by their names.
+MODES = ('gif', 'interpolate', 'rescale', 'encode', 'inpaint', 'colorize')
 
 
 def check_flow(args, flow):
     """Raises BadInput for flags that this flow does not take."""
-    renews = args.eta or flow.solver == 'renew'
-    if renews and (args.encode or args.interpolate):
-        raise BadInput(f'--solver {flow.solver}, --eta {args.eta}: fresh noise cannot be encoded; '
-                       'give another')
-    if args.start and flow.source is None:
-        raise BadInput(f'--from {args.start}: this flow starts from noise; give --encode instead')
+    follows_lines = args.encode or args.interpolate or args.out.endswith('.gif')
+    restores = args.inpaint or args.colorize
+    mode = next((args.given[name] for name in MODES if name in args.given), f'--out {args.out}')
+    if flow.student is not None and follows_lines:
+        raise BadInput(f'{mode}: the network is a student of --{flow.student}, which leads from '
+                       'noise to images at once and has no lines to follow; leave it out')
+    if flow.student == 'distill' and restores:
+        raise BadInput(f'{mode}: needs many network calls, and the network is a student of '
+                       '--distill, trained for one; leave it out')
+    if flow.source is not None and (restores or args.rescale):
+        raise BadInput(f'{mode}: changes the noise that a flow starts from, and this one starts '
+                       'from images; leave it out')
+    if args.eta and (args.encode or args.interpolate):
+        raise BadInput(f'{args.given["eta"]}: fresh noise cannot be encoded; leave it out')
+    if flow.solver == 'renew' and (args.encode or args.interpolate):
+        raise BadInput('--solver renew: fresh noise cannot be encoded; give another')
 
 
 # ---------------------------------------------------------------- images
@@ -235,11 +246,23 @@ def slerp(a, b, norm):
     return x.flatten(0, 1).float()
 
 
+def crossfade(x, y):
+    """Starts (8 * rows, C, H, W) on straight lines from x to y, both (rows, C, H, W): between the
+    images that a flow from another data set starts from."""
+    x = x.cpu().double()[:, None]
+    y = y.cpu().double()[:, None]
+    return torch.lerp(x, y, ALONG).flatten(0, 1).float()
+
+
 def between_draws(flow, n):
-    """Rows between two directions of the prior each, both with its norm."""
+    """Rows between two draws of the prior each: between their directions, with its norm."""
     rows = max(n // 8, 1)
-    a, _ = directions(flow.prior(range(0, 2 * rows, 2)))
-    b, _ = directions(flow.prior(range(1, 2 * rows, 2)))
+    first = flow.prior(range(0, 2 * rows, 2))
+    second = flow.prior(range(1, 2 * rows, 2))
+    if flow.source is not None:
+        return Rows(crossfade(first, second), 'interpolate')
+    a, _ = directions(first)
+    b, _ = directions(second)
     return Rows(slerp(a, b, prior_norm(flow)), 'interpolate')
 
 
@@ -253,8 +276,11 @@ def between_images(flow, paths, data_dir, device):
             say(f'--interpolate {path}: the first of its {pictures.total} images')
         ends.append(pictures.pixels[0])
     latents, _ = flow.follow(to_float(torch.stack(ends)), device, (0, 0), up=True)
-    unit, norm = directions(latents)
-    x = slerp(unit[:1], unit[1:], torch.lerp(norm[:1], norm[1:], ALONG))
+    if flow.source is not None:
+        x = crossfade(latents[:1], latents[1:])
+    else:
+        unit, norm = directions(latents)
+        x = slerp(unit[:1], unit[1:], torch.lerp(norm[:1], norm[1:], ALONG))
     return Rows(x, f'interpolate {fingerprint(ends[:1]):08x} {fingerprint(ends[1:]):08x}')
 
 
@@ -357,6 +383,9 @@ def flow_from(args, data, device):
                          dataset=args.dataset, data_dir=args.data_dir, source=args.start,
                          bf16=args.bf16, **options)
     check_flow(args, flow)
+    if (args.inpaint or args.colorize) and args.solver is None:
+        flow.solver = 'renew'
+        flow.nfe = args.nfe or 100
     images_are_given = args.interpolate or args.inpaint or args.colorize
     if images_are_given and not args.classes:
         flow.classes = ()  # they may be of any class

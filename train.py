@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,15 @@ from support.checkpoint import in_folder, save
 from support.cli import BadInput, Parser, above, given_by, listed, say, unless
 from support.cpu import speed_up
 from support.flow import flow_of, load_flow
-from support.images import charges_of, image_order, images_a_step, to_uint8, training_batches
+from support.images import (Charges, Images, charges_of, image_order, images_a_step, to_uint8,
+                            training_batches)
 from support.methods import METHODS, VP, as_flow
 from support.networks import ARCHITECTURE, build, for_classes
 from support.optim import Muon
 from support.pictures import write_grid
 from support.processes import agree, everywhere, fast_bf16, heard, listen, run, setup
-from support.run import (Meter, claim, keep_older, open_log, open_run, progress, restore_optimizer,
-                         stop_if_bad)
+from support.run import (Meter, Origin, check_data, claim, keep_older, open_log, open_run, progress,
+                         restore_optimizer, stop_if_bad)
 from support.seeds import fingerprint, rng_state, step_seed
 from support.sets import SETS, load_images
 from unet import UNet
@@ -93,9 +95,9 @@ def parse_args(argv=None):
     data = p.add_argument_group('data')
     data.add_argument('--data_dir', default='data', help='where known data sets are kept')
     data.add_argument('--image_size', type=above(0, int),
-                      help='pixels a side (default: as the data is)')
-    data.add_argument('--channels', type=int, choices=(1, 3),
-                      help='grey or colour (default: as the data is)')
+                      help='pixels a side (default: as the checkpoint to go on from, or the data)')
+    data.add_argument('--channels', type=int, choices=(1, 3), help='1 for grey, 3 for colour '
+                      '(default: as the checkpoint to go on from, or the data)')
     data.add_argument('--classes', action=yes_or_no,
                       help='train on the labels too; a tenth is hidden, for --guidance')
     data.add_argument('--flip', action=yes_or_no,
@@ -106,7 +108,8 @@ def parse_args(argv=None):
 
     method = p.add_argument_group('method')
     method.add_argument('--method', choices=METHODS,
-                        help='the flow (default: pfgm, or pfgmpp with --D or --ncsnpp)')
+                        help='the flow (default: pfgm; pfgmpp with --D, --ncsnpp or --consistency; '
+                        'rf with --source)')
     method.add_argument('--D', type=unless('inf', math.inf, above(1 - 1e-9)),
                         help='augmented dimensions of pfgmpp, 1 or more, or inf (default: 128)')
     method.add_argument('--field_batch', type=unless('all', 'all', above(0, int)),
@@ -120,10 +123,13 @@ def parse_args(argv=None):
                         'for samples of one network call, --nfe 1 (default: none)')
     method.add_argument('--pairs', type=above(0, int), default=100000,
                         help='how many pairs --reflow and --distill train on')
+    method.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0,
+                        help='classifier-free guidance of the teacher of --reflow or --distill, '
+                        'which its student learns')
     method.add_argument('--consistency', action=yes_or_no, default=False,
                         help='train for samples of one or two calls, without pairs')
     method.add_argument('--source', help='a data set whose images, in place of noise, flow to '
-                        'those of --dataset; for --method rf (default: none)')
+                        'those of --dataset, by --method rf (default: none)')
 
     network = p.add_argument_group('network')
     network.add_argument('--nf', type=above(0, int, 1025), help='channels of the first level')
@@ -215,40 +221,78 @@ def show_defaults(parser, preset):
 
 # ---------------------------------------------------------------- before the loop
 
-def prepare(flags, images, world):
-    """What training starts from -> (the mapping of flags with nothing left open, the run.Origin,
-    the step that it has reached).
+def load_source(flags, given, images, origin):
+    """The Images of --source, or of the checkpoint's where it is not given; None for noise."""
+    if not flags['source']:
+        return None
+    flag = '--source' if 'source' in given else f'--source of --{origin.flag}'
+    try:
+        return load_images(flags['source'], flags['data_dir'], images.image_size, images.channels,
+                           flag=flag, size_is_fixed=images.size_is_fixed)
+    except BadInput as error:
+        if 'source' in given:
+            raise
+        raise BadInput(f'{error}; if it has moved, give --source') from error
 
-    flags: the mapping of flags as parsed. images: the data set. world: the number of processes.
-    Raises BadInput for flags that contradict one another, the data, or the checkpoint."""
-    flags.update(data=images.identity, class_names=images.classes)
-    origin = open_run(flags['out_dir'], images, reflow=flags['reflow'], distill=flags['distill'],
+
+class Start(NamedTuple):
+    """What training starts from."""
+    flags: dict                # with nothing left open
+    images: Images             # the data set
+    source: Optional[Charges]  # what a flow from another data set starts from, in place of noise
+    origin: Origin             # the checkpoint
+    step: int                  # that it has reached
+
+
+def prepare(flags, device, world):
+    """Read the checkpoint to go on from and the data, and fill the flags that were left open.
+
+    flags: the mapping of flags as parsed. world: the number of processes. Raises BadInput for flags
+    that contradict one another, the data, or the checkpoint."""
+    given = flags['given']
+    origin = open_run(flags['out_dir'], reflow=flags['reflow'], distill=flags['distill'],
                       init_from=flags['init_from'], consistency=flags['consistency'])
+    saved = origin.saved['args'] if origin.saved else {}
+    size = flags['image_size'] or saved.get('image_size')
+    channels = flags['channels'] or saved.get('channels')
+    images = load_images(flags['dataset'], flags['data_dir'], size, channels,
+                         size_is_fixed=size != flags['image_size'])
+    if not flags['source']:
+        flags['source'] = options.taken_over(flags, saved).get('source')
+    source = load_source(flags, given, images, origin)
+    check_data(origin, images, source, given)
+    flags.update(data=images.identity, class_names=images.classes,
+                 source_data=None if source is None else source.identity)
+
     preset = PRESETS.get(flags['preset'] or flags['dataset'])
     if preset is None:
         preset = next(preset for size, preset in BY_SIZE.items() if images.image_size <= size)
     flags = options.fill(flags, preset, flags['dataset'] in PRESETS, images, origin, world)
     if origin.resumed:
-        options.check_resume(flags, origin.saved['args'])
+        options.check_resume(flags, saved, given)
+        options.check_batches(flags, given, world)
     elif origin.saved:
-        options.check_origin(flags, origin)
-        if options.has_other_classes(flags, origin.saved['args']):
+        options.check_origin(flags, origin, given)
+        if options.has_other_classes(flags, saved):
             origin = origin._replace(saved=for_classes(origin.saved, flags['classes']))
 
-    start = 0
+    step = 0
     weights = None
     if origin.saved:
-        start = origin.saved['step']
+        step = origin.saved['step']
         weights = f'{fingerprint(origin.saved["net"].values()):08x}'
     its_own = ('out_dir', 'data_dir', 'device')  # may differ from process to process
     same = {key: value for key, value in flags.items() if key not in its_own}
     agree(f'--out_dir {flags["out_dir"]}', 'give all processes the same flags and data, and an '
-          '--out_dir that all machines share, or copies of its ckpt.pt', step=start,
+          '--out_dir that all machines share, or copies of its ckpt.pt', step=step,
           images=len(images), weights=weights, **same)
-    if start >= flags['steps']:
-        raise BadInput(f'--steps {flags["steps"]}: {origin.path} has {start} already; give more, '
-                       f'or sample from it with: python sample.py --ckpt {origin.path}')
-    return flags, origin, start
+    if step >= flags['steps']:
+        typed = given.get('steps', origin.given)
+        raise BadInput(f'{typed}: {origin.path} has {step} already, of {flags["steps"]}; give more '
+                       f'--steps, or sample from it with: python sample.py --ckpt {origin.path}')
+    if source is not None:
+        source = charges_of(source, source.flag, device)
+    return Start(flags, images, source, origin, step)
 
 
 def networks(flags, origin, device):
@@ -306,8 +350,9 @@ def pairs_for_student(args, start, device, rank, world):
     path = args.reflow or args.distill
     flag = '--reflow' if args.reflow else '--distill'
     with given_by(flag):
-        teacher = load_flow(path, device, data_dir=args.data_dir, nfe=students.PAIR_NFE,
-                            seed=args.seed, bf16=args.bf16)
+        teacher = load_flow(path, device, data_dir=args.data_dir, source=args.source,
+                            source_flag='--source', nfe=students.PAIR_NFE,
+                            guidance=args.guidance, seed=args.seed, bf16=args.bf16)
     say(f'the student is {args.method} of D {args.D:g}, from the noise and weights of its teacher, '
         f'{teacher.method}')
     pairs = students.pairs_of_teacher(teacher, args.pairs, os.path.join(args.out_dir, 'pairs'),
@@ -345,9 +390,8 @@ def main(args):
     if args.bf16 is None:
         args.bf16 = fast_bf16(device)
 
-    # data, flags, and the checkpoint to go on from
-    images = load_images(args.dataset, args.data_dir, args.image_size, args.channels)
-    flags, origin, start = prepare(vars(args), images, world)
+    # the checkpoint to go on from, data, and flags
+    flags, images, source, origin, start = prepare(vars(args), device, world)
     args = argparse.Namespace(**flags)
     path = os.path.join(args.out_dir, 'ckpt.pt')
 
@@ -357,11 +401,6 @@ def main(args):
     net = flow
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(flow)
-    source = None  # the images that a flow from another data set starts from
-    if args.source:
-        other = load_images(args.source, args.data_dir, args.image_size, args.channels,
-                            flag='--source')
-        source = charges_of(other, '--source', device)
 
     # the optimizer, and the random state of dropout
     fused = device.type != 'mps'
@@ -372,8 +411,6 @@ def main(args):
     torch.manual_seed(step_seed(args.seed + 1 + rank, start))
     if origin.saved and 'opt' in origin.saved:
         restore_optimizer(opt, origin.saved, device, rank)
-    elif args.init_from and origin.saved:
-        say(f'{origin.path} has no optimizer state; Adam starts afresh')
     origin = None  # lets go of the checkpoint, whose optimizer state was copied
 
     # the folder: every process has looked at it, since all agree

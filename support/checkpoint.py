@@ -16,11 +16,12 @@ import os
 
 import torch
 
-from support.cli import BadInput, CLASS_LIMIT, Parser, write
+from support.cli import BadInput, CLASS_LIMIT, Parser, given_by, say, write
 from support.methods import METHODS, as_flow
 from support.networks import build, check_shapes, check_tensors
 from support.processes import run
 from support.published import NUMPY_NUMBERS, convert_official, holds_objects, read_edm
+from support.sets import is_same_set
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -154,7 +155,8 @@ CONSTANTS = dict(z_min=number(1e-30, 1e9), z_max=number(0, 1e9), z_exp=number(0,
 # What a run of train.py says besides.
 RUN_FLAGS = dict(
     dataset=is_text, data=is_identity, class_names=optional(are_names), source=optional(is_text),
-    reflow=optional(is_text), distill=optional(is_text), consistency=is_truth,
+    source_data=optional(is_identity), reflow=optional(is_text), distill=optional(is_text),
+    guidance=number(0, 1e3), consistency=is_truth,
     M=optional(whole_number(1, 10 ** 6)), sigma=number(1e-9, 1e9), tau=number(1e-9, 1e9),
     field_batch=is_field_batch, batch_size=whole_number(1, 2 ** 31), flip=is_truth,
     steps=whole_number(1, 2 ** 31), sample_every=whole_number(0, 2 ** 31), lr=number(0, 1e9),
@@ -200,6 +202,8 @@ def check_flags(flags):
         raise ValueError(f'method {method!r} of a published file')
     if not official and flags['z_min'] >= flags['z_max']:
         raise ValueError(f'z_min {flags["z_min"]} is not below z_max {flags["z_max"]}')
+    if flags.get('source') and flags.get('source_data') is None:
+        raise ValueError('source_data is missing from its args')
     if method == 'pfgm' and not official and flags['M'] is None:
         raise ValueError('M is missing from its args')
     names = flags.get('class_names') or []
@@ -209,14 +213,57 @@ def check_flags(flags):
 
 # ---------------------------------------------------------------- pruning and averaging
 
+# What a network is, and what it stands for: the flags in which checkpoints that are averaged must
+# agree. Where some of them differ the tensors have the same shapes nevertheless.
+ALIKE = ('method', 'D', 'image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'classes',
+         'class_names', 'patch', 'ncsnpp', 'label_first', 'skip', 'sigma_data', 'gamma', 'M',
+         'sigma', 'tau', 'm_draws', 'z_max', 'upper_norm', 'z_exp', 'z_min', 'consistency')
+
+
+def check_alike(flags, other, path, other_path):
+    """Raise BadInput unless two checkpoints, with these mappings of flags, were trained alike, and
+    say so where their weights began differently. path, other_path: their files."""
+    mend = 'give checkpoints that were trained alike'
+    for key in ('official', 'edm'):
+        if flags.get(key, False) != other.get(key, False):
+            raise BadInput(f'ckpt {path}: of other authors than {other_path}; {mend}')
+    for key in ALIKE:
+        here, there = (list(value) if isinstance(value, tuple) else value
+                       for value in (flags.get(key), other.get(key)))
+        if here != there:
+            raise BadInput(f'ckpt {path}: trained with {key} {here}, {other_path} with {there}; '
+                           f'{mend}')
+    for key in ('reflow', 'distill'):  # the path of the teacher may differ
+        if bool(flags.get(key)) != bool(other.get(key)):
+            raise BadInput(f'ckpt {path}: only one of it and {other_path} was trained by --{key}; '
+                           f'{mend}')
+    for key, identity in (('dataset', 'data'), ('source', 'source_data')):
+        here = flags.get(key)
+        there = other.get(key)
+        if here and there:
+            same = is_same_set(here, flags[identity], there, other[identity])
+        else:
+            same = here == there
+        if not same:
+            raise BadInput(f'ckpt {path}: trained with {key} {here}, {other_path} with {there}, '
+                           f'which are other images; {mend}')
+    from_same = flags.get('init_from') and flags.get('init_from') == other.get('init_from')
+    if flags.get('seed') != other.get('seed') and not from_same:
+        say(f'{path} and {other_path} began with other weights, from --seed {flags.get("seed")} '
+            f'and {other.get("seed")}: the mean of such networks is seldom a good one')
+
+
 def average(paths, out):
-    """Write to the file `out` the mean of the EMAs of checkpoints of one architecture, with the
-    args of the last of them and the step of the most trained."""
-    checkpoints = [read_checkpoint(path) for path in paths]
-    first = checkpoints[0]['ema']
-    for saved, path in zip(checkpoints, paths):
-        build(saved['ema'], saved['args'], path)  # which refuses what is no network
-        check_shapes(first, saved['ema'], path)
+    """Write to the file `out` the mean of the EMAs of checkpoints that were trained alike, with the
+    args of the last of them and the step of the most trained. Raises BadInput where they were not,
+    or `out` is there already."""
+    with given_by('ckpt'):
+        checkpoints = [read_checkpoint(path) for path in paths]
+        first = checkpoints[0]['ema']
+        for saved, path in zip(checkpoints, paths):
+            build(saved['ema'], saved['args'], path)  # which refuses what is no network
+            check_alike(saved['args'], checkpoints[0]['args'], path, paths[0])
+            check_shapes(first, saved['ema'], path)
     if os.path.exists(out):
         raise BadInput(f'--out {out}: exists; give a new name')
     mean = {}
@@ -230,7 +277,7 @@ def average(paths, out):
 def parse_args(argv=None):
     p = Parser(description=__doc__)
     p.add_argument('ckpt', nargs='+', type=in_folder,
-                   help='checkpoints of one architecture, ours or official')
+                   help='checkpoints that were trained alike, ours or official')
     p.add_argument('--out', required=True, help='the file to write: ema, step, args')
     return p.parse_args(argv)
 

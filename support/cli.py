@@ -74,11 +74,33 @@ def given_by(flag):
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose flags must be spelled out. A wrong one ends the script in one line.
-    """
+
+    The namespace that it returns has one more field, `given`: {name: words} of the flags that the
+    user typed, with the words as they were typed, as in {'gamma': '--gamma 50'}."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                          **options)
+
+    def parse_known_args(self, words=None, namespace=None):
+        words = sys.argv[1:] if words is None else list(words)
+        parsed, rest = super().parse_known_args(words, namespace)
+        of_subparser = getattr(parsed, 'given', {})  # a parser within this one, of a subcommand
+        parsed.given = {**of_subparser, **self.typed(words)}
+        return parsed, rest
+
+    def typed(self, words):
+        """{name: words} of this parser's flags among the words of a command."""
+        typed = {}
+        name = None
+        for word in words:
+            flag, equals, value = word.partition('=')
+            if flag in self._option_string_actions:
+                name = self._option_string_actions[flag].dest
+                typed[name] = [flag, value] if equals else [flag]
+            elif name is not None:
+                typed[name].append(word)
+        return {name: ' '.join(map(str, parts)) for name, parts in typed.items()}
 
     def error(self, message):
         message = printable(' '.join(message.removeprefix('argument ').split()))

@@ -70,7 +70,8 @@ class Flow:
     method: Optional[str] = None      # a word of methods.METHODS; None for an exact field
     weights: Optional[str] = None     # 'ema' or 'raw'
     step: Optional[int] = None        # updates it was trained for
-    student: bool = False             # trained for one or two calls: it has no flow to follow
+    student: Optional[str] = None     # distill or consistency, where one of these trained it for
+                                      # one or two calls: it has no flow to follow
     dataset: Optional[str] = None     # the name of what it was trained on
     data: Optional[list] = None       # its identity, as images.Images has it
     class_count: int = 0              # how many classes it knows
@@ -95,14 +96,15 @@ class Flow:
     def prior(self, indices):
         """The starts (b, C, H, W) of images `indices`, each drawn from (seed, its index) alone. A
         flow from another data set starts from its images, in turn."""
-        if self.source is not None:
-            return self.z_max * self.source[torch.tensor(indices)]
         return self.noise_of(indices, self.z_max, first=0)(0)
 
     def noise_of(self, indices, z=1.0, first=2 ** 33):
         """A function noise(step) -> (b, C, H, W): draws of the prior's law, but on the plane z.
 
-        Each image has a generator of its own, seeded by its index counted from `first`."""
+        Each image has a generator of its own, seeded by its index counted from `first`. A flow from
+        another data set has seen no noise but the image that it starts from, on every step."""
+        if self.source is not None:
+            return lambda step: z * self.source[torch.tensor(indices)]
         draws = [torch.Generator().manual_seed(step_seed(self.seed, first + i)) for i in indices]
         most = self.upper_norm  # farther out nothing was learned
         if most is not None:
@@ -260,15 +262,20 @@ def flow_of(net, flags, **more):
 # ---------------------------------------------------------------- from a file, or from data
 
 def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data_dir='data',
-              source=None, solver=None, nfe=None, tol=1e-4, schedule=None, z_min=None, to_data=None,
-              small_z=None, classes=None, guidance=1.0, eta=0.0, seed=0, bf16=None):
+              source=None, source_flag='--from', solver=None, nfe=None, tol=1e-4, schedule=None,
+              z_min=None, to_data=None, small_z=None, classes=None, guidance=1.0, eta=0.0, seed=0,
+              bf16=None):
     """The Flow of a checkpoint, ours or the authors'.
 
     What is None is as is best for the network: solver rk45, or unipc where nfe is given; the
     authors' own solver, schedule and constants for their files. classes: labels or their names, in
     turn. dataset: where a published file of PFGM does not say it. source: images that a flow from
-    another data set starts from, in place of those it was trained with. Other arguments are fields
-    of Flow. Raises BadInput, which names the flag of sample.py, for what the flow does not take."""
+    another data set starts from, in place of those it was trained with; source_flag gave them.
+    Other arguments are fields of Flow. Raises BadInput, which names the flag of sample.py, for what
+    the flow does not take.
+
+    A student of --distill has learned the plane z_max alone, and makes one call. One of
+    --consistency goes on from there by `renew`."""
     say_unused(solver, nfe, tol)
     net, flags = load_checkpoint(path, weights)
     net.requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -276,8 +283,12 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
         net.compile()
     official = flags.get('official', False)
     edm = flags.get('edm', False)
-    few_calls = flags.get('consistency', False)
-    student = bool(few_calls or flags.get('distill'))
+    student = None
+    if flags.get('distill'):
+        student = 'distill'
+    elif flags.get('consistency'):
+        student = 'consistency'
+    check_calls(student, solver, nfe)
     if official:
         name = dataset or OFFICIAL_BY_SIZE.get(flags['image_size'])
         if name not in OFFICIAL:
@@ -290,7 +301,7 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
     if nfe is None and edm and solver is None:
         nfe = EDM_NFE
     if solver is None:
-        if few_calls:
+        if student == 'consistency':
             solver = 'renew'
         elif nfe is None:
             solver = 'rk45'
@@ -314,12 +325,39 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
                    z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16)
     flow.z_min = z_min or flow.z_min
     if flags.get('source'):
-        start = load_images(source or flags['source'], data_dir, flags['image_size'],
-                            flags['channels'], flag='--from', size_is_fixed=True)
-        flow.source = charges_of(start, '--from')
+        flow.source = charges_of(images_to_start_from(flags, source, source_flag, data_dir),
+                                 source_flag)
+    elif source is not None:
+        raise BadInput(f'{source_flag} {source}: this flow starts from noise; leave it out')
     check_flow(flow, z_min, tol_least=1e-7, precision='float32 of a network')
     flow.classes = tuple(class_numbers(classes, flow.class_count, flow.class_names))
     return flow
+
+
+def images_to_start_from(flags, source, source_flag, data_dir):
+    """The Images that a flow of train.py --source starts from.
+
+    flags: the mapping of flags that its checkpoint keeps. source: other images, or the place where
+    they are now, which source_flag gave; None: those that it was trained with, which must be there
+    and be the same. Raises BadInput."""
+    size = flags['image_size']
+    channels = flags['channels']
+    if source is not None:
+        return load_images(source, data_dir, size, channels, flag=source_flag, size_is_fixed=True)
+    path = flags['source']
+    try:
+        images = load_images(path, data_dir, size, channels, flag='--source of --ckpt',
+                             size_is_fixed=True)
+    except BadInput as error:
+        raise BadInput(f'{error}; if it has moved, give --from') from error
+    difference = images.difference(flags['source_data'], (channels, size, size), False, None)
+    if difference and not images.is_known_set:
+        raise BadInput(f'--source of --ckpt {path}: other images than it was trained with '
+                       f'({difference}); give --from {path} to start from these, or --from with '
+                       'those')
+    if difference:
+        say(f'--source of --ckpt {path}: not as it was there: {difference}')
+    return images
 
 
 def exact_flow(images, dataset, device, *, solver=None, nfe=None, tol=1e-4, schedule=None,
@@ -347,6 +385,26 @@ def say_unused(solver, nfe, tol):
         say(f'--nfe {nfe} is not used: rk45 makes the calls that --tol {tol} asks for')
 
 
+def check_calls(student, solver, nfe):
+    """BadInput for a solver or a number of calls, None where not given, that a student was not
+    trained for. student: a field of Flow."""
+    if student is None:
+        return
+    made_for = f'the network is a student of --{student}, trained for'
+    if student == 'distill':
+        if solver == 'rk45':
+            raise BadInput(f'--solver rk45: {made_for} one call; leave it out')
+        if nfe not in (None, 1):
+            raise BadInput(f'--nfe {nfe}: {made_for} one call; leave it out')
+        return
+    is_one_call = nfe in (None, 1) and solver != 'rk45'
+    if solver not in (None, 'renew') and not is_one_call:
+        raise BadInput(f'--solver {solver}: {made_for} one call, from which only renew goes on; '
+                       'leave it out')
+    if nfe is not None and nfe > 2:
+        say(f'--nfe {nfe}: {made_for} one or two calls, and more need not be better')
+
+
 def check_flow(flow, z_min, tol_least, precision):
     """BadInput for what was asked of a flow that it does not take."""
     if flow.schedule == 'time' and not isinstance(flow.net, VP):
@@ -357,6 +415,13 @@ def check_flow(flow, z_min, tol_least, precision):
     if flow.solver == 'ddim' and flow.D != math.inf:
         raise BadInput('--solver ddim: adds Gaussian noise, for D = inf only (vp, subvp, ddpm, rf, '
                        'pfgmpp with --D inf)')
+    if flow.source is not None and flow.student is None:
+        if flow.solver == 'renew':
+            raise BadInput('--solver renew: this flow starts from images and has seen no noise; '
+                           'give another')
+        if flow.eta:
+            raise BadInput(f'--eta {flow.eta}: this flow starts from images and has seen no noise; '
+                           'leave it out')
     if z_min is not None and z_min >= flow.z_max:
         raise BadInput(f'--z_min {z_min}: must be below z_max {flow.z_max:.4g}')
     if flow.guidance != 1 and not flow.class_count:
@@ -459,6 +524,9 @@ def flow_flags(p):
                          'on (default: as it says)')
     network.add_argument('--data_dir', default='data',
                          help='where known data sets are kept (default: data)')
+    network.add_argument('--from', dest='start', metavar='IMAGES', default=None,
+                         help='what a flow of train.py --source carries across (default: the '
+                         'images it was trained with, in turn)')
     network.add_argument('--image_size', type=above(0, int), default=None,
                          help='of --exact, pixels a side (default: as the data is)')
 

@@ -26,22 +26,28 @@ Z_BINS = (0.01, 0.1, 1.0, 10.0)  # the loss is also logged by z, split here
 # ---------------------------------------------------------------- where training starts from
 
 class Origin(NamedTuple):
-    """Where training starts from; all None where it starts afresh."""
-    saved: Optional[dict]  # a checkpoint: net, ema, step, args, and opt where the file has it
-    flag: Optional[str]    # what gave it: out_dir (the run is resumed), reflow, distill, init_from
-    path: Optional[str]    # of the checkpoint
+    """Where training starts from; all None or False where it starts afresh."""
+    saved: Optional[dict] = None    # a checkpoint: net, ema, step, args, and opt where it is kept
+    flag: Optional[str] = None      # what gave it: out_dir (a run to go on), reflow, distill,
+                                    # init_from
+    path: Optional[str] = None      # of the checkpoint
+    lacks_optimizer: bool = False   # whether the file of --init_from has no optimizer state
 
     @property
     def resumed(self):
         return self.flag == 'out_dir'
 
+    @property
+    def given(self):
+        """With which words messages about it begin."""
+        return f'--{self.flag} {os.path.dirname(self.path) if self.resumed else self.path}'
 
-def open_run(out_dir, images, *, reflow=None, distill=None, init_from=None, consistency=False):
+
+def open_run(out_dir, *, reflow=None, distill=None, init_from=None, consistency=False):
     """The Origin of a run: the checkpoint in out_dir, else the one that a flag names, else none.
 
-    images: the data set. Where the newest checkpoint in out_dir is damaged, a line says so and the
-    one before it is used. Raises BadInput for a folder that holds
-    something else than a run, and where the run was made with other images."""
+    Where the newest checkpoint in out_dir is damaged, a line says so and the one before it is used.
+    Raises BadInput for a folder that holds something else than a run."""
     newest = os.path.join(out_dir, 'ckpt.pt')
     older = sorted(glob.glob(os.path.join(glob.escape(out_dir), 'ckpt-*.pt')), reverse=True)
     paths = [path for path in (newest, *older) if os.path.exists(path)]
@@ -53,22 +59,20 @@ def open_run(out_dir, images, *, reflow=None, distill=None, init_from=None, cons
                 raise
             print(f'{error}; going back to {paths[k + 1]}', file=sys.stderr)
             continue
-        check_data(images, saved['args'],
-                   f'--out_dir {out_dir} holds a run', 'give another --out_dir, '
-                   f'with --init_from {path} to go on from its network')
         return Origin(saved, 'out_dir', newest)
 
     check_is_run(out_dir)
     for flag, path in dict(reflow=reflow, distill=distill, init_from=init_from).items():
         if not path:
             continue
-        is_teacher = flag != 'init_from'
-        saved = read_given(flag, path, ema_only=is_teacher or consistency)
-        if is_teacher and 'dataset' in saved['args']:  # the authors' files do not say
-            check_data(images, saved['args'], f'--{flag} {path} was trained',
-                       f'give --dataset {saved["args"]["dataset"]}')
-        return Origin(saved, flag, path)
-    return Origin(None, None, None)
+        saved = read_given(flag, path)
+        lacks_optimizer = 'opt' not in saved
+        if flag != 'init_from' or consistency or lacks_optimizer:
+            saved = dict(net=saved['net'], ema=saved['ema'], step=0, args=saved['args'])
+        if flag != 'init_from' or consistency:  # students start from the average, at step 0
+            saved['net'] = {name: tensor.clone() for name, tensor in saved['ema'].items()}
+        return Origin(saved, flag, path, lacks_optimizer)
+    return Origin()
 
 
 def check_is_run(out_dir):
@@ -87,40 +91,81 @@ def check_is_run(out_dir):
                        'give another --out_dir')
 
 
-def read_given(flag, path, ema_only=False):
-    """The checkpoint, as read_checkpoint() reads it, that `flag` gave to go on from.
+def read_given(flag, path):
+    """The checkpoint, as read_checkpoint() reads it, that `flag` gave to go on from, with its net:
+    a copy of the average where the file is that alone, as a pruned one and a snapshot of EDM are.
 
-    ema_only: training starts from its averaged weights, at step 0, as students do. Raises BadInput
-    where the file is damaged, or lacks what training needs."""
+    Raises BadInput where the file is damaged, or a run cannot go on from it."""
     with given_by(f'--{flag}'):
         saved = read_checkpoint(path, whole=True)
-    if ema_only:
-        saved = dict(ema=saved['ema'], step=0, args=saved['args'])
-    # A snapshot of EDM or PFGM++ is the averaged weights alone.
-    if ema_only or saved['args']['edm']:
-        saved.setdefault('net', {name: tensor.clone() for name, tensor in saved['ema'].items()})
-    elif not {'net', 'opt'} <= saved.keys():
-        raise BadInput(f'--{flag} {path}: holds the EMA only; training needs the whole checkpoint')
+    if flag == 'out_dir' and not {'net', 'opt'} <= saved.keys():
+        raise BadInput(f'--out_dir {os.path.dirname(path)}: {path} holds the EMA only; '
+                       f'give another --out_dir, with --init_from {path} to go on from it')
+    saved.setdefault('net', {name: tensor.clone() for name, tensor in saved['ema'].items()})
     return saved
 
 
-def check_data(images, old, where, mend):
-    """Raise BadInput unless the images are those that a run was made with: a known data set of that
-    name or, wherever they are now, as many with the same pixels and labels. Where a known set is
-    drawn or decoded otherwise here than there, as by other versions of Pillow, a line says so.
+def check_data(origin, images, source, given):
+    """Raise BadInput unless the images are those that the run to go on with, or the teacher, was
+    trained on, and the source those that it starts from: known data sets of the same names or,
+    wherever they are now, as many with the same pixels and labels. Where a known set is drawn or
+    decoded otherwise here than there, as by other versions of Pillow, a line says so.
 
-    old: the flags of that run. where and mend: the first and the last words of the line."""
-    trained_on = old.get('dataset')  # None in the authors' files, which do not say
-    size = old['image_size']
-    difference = images.difference(old.get('data'), (old['channels'], size, size),
-                                   old['classes'] > 0, old.get('class_names'))
-    if images.name in SETS or trained_on in SETS:
-        if images.name != trained_on:
-            raise BadInput(f'--dataset {images.name}: {where} on {trained_on}; {mend}')
-        if difference:
-            say(f'--dataset {images.name}: not as it was there: {difference}')
+    images, source: Images; no source means noise. given: {name: words} of the flags that were
+    typed."""
+    if origin.saved is None or origin.flag == 'init_from':
+        return
+    old = origin.saved['args']
+    trained_on = old.get('dataset')
+    if trained_on is None:  # a file of other authors, which does not say
+        if origin.resumed:
+            raise BadInput(f'{origin.given}: {origin.path} is a file of other authors, not a run; '
+                           f'give another --out_dir, with --init_from {origin.path}')
+        return
+    shape = (old['channels'], old['image_size'], old['image_size'])
+    difference = images.difference(old['data'], shape, old['classes'] > 0, old['class_names'])
+    check_set('dataset', images, trained_on, difference, origin, given)
+    old_source = old['source']
+    if source is not None and old_source:
+        difference = source.difference(old['source_data'], shape, False, None)
+        check_set('source', source, old_source, difference, origin, given)
+    elif source is not None:
+        refuse_data('source', source.name, 'noise', origin, given)
+    elif old_source:
+        refuse_data('source', 'noise', old_source, origin, given)
+
+
+def check_set(name, images, there, difference, origin, given):
+    """Raise BadInput unless the images that the flag `name` gave are those that were called `there`
+    when `origin` was trained. difference: in words, of the images, see Images.difference()."""
+    if images.is_known_set or there in SETS:
+        if images.name != there:
+            refuse_data(name, images.name, there, origin, given)
+        elif difference:
+            say(f'{images.given}: not as it was there: {difference}')
     elif difference:
-        raise BadInput(f'--dataset {images.name}: {where} on {trained_on}; {mend} ({difference})')
+        refuse_data(name, images.name, there, origin, given, f' ({difference})')
+
+
+def refuse_data(name, here, there, origin, given, reason=''):
+    """Raise BadInput for a data set that is not the one of `origin`. name: of the flag, dataset or
+    source. here and there: what the flag says here, and said when that was trained. reason: the
+    last words."""
+    preposition = 'on' if name == 'dataset' else 'from'
+    keep = f'give --{name} {there}'
+    if there == 'noise':
+        keep = 'leave it out'
+    if origin.resumed:
+        story = f'{origin.given} holds a run {preposition} {there}'
+        mend = (f'give another --out_dir, with --init_from {origin.path} to go on from its network')
+        if name not in given:
+            mend = f'{keep}, or {mend}'
+    else:
+        story = f'{origin.given} was trained {preposition} {there}'
+        mend = keep
+    if name in given:
+        raise BadInput(f'{given[name]}: {story}; {mend}{reason}')
+    raise BadInput(f'{story}, not {preposition} {here}; {mend}{reason}')
 
 
 def restore_optimizer(opt, saved, device, rank):

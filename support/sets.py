@@ -226,6 +226,20 @@ def meant_set(name):
     return names[near[0]] if near else None
 
 
+def is_same_set(name, identity, other_name, other_identity, with_labels=False):
+    """Whether two data sets are the same, each known by its name and its Images.identity at one
+    image size: a known set of one name or, wherever they are now, as many images with the same
+    pixels.
+
+    with_labels: whether their labels and the names of their classes must be the same too."""
+    if name in SETS or other_name in SETS:
+        return name == other_name
+    count, labels, pixels = identity
+    other_count, other_labels, other_pixels = other_identity
+    same_labels = labels == other_labels or not with_labels
+    return (count, pixels) == (other_count, other_pixels) and same_labels
+
+
 def find(dataset, data_dir, image_size, split):
     """The RawSet of a known set, downloaded where it is not there, or of a path. image_size: what
     the user asked for, or None. Raises ValueError where there is none, and whatever torchvision and

@@ -85,9 +85,11 @@ def pairs_of_teacher(teacher, count, folder, flag, batch_size, device, rank, wor
     -> a data set of float32 (2, C, S, S): eps = (x - y) / z_max, and y, so that the line between
     them is y + z eps. Each rank makes its share of the files, and files that this network has made
     before are kept. flag: what named the teacher. Raises BadInput where it cannot be followed."""
-    network = fingerprint(teacher.net.state_dict().values(), teacher.seed)
+    made_by = f'{fingerprint(teacher.net.state_dict().values(), teacher.seed):08x}'
+    if teacher.guidance != 1:
+        made_by += f'-guidance{teacher.guidance:g}'
     shards = [range(count)[first:first + SHARD] for first in range(0, count, SHARD)]
-    paths = [os.path.join(folder, f'{network:08x}-{k:05d}.npy') for k in range(len(shards))]
+    paths = [os.path.join(folder, f'{made_by}-{k:05d}.npy') for k in range(len(shards))]
     shapes = [(len(shard), 2, *teacher.shape) for shard in shards]
 
     mine = range(rank, len(shards), world)

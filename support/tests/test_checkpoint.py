@@ -16,7 +16,7 @@ from support import checkpoint
 from support.cli import BadInput
 from support.methods import as_flow
 from support.networks import ARCHITECTURE, build
-from support.tests.common import TINY, close, loaded, refuses, same, script
+from support.tests.common import TINY, close, loaded, refuses, said, same, script
 from support.tests.made import limited, mutated, zipped
 from support.tests.published_files import edm_file, tiny_official
 
@@ -90,7 +90,6 @@ def test_average__prunes_and_averages(trained, here):
             close(t, saved['ema'][name] + shift, atol=1e-6)
     assert os.path.getsize('ema.pt') < 0.4 * os.path.getsize('b.pt')
     refuses(['sample.py', '--ckpt', 'ema.pt', '--weights', 'raw'], 'holds the EMA only')
-    refuses(['train.py', *TINY, '--init_from', 'ema.pt', '--out_dir', 'o'], 'holds the EMA only')
     refuses(['checkpoint.py', 'b.pt', '--out', 'mean.pt'], '--out mean.pt: exists')
     assert sorted(os.listdir('.')) == ['b.pt', 'ema.pt', 'mean.pt']
 
@@ -100,12 +99,53 @@ def test_average__takes_one_architecture_only(trained, here):
     edm_file('edm.pkl', whole=False, nf=4, size=16)
     for path in ('official.pth', 'edm.pkl'):
         refuses(['checkpoint.py', trained, path, '--out', 'mean.pt'],
-                f'--ckpt {path}: not the architecture it claims')
+                f'^ckpt {path}: of other authors than .*ckpt.pt; give checkpoints that')
         script(['checkpoint.py', path, path, '--out', f'{path}.pt'])
         old, new = (checkpoint.load_checkpoint(p)[0].state_dict() for p in (path, f'{path}.pt'))
         for name in old:
             close(new[name], old[name], rtol=1e-6)
     assert 'mean.pt' not in os.listdir('.')
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(method='vp'), 'trained with method vp, .*ckpt.pt with pfgm'),
+    (dict(method='pfgmpp', D=128.0), 'trained with method pfgmpp'),
+    (dict(D=2.0), 'trained with D 2.0, .* with 1.0'),
+    (dict(skip=True), 'trained with skip True, .* with False'),
+    (dict(gamma=6.0), 'trained with gamma 6.0, .* with 5.0'),
+    (dict(z_max=50.0), 'trained with z_max 50.0'),
+    (dict(class_names=list('ab')), r"trained with class_names \['a', 'b'\]"),
+    (dict(dataset='pictures'), 'trained with dataset pictures, .* with glyphs, which are other im'),
+    (dict(consistency=True), 'trained with consistency True'),
+    (dict(distill='t.pt'), 'only one of it and .* was trained by --distill'),
+    (dict(reflow='t.pt'), 'only one of it and .* was trained by --reflow'),
+    (dict(source='L', source_data=[9, 1, 2], method='rf'), 'trained with method rf')])
+def test_check_alike__refuses_what_was_trained_otherwise(change, message, trained, here):
+    saved = loaded(trained)
+    saved['args'].update(change)
+    torch.save(saved, 'b.pt')
+    refuses(['checkpoint.py', trained, 'b.pt', '--out', 'mean.pt'],
+            f'^ckpt b.pt: {message}.*; give checkpoints that were trained alike$')
+    assert not Path('mean.pt').exists()
+
+
+def test_check_alike__compares_the_sources_of_flows_between_data_sets():
+    flags = dict(method='rf', source='L', source_data=[9, 1, 2])
+    checkpoint.check_alike(flags, dict(flags, source='moved/L'), 'b.pt', 'a.pt')
+    for other in (dict(source='L', source_data=[9, 1, 3]), dict(source=None, source_data=None)):
+        with pytest.raises(BadInput, match='^ckpt b.pt: trained with source L, a.pt with .*alike$'):
+            checkpoint.check_alike(flags, {**flags, **other}, 'b.pt', 'a.pt')
+
+
+def test_check_alike__says_where_weights_began_differently(trained, here):
+    saved = loaded(trained)
+    saved['args'].update(seed=3, lr=1e-5, out_dir='b', data_dir='c', steps=99)
+    torch.save(saved, 'b.pt')
+    told = 'b.pt and .* began with other weights, from --seed 3 and 0'
+    assert re.search(told, said(['checkpoint.py', trained, 'b.pt', '--out', 'a.pt']))
+    saved['args'].update(seed=0)
+    torch.save(saved, 'b.pt')
+    assert 'began' not in said(['checkpoint.py', trained, 'b.pt', '--out', 'c.pt'])
 
 
 # ---------------------------------------------------------------- damaged files

@@ -2,6 +2,7 @@
 import inspect
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from scipy import optimize
 import pfgm
 from pfgm import ExactField
 from support.cli import BadInput
-from support.flow import Flow, class_numbers
+from support.flow import Flow, class_numbers, load_flow
 from support.images import to_float
 from support.solvers import ancestral
 from support.tests.common import (F64, TINY_PP, close, loaded, refuses, said, sampled, script,
                                   seeded, spied)
+from support.tests.made import picture, pictures
+
+CPU = torch.device('cpu')
 
 
 def flow_without_network(**fields):
@@ -139,6 +143,90 @@ def test_prior__a_flow_between_two_data_sets_starts_from_images(straight, here):
     refuses(['sample.py', '--ckpt', straight, '--from', 's.npy'], '--from s.npy: .* from noise')
     refuses('evaluate.py --ckpt a --bpd --device cpu'.split(), '--bpd: .*from images')
     refuses([*command, *'--source s.npy --method vp --out_dir c'.split()], '--source s.npy: b')
+
+
+@pytest.fixture
+def across(here):
+    """The folder a of a run of 2 steps of a flow from the images of the folder L to glyphs, in a
+    folder that is the current one. -> the command that made it."""
+    pictures(Path('L'), *(f'{k}.png' for k in range(9)), side=16)
+    command = ['train.py', *TINY_PP, *'--channels 1 --source L --out_dir a --steps'.split()]
+    script([*command, 2])
+    return command
+
+
+def test_check_flow__a_flow_between_data_sets_sees_no_fresh_noise(across):
+    sampling = 'sample.py --ckpt a --device cpu --n 2 --nfe 4 --out b.png'.split()
+    Image.new('L', (16, 16), 255).save('mask.png')
+    for flags, message in (
+            ('--solver renew', '--solver renew: this flow starts from images and has'),
+            ('--solver ddim --eta 1', '--eta 1.0: this flow starts from images and has'),
+            ('--rescale', '--rescale: changes the noise .* this one starts from images'),
+            ('--inpaint L --mask mask.png', '--inpaint L: changes the noise .* from images')):
+        refuses([*sampling, *flags.split()], f'^{message}')
+    script([*sampling, *'--solver ddim'.split()])  # without noise it is euler
+
+
+def test_between_draws__of_a_flow_between_data_sets_leads_from_image_to_image(across):
+    flags = '--ckpt a --nfe 8 --solver euler --no-bf16'.split()
+    first = sampled('a.npz', *flags, '--n', 2)
+    row = sampled('b.npz', *flags, '--interpolate', '--n', 8)
+    assert len(row) == 8 and abs(row[[0, 7]] - first).max() <= 1
+    assert abs(first[0] - first[1]).max() > 20
+
+
+def test_noise_of__a_student_between_data_sets_renews_the_image_that_it_starts_from(across):
+    assert 'rf of D inf' in said([*across[:-3], *'--consistency --init_from a --out_dir b --steps 2'
+                                  .split()])
+    flow = load_flow('b/ckpt.pt', CPU, nfe=2, bf16=False)
+    assert flow.student == 'consistency' and flow.solver == 'renew'
+    x = flow.prior(range(12))
+    assert torch.equal(flow.noise_of(range(12))(5) * flow.z_max, x)
+    end, calls = flow.follow(x, CPU, range(12))
+    assert calls == 2
+    z = flow.ending()[1]  # the second call: xhat of the first, and the same image as its noise
+    once = xhat(flow, x, flow.z_max)
+    close(end, xhat(flow, once + z * x / flow.z_max, z), atol=1e-3)
+
+
+def xhat(flow, x, z):
+    with torch.no_grad():
+        v_x, _ = flow.net(x, torch.full((len(x),), z))
+    return x + v_x
+
+
+def test_check_data__a_source_is_compared_as_a_data_set_is(across):
+    """By another spelling, moved, with other images, gone, or left out."""
+    def moved_to(path):
+        return [path if word == 'L' else word for word in across]
+    out = said([*moved_to('./L/'), 3])
+    assert 'going on from step 2' in out and 'going on with' not in out
+    shutil.copytree('L', 'moved')
+    assert 'going on with --source moved (it was L)' in said([*moved_to('moved'), 4])
+    refuses([*across[:-5], *across[-3:], 5], '^--out_dir a holds a run from moved, not from noise; '
+            'give --source moved, or give another --out_dir')
+    picture(99, 16).save('L/9.png')
+    refuses([*across, 5], '^--source L: --out_dir a holds a run from moved; give another '
+            r'--out_dir, with --init_from a/ckpt.pt .*\(9 images there, 10 here\)')
+    script(['train.py', *TINY_PP,
+            *'--distill a --pairs 8 --source moved --out_dir d --steps 1'.split()])
+    refuses([*'train.py --distill a --source L --out_dir e'.split(), *TINY_PP],
+            '^--source L: --distill a/ckpt.pt was trained from moved; give --source moved')
+
+    sampling = 'sample.py --ckpt a --device cpu --n 2 --nfe 2 --out b.png'.split()
+    measuring = ('evaluate.py --ckpt a --device cpu --swd --n 8 --nfe 2 --results r.jsonl').split()
+    picture(99, 16).save('moved/9.png')
+    for command in (sampling, measuring):
+        refuses(command, '^--source of --ckpt moved: other images than it was trained with .*; '
+                'give --from moved to start from these, or --from')
+        script([*command, '--from', 'L'])
+    shutil.rmtree('moved')
+    for command in (sampling, measuring):
+        refuses(command, '^--source of --ckpt moved: no such .*; if it has moved, give --from$')
+    refuses(['train.py', *TINY_PP, *'--init_from a --out_dir f'.split()],
+            '^--source of --init_from moved: no such .*; if it has moved, give --source$')
+    for script_name in ('sample.py', 'evaluate.py --swd'):
+        refuses([*script_name.split(), *'--exact --from L'.split()], '^--from L: .*; leave it out')
 
 
 @pytest.mark.parametrize('solver, value', [

@@ -11,7 +11,7 @@ from support.cli import BadInput
 from support.run import Origin
 from support.sets import load_images
 from support.tests.common import TINY, TINY_PP, loaded, refuses, said, script
-from support.tests.made import classes_of
+from support.tests.made import classes_of, pictures
 
 
 class FakeImages:
@@ -33,8 +33,7 @@ class FakeImages:
 def filled(images, *words, preset='cifar10', world=1):
     """The flags of a new run on these images, with the values of a preset."""
     flags = vars(train.parse_args([*words, '--preset', preset]))
-    return options.fill(flags, train.PRESETS[preset], False, images, Origin(None, None, None),
-                        world)
+    return options.fill(flags, train.PRESETS[preset], False, images, Origin(), world)
 
 
 # ---------------------------------------------------------------- what was left open
@@ -71,7 +70,7 @@ def test_fill__does_not_change_the_mapping_that_it_is_given():
     flags = vars(train.parse_args(['--preset', 'cifar10']))
     before = dict(flags)
     preset = dict(train.CIFAR10)
-    options.fill(flags, preset, False, FakeImages(32), Origin(None, None, None), world=1)
+    options.fill(flags, preset, False, FakeImages(32), Origin(), world=1)
     assert flags == before and preset == train.CIFAR10
 
 
@@ -84,7 +83,9 @@ def test_fill__takes_what_was_given_before_all_else():
 @pytest.mark.parametrize('words, method, D', [
     ('', 'pfgm', 1), ('--D 3', 'pfgmpp', 3), ('--ncsnpp', 'pfgmpp', 128),
     ('--method pfgmpp', 'pfgmpp', 128), ('--method vp', 'vp', float('inf')),
-    ('--D inf', 'pfgmpp', float('inf'))])
+    ('--D inf', 'pfgmpp', float('inf')), ('--consistency', 'pfgmpp', 128),
+    ('--consistency --D 1', 'pfgmpp', 1), ('--consistency --method rf', 'rf', float('inf')),
+    ('--source x', 'rf', float('inf'))])
 def test_fill__infers_the_method_and_D(words, method, D):
     flags = filled(FakeImages(32), *words.split())
     assert (flags['method'], flags['D']) == (method, D)
@@ -99,18 +100,23 @@ def test_fill__takes_all_images_as_charges_where_field_batch_would_not_be_fewer(
 
 
 @pytest.mark.parametrize('words, message', [
-    ('--method vp --D 3', '--D 3: belongs to --method pfgmpp, not vp'),
-    ('--z_min 41', '--z_min 41.0: must be below --z_max 40'),
-    ('--accum 3', '--batch_size 128: must be a multiple of 2 processes x --accum 3'),
-    ('--field_batch 127', '--field_batch 127: the 128 points of a step are among its charges'),
+    ('--method vp --D 3', '--D 3: belongs to --method pfgmpp, and not vp; leave it out'),
+    ('--method vp --source x', '--source x: belongs to --method rf, and not vp; leave it out'),
+    ('--z_min 41', '--z_min 41: must be below z_max, 40'),
+    ('--z_max 1e-4', '--z_max 1e-4: must be above z_min, 0.001'),
+    ('--accum 3', '--accum 3: the 128 points of a step must be a multiple of 2 processes x 3 pa'),
+    ('--batch_size 3', '--batch_size 3: the 3 points of a step must be a multiple of 2 processes'),
+    ('--field_batch 127', '--field_batch 127: the 128 points of a step are among its 127 charges'),
+    ('--batch_size 8192', '--batch_size 8192: the 8192 points of a step are among its 4096 charge'),
+    ('--source x --field_batch all', '--field_batch all: charges give the field of noise, and a '),
+    ('--source x --field_batch 9', '--field_batch 9: charges give the field of noise, and a flow'),
     ('--reflow x --consistency', '--reflow x: --reflow, --distill and --consistency are two runs'),
     ('--reflow x --init_from y', '--init_from y: --reflow and --distill go on from their teacher'),
     ('--distill x --field_batch 9', '--field_batch 9: the pairs of --reflow and --distill have no'),
-    ('--consistency', '--consistency: trains a denoiser, not a field of pfgm')])
+    ('--consistency --method pfgm', '--method pfgm: a field, and --consistency trains a denois')])
 def test_fill__refuses_flags_that_contradict_one_another(words, message):
     with pytest.raises(BadInput) as error:
-        flags = filled(FakeImages(32), *words.split(), world=2)
-        train.as_flow(None, flags)
+        filled(FakeImages(32), *words.split(), world=2)
     assert str(error.value).startswith(message)
 
 
@@ -127,7 +133,7 @@ def test_class_count__our_own_sets_are_trained_on_their_labels_others_if_asked(h
         assert loaded(out)['args']['classes'] == classes, flags
     of_test = load_images('photos', 'data', None, None, split='test')
     assert {*of_test.labels.tolist()} == {1, 2}  # numbered as of all three
-    refuses([*command, 'e', '--D', 5, '--steps', 9], '--D 5.0: the run .* has 2.0')
+    refuses([*command, 'e', '--D', 5, '--steps', 9], '--D 5: the run .* has 2.0')
     refuses('sample.py --ckpt e --device cpu --classes 10'.split(), '--classes 10: .* 0 to 9')
     np.savez('a.npz', x=np.zeros((8, 8, 8), np.uint8), y=[1, 2] * 4)
     refuses([*command, 'h', '--dataset', 'a.npz', '--classes'],
@@ -169,18 +175,25 @@ def test_check_resume__refuses_what_changes_the_run_and_says_what_may_change(tra
     for key, value in (('m_draws', 3), ('muon', False), ('D', 2.0), ('classes', 5), ('seed', 1),
                        ('ema_decay', 0.5), ('ch_mult', [2, 1]), ('field_batch', 'all')):
         assert saved[key] != value
+        typed = f'--{key} as typed'
         with pytest.raises(BadInput) as error:
-            options.check_resume(dict(saved, **{key: value}), saved)
-        assert str(error.value) == (f'--{key} {value}: the run in --out_dir {trained} has '
-                                    f'{saved[key]}; keep it, or give another --out_dir')
+            options.check_resume(dict(saved, **{key: value}), saved, {key: typed})
+        assert str(error.value) == (f'{typed}: the run in --out_dir {trained} has {saved[key]}; '
+                                    'keep it, or give another --out_dir')
+        with pytest.raises(BadInput) as error:  # left open, and filled with another value
+            options.check_resume(dict(saved, **{key: value}), saved, {})
+        assert str(error.value) == (
+            f'--out_dir {trained}: its run has {key} {saved[key]}, not {value}; '
+            f'give {options.in_words(key, saved[key])}, or another --out_dir')
     assert capsys.readouterr().out == ''
-    options.check_resume(dict(saved, ch_mult=(1, 1), device='cuda', keep=9), saved)  # 1, 1 as lists
+    same = dict(saved, ch_mult=(1, 1), device='cuda', keep=9)  # 1, 1 as lists
+    options.check_resume(same, saved, {})
     assert capsys.readouterr().out == ''
-    options.check_resume(dict(saved, lr=0.5, accum=2), saved)
+    options.check_resume(dict(saved, lr=0.5, accum=2), saved, {})
     assert capsys.readouterr().out == (
         'going on with --lr 0.5 (it was 0.002), --accum 2 (it was 1)\n')
     longer = dict(saved, steps=99, decay=1.0, consistency=True)
-    options.check_resume(longer, dict(longer, steps=10))
+    options.check_resume(longer, dict(longer, steps=10), {})
     assert capsys.readouterr().out == (
         '--steps 99 (it was 10): the learning rate falls to 0 there only; it rises again; '
         'the levels of --consistency lie further apart again\n')
@@ -200,35 +213,135 @@ def test_check_origin__brings_its_flow_and_takes_other_classes(tmp_path):
     assert after['classes'] == 3
     for key in ('method', 'D', 'sigma_data', 'z_max', 'z_min'):
         assert after[key] == before[key]
-    assert '--D 2.0 (it has 64.0)' in said([*command, tmp_path / 'q', *again, two, '--classes',
-                                            '--D', 2, '--steps', 4])
+    out = said([*command, tmp_path / 'q', *again, two, '--classes', '--D', 2, '--steps', 4])
+    assert 'its network, pfgmpp of D 2, but --D 2 (it has 64.0)\n' in out  # and nothing untyped
     for flag, value, has in (('channels', 1, '3; give --channels 3'),
                              ('image_size', 8, '16; give --image_size 16'),
                              ('method', 'vp', 'pfgmpp; give --method pfgmpp')):
         refuses([*command, tmp_path / 'x', *again, two, f'--{flag}', value],
                 f'--{flag} {value}: --init_from .*ckpt.pt has {has}')
-    script(['checkpoint.py', tmp_path / 'o', '--out', tmp_path / 'ema.pt'])
-    refuses([*command, tmp_path / 'x', '--init_from', tmp_path / 'ema.pt', '--dataset', two],
-            '--init_from .*ema.pt: holds the EMA')
 
 
 @pytest.mark.parametrize('key, value, message', [
-    ('muon', False, '--muon False: --init_from c.pt has True; give --muon'),
-    ('skip', True, '--skip True: --init_from c.pt has False; give --no-skip'),
-    ('ch_mult', [2, 2], '--ch_mult [2, 2]: --init_from c.pt has [1, 1]; give --ch_mult 1 1'),
+    ('muon', False, '--no-muon: --init_from c.pt has True; give --muon'),
+    ('skip', True, '--skip: --init_from c.pt has False; give --no-skip'),
+    ('ch_mult', [2, 2], '--ch_mult 2 2: --init_from c.pt has [1, 1]; give --ch_mult 1 1'),
     ('nf', 16, '--nf 16: --init_from c.pt has 8; give --nf 8')])
 def test_check_origin__refuses_another_architecture_with_the_flag_that_mends_it(
         key, value, message, trained):
     saved = loaded(trained)
     flags = dict(saved['args'], **{key: value})
     with pytest.raises(BadInput) as error:
-        options.check_origin(flags, Origin(saved, 'init_from', 'c.pt'))
+        options.check_origin(flags, Origin(saved, 'init_from', 'c.pt'), {})
     assert str(error.value) == message
 
 
-def test_has_other_classes__compares_counts_and_names():
-    saved = dict(classes=2, class_names=['a', 'b'])
-    assert not options.has_other_classes(dict(classes=2, class_names=['a', 'b']), saved)
-    assert not options.has_other_classes(dict(classes=2, class_names=None), saved)
-    assert options.has_other_classes(dict(classes=2, class_names=['a', 'c']), saved)
-    assert options.has_other_classes(dict(classes=0, class_names=['a', 'b']), saved)
+@pytest.mark.parametrize('here, there, is_other', [
+    (dict(class_names=['a', 'b']), dict(class_names=['a', 'b']), False),
+    (dict(class_names=['a', 'c']), dict(class_names=['a', 'b']), True),
+    (dict(class_names=None), dict(class_names=['a', 'b'], data=[8, 1, 2]), True),
+    (dict(class_names=['a', 'b']), dict(class_names=None, data=[8, 1, 2]), True),
+    (dict(class_names=None), dict(class_names=None, data=[8, 1, 2]), True),
+    (dict(class_names=None), dict(class_names=None), False),
+    (dict(class_names=['a', 'b'], classes=0), dict(class_names=['a', 'b']), True),
+    (dict(classes=0), dict(classes=0, data=[8, 1, 2]), False)])
+def test_has_other_classes__wants_equal_names_or_the_same_images(here, there, is_other):
+    common = dict(classes=2, class_names=None, dataset='x', data=[9, 1, 2])
+    assert options.has_other_classes({**common, **here}, {**common, **there}) == is_other
+
+
+def test_has_other_classes__takes_as_many_of_the_authors_files_for_the_same():
+    flags = dict(classes=2, class_names=['a', 'b'], dataset='x', data=[9, 1, 2])
+    assert not options.has_other_classes(flags, dict(classes=2))
+    assert options.has_other_classes(flags, dict(classes=3))
+
+
+def test_check_origin__other_classes_without_names_get_a_new_label_layer(tmp_path):
+    """As many classes as before, where one of the two sets has no names for them, or neither."""
+    for name in ('lungs', 'breasts'):
+        np.savez(tmp_path / f'{name}.npz', images=np.zeros((16, 16, 16), np.uint8) + len(name),
+                 labels=np.arange(16) % 2 if name == 'lungs' else np.arange(16) // 8)
+    pets = classes_of(tmp_path / 'pets', 'cat', 'dog')
+    command = ['train.py', *TINY_PP[:-1], *'--D 2 --classes --steps 2 --out_dir'.split()]
+    script([*command, tmp_path / 'o', '--dataset', tmp_path / 'lungs.npz'])
+    again = ['--init_from', tmp_path / 'o', '--dataset']
+    for out, other in (('a', tmp_path / 'breasts.npz'), ('b', pets)):
+        assert ('for 2 classes that may be others than its 2, since names are missing, with a new '
+                'label layer and from step 0') in said([*command, tmp_path / out, *again, other])
+    out = said([*command, tmp_path / 'c', '--steps', 3, *again, tmp_path / 'lungs.npz'])
+    assert 'label layer' not in out and 'going on from step 2' in out
+
+
+# ---------------------------------------------------------------- what a checkpoint is taken for
+
+def test_check_origin__an_average_alone_can_be_trained_on(trained, tmp_path):
+    script(['checkpoint.py', trained, '--out', tmp_path / 'ema.pt'])
+    command = ['train.py', *TINY, '--dropout', 0.1, '--steps', 1, '--out_dir']
+    out = said([*command, tmp_path / 'a', '--init_from', tmp_path / 'ema.pt'])
+    assert 'the file has no optimizer state: Muon starts afresh, at step 0' in out
+    assert loaded(tmp_path / 'a')['step'] == 1
+    first = loaded(trained)['ema']['conv_in.weight']
+    assert (loaded(tmp_path / 'a')['net']['conv_in.weight'] - first).abs().max() < 0.01
+    (tmp_path / 'b').mkdir()
+    (tmp_path / 'ema.pt').rename(tmp_path / 'b' / 'ckpt.pt')
+    refuses([*command, tmp_path / 'b'], '--out_dir .*b: .*ckpt.pt holds the EMA only; give another '
+            '--out_dir, with --init_from .*ckpt.pt to go on from it')
+
+
+def test_check_origin__does_not_miss_an_optimizer_that_was_dropped_on_purpose(trained, straight,
+                                                                              tmp_path):
+    consistency = ['train.py', *TINY_PP, *'--classes --consistency --steps 1'.split()]
+    out = said([*consistency, '--init_from', straight, '--out_dir', tmp_path / 'a'])
+    assert 'its averaged weights, from step 0' in out and 'optimizer' not in out
+    labelled = ['train.py', *TINY_PP, '--classes', '--dropout', 0.1, *'--steps 1'.split()]
+    out = said([*labelled, '--init_from', trained, '--out_dir', tmp_path / 'b'])
+    assert 'for 10 classes, not its 0, with a new' in out and 'optimizer' not in out
+
+
+def test_method_and_D__a_consistency_run_from_a_field_is_a_denoiser_of_D_1(trained, tmp_path):
+    command = ['train.py', *TINY_PP, *'--dropout 0.1 --steps 1 --consistency'.split(),
+               '--init_from', trained, '--out_dir']
+    out = said([*command, tmp_path / 'a'])
+    assert 'its network, pfgmpp of D 1' in out
+    assert 'z_exp' not in out  # which nobody gave
+    flags = loaded(tmp_path / 'a')['args']
+    before = loaded(trained)['args']
+    assert (flags['method'], flags['D'], flags['z_exp']) == ('pfgmpp', 1, 0)
+    for key in ('z_min', 'z_max', 'upper_norm'):
+        assert flags[key] == before[key]
+    script([*command, tmp_path / 'a', '--steps', 2])  # the same command goes on
+    assert loaded(tmp_path / 'a')['step'] == 2
+    for more, message in (
+            ('--method pfgm', '--method pfgm: .* has pfgm, which --consistency takes as pfgmpp; '
+             'give --method pfgmpp'),
+            ('--method vp', '--method vp: .* give --method pfgmpp')):
+        refuses([*command, tmp_path / 'b', *more.split()], message)
+    script([*command, tmp_path / 'b', *'--method pfgmpp --D 1'.split()])
+
+
+def test_method_and_D__names_what_was_typed(trained, tmp_path):
+    command = ['train.py', *TINY_PP, '--dropout', 0.1, '--init_from', trained,
+               '--out_dir', tmp_path]
+    refuses([*command, '--D', 2], '--D 2: belongs to --method pfgmpp, and .* has pfgm; leave')
+    refuses([*command, '--source', 'glyphs'], '--source glyphs: belongs to --method rf, and .* pfg')
+
+
+@pytest.mark.parametrize('flag', ['init_from', 'reflow', 'distill'])
+def test_prepare__takes_the_size_and_channels_of_the_checkpoint(flag, tmp_path):
+    """Of grey images whose own size is another; an array may be enlarged."""
+    photos = pictures(tmp_path / 'photos', *(f'{k}.png' for k in range(8)), side=32)
+    command = ['train.py', *TINY_PP, *'--dataset'.split(), photos, *'--steps 1 --out_dir'.split()]
+    script([*command, tmp_path / 'o', *'--D 2 --image_size 16 --channels 1'.split()])
+    out = said([*command, tmp_path / 'a', '--pairs', 8, f'--{flag}', tmp_path / 'o', '--steps', 2])
+    assert '8 images of 16 x 16 x 1' in out
+    again = [*command, tmp_path / 'a', '--pairs', 8, f'--{flag}', tmp_path / 'o', '--steps', 3]
+    assert 'going on from step 2' in said(again)
+
+
+def test_check_resume__names_what_was_left_out_not_what_nobody_typed(tmp_path):
+    command = ['train.py', *TINY_PP, *'--steps 1 --out_dir'.split(), tmp_path]
+    script([*command, '--D', 64])
+    refuses([*command, '--steps', 2], '^--out_dir .*: its run has method pfgmpp, not pfgm; give '
+            '--method pfgmpp, or another --out_dir')
+    refuses([*command[:-4], '--out_dir', tmp_path, '--D', 64, '--steps', 1],
+            '^--steps 1: .*ckpt.pt has 1 already, of 1; give more --steps, or sample')

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import pfgm
 from support import checkpoint, students
 from support.flow import Flow, load_flow
 from support.methods import VP, RectifiedFlow
-from support.tests.common import (F64, TINY, TINY_PP, close, loaded, losses, refuses, said, script,
-                                  spied)
+from support.tests.common import (F64, TINY_PP, close, loaded, losses, refuses, rows_of, said,
+                                  script, spied)
+from support.tests.made import picture
 from support.tests.published_files import edm_file, tiny_official
 
 CPU = torch.device('cpu')
@@ -99,7 +101,7 @@ def test_method_of_student__is_the_teachers(straight, here):
     np.save('a.npy', np.zeros((9, 16, 16), np.uint8))
     for flag, value, message in (
             ('--reflow', straight, 'two runs'),
-            ('--method', 'pfgm', '--method pfgm, D inf: a student of .* D, inf'),
+            ('--method', 'pfgm', '--method pfgm: a student of .* is rf of its D, inf'),
             ('--dataset', 'a.npy', 'a.npy: --distill .* was trained on glyphs; give')):
         refuses([*command, flag, value], message)
 
@@ -157,6 +159,64 @@ def test_distill__makes_of_any_teacher_a_student_of_one_call(teacher, student, D
     assert 'nfe 1 ' in said('sample.py --ckpt b --n 3 --device cpu'.split())
 
 
+def test_pairs_of_teacher__of_a_guided_teacher(straight, here):
+    command = ['train.py', *TINY_PP, '--distill', straight, *'--pairs 8 --steps'.split()]
+    script([*command, 1, *'--out_dir a --guidance 3'.split()])
+    flow = load_flow(straight / 'ckpt.pt', CPU, nfe=students.PAIR_NFE, guidance=3.0, bf16=False)
+    ends, _ = flow.follow(flow.prior(range(8)), CPU, range(8))
+    path, = Path('a/pairs').iterdir()
+    close(np.load(path)[:, 1], ends, atol=1e-4)
+    unguided = followed(straight / 'ckpt.pt', students.PAIR_NFE, 8)[2]
+    assert (unguided - ends).abs().max() > 0.01
+    assert loaded('a')['args']['guidance'] == 3
+    assert 'pairs:' not in said([*command, 2, *'--out_dir a --guidance 3'.split()])
+    refuses([*command, 3, *'--out_dir a --guidance 2'.split()], '^--guidance 2: the run .* has 3.0')
+    refuses([*command, 3, *'--out_dir a'.split()], '^--out_dir a: its run has guidance 3.0, not 1')
+    script(['train.py', *TINY_PP, *'--method rf --steps 1 --out_dir t'.split()])
+    refuses(['train.py', *TINY_PP, *'--distill t --guidance 3 --out_dir b'.split()],
+            '^--guidance 3: t/ckpt.pt was trained without classes')
+
+
+@pytest.fixture(scope='module')
+def student(straight, tmp_path_factory):
+    """A run of one step of --distill."""
+    out = tmp_path_factory.mktemp('run') / 'student'
+    script(['train.py', *TINY_PP, '--distill', straight, *'--pairs 8 --steps 1'.split(),
+            '--out_dir', out])
+    return out
+
+
+@pytest.mark.parametrize('flags, named', [
+    ('--nfe 20', '--nfe 20'), ('--solver rk45', '--solver rk45'), ('--nfe 10 --gif', '--nfe 10'),
+    ('--gif', '--gif'), ('--out b.gif', '--out b.gif'), ('--encode 0.png', '--encode 0.png'),
+    ('--interpolate 0.png 0.png', '--interpolate 0.png'), ('--colorize 0.png', '--colorize 0.png'),
+    ('--inpaint 0.png --mask 0.png', '--inpaint 0.png')])
+def test_check_calls__a_student_of_one_call_is_asked_for_no_more(flags, named, student, here):
+    picture(0, 16).convert('L').save('0.png')
+    refuses(['sample.py', '--ckpt', student, *'--device cpu --n 2'.split(), *flags.split()],
+            f'^{named}.*: .*a student of --distill')
+
+
+def test_check_calls__one_call_between_draws_is_what_a_student_makes(student, here):
+    for flags in ('--nfe 1', '--interpolate', '--solver euler'):
+        out = said(['sample.py', '--ckpt', student, *'--device cpu --n 8'.split(), *flags.split()])
+        assert ' nfe 1 ' in out
+
+
+def test_points_of_sweep__measure_a_student_with_the_calls_that_it_has_learned(student, straight,
+                                                                              here):
+    out = said(['evaluate.py', '--compare', straight, student, '--device', 'cpu', '--n', 8, '--swd',
+                *'--sweep nfe=2,4 --results r.jsonl'.split()])
+    assert 'student: a student of --distill, measured with the one call that it was trained' in out
+    rows = [(row['run'], row['nfe']) for row in rows_of('r.jsonl')]
+    assert rows == [('straight', 2), ('straight', 4), ('student', 1)]
+    strip = np.asarray(Image.open('compare_samples.png').convert('L'))[30:]
+    cells = strip[4:, -(12 * 68):].reshape(2, 68, 12, 68)  # two rows of 12 samples, and borders
+    is_grey = (cells == 128).all((1, 3)).reshape(2, 3, 4).all(2)
+    assert is_grey.tolist() == [[True, False, False], [False, True, True]]
+    refuses(['evaluate.py', '--ckpt', student, *'--device cpu --swd --nfe 5'.split()], '^--nfe 5: ')
+
+
 # ---------------------------------------------------------------- consistency training
 
 @pytest.mark.parametrize('flags', ['--D 2', '--D inf --classes', '--method vp'])
@@ -198,7 +258,9 @@ def test_at_lower_level__is_what_the_stopped_network_makes_of_the_same_noise(fla
     sampling = 'sample.py --ckpt b --n 3 --device cpu'.split()
     assert 'solver renew  nfe 1 ' in said(sampling)
     assert 'solver renew  nfe 2 ' in said([*sampling, '--nfe', 2])
-    refuses([*sampling, '--encode', 'glyphs'], '--solver renew.*fresh noise cannot be encoded')
+    assert 'two calls' not in said([*sampling, '--nfe', 2])
+    assert 'trained for one or two calls, and more need' in said([*sampling, '--nfe', 3])
+    for more in ('--solver rk45', '--solver unipc --nfe 2', '--encode glyphs', '--gif'):
+        refuses([*sampling, *more.split()], f'^{more[:12]}.*: the network is a student of --consis')
     assert '): the levels of --consistency lie further apart' in said([*command, 17])
-    refuses(['train.py', *TINY, '--consistency', '--out_dir', 'c'], '--consistency: trains')
     refuses(['train.py', *TINY_PP, '--distill', 'b', '--out_dir', 'c'], 'itself a student')
