@@ -6,15 +6,16 @@
 import functools
 import itertools
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
 
+import evaluate
 import pfgm
+import sample
+import train
 import unet
 from pfgm import ExactField
 from support.tests.common import (F64, HERE, SHARED, TINY, Linear, close, joined, network, randn,
@@ -99,7 +100,7 @@ def test_poisson_field__equals_the_authors(folder, size):
 
 
 def test_poisson_field__is_exact_to_1e_6_wherever_perturbation_reaches():
-    N, K, B = 3072, 4096, 32
+    N, K, B = 3072, 4096, 10
     charges = torch.rand(K, 3, 32, 32, generator=seeded()).mul(255).round() / 127.5 - 1
     charges[7] = charges[3]                                    # a duplicated image
     x, z = pfgm.perturb(charges[:B], 291, generator=seeded(1))
@@ -225,9 +226,9 @@ def test_log_likelihood__of_charges_is_the_mixture_of_their_kernels(D):
     close(exact.bpd, -exact.logp / math.log(2) / 5 + 7)
     back, _ = pfgm.sample_ode(flow, exact.latent, z_max, z_min, z_exp=0, **tight)
     close(back, x, atol=1e-6)
-    many = pfgm.log_likelihood(flow, x[:1].expand(3000, -1, -1, -1), z_min, z_max, D=D, z_exp=0,
+    many = pfgm.log_likelihood(flow, x[:1].expand(1000, -1, -1, -1), z_min, z_max, D=D, z_exp=0,
                                generator=seeded(2)).logp  # by Hutchinson's estimate
-    assert abs(many.mean() - exact.logp[0]) < 4 * many.std() / math.sqrt(3000)
+    assert abs(many.mean() - exact.logp[0]) < 4 * many.std() / math.sqrt(1000)
 
 
 def test_log_likelihood__in_the_field_of_many_chunks_of_charges(monkeypatch):
@@ -557,8 +558,8 @@ def test_scripts__train_sample_and_evaluate(tmp_path, monkeypatch):
     assert '"swd":' in (tmp_path / 'out' / 'results.jsonl').read_text()
 
 
-@pytest.mark.parametrize('name', ['train', 'sample', 'evaluate'])
-def test_scripts__say_their_flags(name):
-    ran = subprocess.run([sys.executable, HERE / f'{name}.py', '--help'], capture_output=True,
-                         text=True, cwd='/')
-    assert ran.returncode == 0 and '--device' in ran.stdout
+@pytest.mark.parametrize('module', [train, sample, evaluate])
+def test_scripts__say_their_flags(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args(['--help'])
+    assert stop.value.code == 0 and '--device' in capsys.readouterr().out
