@@ -358,7 +358,7 @@ def pairs_for_student(args, start, device, rank, world):
     pairs = students.pairs_of_teacher(teacher, args.pairs, os.path.join(args.out_dir, 'pairs'),
                                       f'{flag} {path}', args.batch_size, device, rank, world)
     if rank == 0 and start == 0 and isinstance(teacher.net, VP):
-        bent = students.straightness(teacher, 64, args.batch_size, device)
+        bent = students.straightness(teacher, 16, args.batch_size, device)
         print(f'the teacher: straightness {bent:.4f} (0 is straight)', flush=True)
     return pairs
 

@@ -29,6 +29,7 @@ has_proc = pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /
 
 # ---------------------------------------------------------------- beginning and end
 
+@pytest.mark.slow
 def test_run__compile_without_a_compiler_ends_in_one_line(trained, tmp_path, monkeypatch):
     monkeypatch.setenv('CXX', 'no_such_compiler')
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
@@ -83,6 +84,7 @@ def test_setup__two_processes_then_one_and_two_micro_batches_follow_the_loss_of_
     close(two, one, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_agree__two_machines_with_one_folder_or_with_copies(tmp_path):
     one, a, b = (tmp_path / name for name in ('one', 'a', 'b'))
     command = [*TINY, '--dropout', 0, '--steps']

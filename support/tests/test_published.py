@@ -268,7 +268,7 @@ def test_read_edm__files_are_trained_on(here):
     train_on = ('train.py --dataset glyphs --image_size 16 --channels 3 --batch_size 2 --lr 1e-9 '
                 '--device cpu --no-bf16').split()
     out = said([*train_on, '--init_from', 'b.pkl', '--steps', 1, '--out_dir', 'o'])
-    assert 'b.pkl has no optimizer state; Adam starts afresh' in out
+    assert 'the file has no optimizer state: Adam starts afresh' in out
     train_on += ['--classes', '--out_dir', 'p', '--steps']
     assert 'afresh' not in said([*train_on, 8, '--init_from', 'a.pkl'])
     raw = checkpoint.read_checkpoint('a.pkl', whole=True)['net']

@@ -80,6 +80,7 @@ def test_straightness__of_a_gaussian_is_that_of_the_closed_form(spread):
 
 # ---------------------------------------------------------------- reflow and distillation
 
+@pytest.mark.slow
 def test_pairs_of_teacher__outlive_a_kill(straight, here, monkeypatch):
     monkeypatch.setattr(students, 'SHARD', 16)
     command = ['train.py', *TINY_PP, '--distill', straight, *'--pairs 40 --out_dir a'.split()]
