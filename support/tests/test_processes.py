@@ -182,6 +182,7 @@ def test_listen__a_signal_saves_and_leaves_and_sigusr1_saves(number, tmp_path):
     assert loaded(tmp_path)['step'] == len(losses(tmp_path)) > first >= 3
 
 
+@pytest.mark.slow
 @has_proc
 def test_listen__a_second_ctrl_c_ends_a_run_that_hangs(tmp_path):
     process = start([*TINY, '--steps', 100000, '--out_dir', tmp_path / 'o'], 2)
@@ -258,6 +259,7 @@ def python(code, folder, *launcher, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_peak_memory__and_claim_without_the_modules_that_windows_lacks(tmp_path):
     out = python('import sys\nsys.modules.update(resource=None, fcntl=None)\n'
                  'import evaluate, sample, train\n'

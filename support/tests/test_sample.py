@@ -48,6 +48,7 @@ def test_make_images__an_image_depends_on_seed_and_index_only(flags, trained, st
     assert abs(made(6, 6, seed=1) - six).max() > 1
 
 
+@pytest.mark.slow
 def test_write_images__processes_share_the_images(trained, here):
     flags = ['--ckpt', str(trained), *'--n 5 --nfe 3 --device cpu'.split()]
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--']

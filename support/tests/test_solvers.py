@@ -98,7 +98,7 @@ def test_rk45_each__works_in_full_float32_and_outside_no_grad():
     ('vp', 0.0), ('vp', 1.0), ('ddpm', 1.0), ('subvp', 0.5), ('pfgmpp', 0.5)])
 def test_ancestral__has_the_mean_and_variance_of_a_gaussian(method, eta):
     """--solver ddim --eta, and VP-SDE and sub-VP-SDE of the tables, in 999 steps."""
-    m, s, n, noise, flow = -0.3, 0.6, 20000, seeded(1), gaussian_flow(method, 0.6, -0.3)
+    m, s, n, noise, flow = -0.3, 0.6, 4000, seeded(1), gaussian_flow(method, 0.6, -0.3)
     x = pfgm.sample_prior((n, 1), flow.high, D=math.inf, generator=seeded(), dtype=F64)
     solver = ancestral(eta, lambda i: torch.randn(n, 1, generator=noise, dtype=F64))
     x, _ = pfgm.sample_ode(flow, x, flow.high, flow.low, solver, 999, z_exp=0,
