@@ -18,7 +18,7 @@ from PIL import Image
 
 import train
 import unet
-from support import sets
+from support import bench, sets
 from support.tests.common import (F64, HERE, MODULES, close, loaded, losses, rows_of, script,
                                   seeded)
 from support.tests.published_files import edm_file, tiny_official
@@ -104,6 +104,7 @@ def newcomer(here, few_glyphs, monkeypatch):
             'torchvision.datasets.CIFAR10': toy(32, 3),
             'support.bench.UNet': tiny_unet,
             'support.bench.FIELD_CHARGES': (64, 128),
+            'support.bench.median_seconds': functools.partial(bench.median_seconds, repeats=1),
             'support.judge.JUDGE_STEPS': 2,
             'support.inception.POOL': 32,
             'support.inception.inception_features': tiny_features,
