@@ -118,7 +118,7 @@ def newcomer(here, few_glyphs, monkeypatch):
         Image.fromarray(pixels[k]).save(f'photos/{k}.png')
     shutil.make_archive('images', 'zip', base_dir='photos')
     for name in ('bold', 'digits'):
-        np.savez(f'{name}.npz', arr_0=sets.glyphs()[0][:20, ..., None])
+        np.savez(f'{name}.npz', arr_0=sets.glyphs(image_size=28)[0][:20, ..., None])
     os.mkdir('data')
     np.savez('data/bloodmnist.npz', train_images=pixels[:, 4:, 4:], test_images=pixels[:, 4:, 4:])
     np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
