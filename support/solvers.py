@@ -132,10 +132,10 @@ def rk45_each(f, x, z_from, z_to, rtol=1e-4, atol=1e-4):
     All images step at once, by scipy's coefficients and step size control, each with step sizes of
     its own; those that arrive leave. f(x, z, rows) is asked for `rows` of x only. Yields after each
     step, with z (B,) telling how far each image has come. Raises SolverError as pfgm.rk45 does."""
-    A, B, C, E = (torch.from_numpy(table).to(x.device) for table in (
+    y = float64(x.flatten(1))  # on the CPU where the device has no float64
+    A, B, C, E = (torch.from_numpy(table).to(y.device) for table in (
         scipy.integrate.RK45.A, scipy.integrate.RK45.B, scipy.integrate.RK45.C,
         scipy.integrate.RK45.E))
-    y = float64(x.flatten(1))
     end = math.log(z_to)
     span = end - math.log(z_from)
     direction = math.copysign(1, span)
