@@ -310,6 +310,7 @@ print('all modes ran')
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('device, count', [
     *(pytest.param(device, 7, marks=pretended) for device in ('cuda', 'mps')),
     *(pytest.param(device, 99, marks=[pretended, pytest.mark.slow]) for device in ('cuda', 'mps')),
