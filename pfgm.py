@@ -262,8 +262,8 @@ def drift(net, x, z, gamma=5.0, z_exp=5.0, small_z='exact', labels=None, guidanc
     f_none + w (f_label - f_none), arXiv 2207.12598.
     z_exp: where z < z_exp the network's v_z, by then nearly 0, is replaced by the v_z that |v_x|
     implies; 0 means never. small_z='exact' solves for it. small_z='official' is the published
-    approximation, with the published 1e-5 added to v_z; even for a perfect field it is some per
-    cent off (3.9 % at one point tried, z = 5 and N = 48)."""
+    approximation, with the published 1e-5 added to v_z; at z = 5 it is off by up to 10 % even for a
+    perfect field, depending on |x|."""
     if labels is not None and guidance != 1:
         follow = functools.partial(drift, net, x, z, gamma, z_exp, small_z)
         with_label = follow(labels)
