@@ -155,13 +155,15 @@ CONSTANTS = dict(z_min=number(1e-30, 1e9), z_max=number(0, 1e9), z_exp=number(0,
 # What a run of train.py says besides.
 RUN_FLAGS = dict(
     dataset=is_text, data=is_identity, class_names=optional(are_names), source=optional(is_text),
-    source_data=optional(is_identity), reflow=optional(is_text), distill=optional(is_text),
-    guidance=number(0, 1e3), consistency=is_truth,
+    reflow=optional(is_text), distill=optional(is_text), consistency=is_truth,
     M=optional(whole_number(1, 10 ** 6)), sigma=number(1e-9, 1e9), tau=number(1e-9, 1e9),
     field_batch=is_field_batch, batch_size=whole_number(1, 2 ** 31), flip=is_truth,
     steps=whole_number(1, 2 ** 31), sample_every=whole_number(0, 2 ** 31), lr=number(0, 1e9),
     warmup=whole_number(0, 2 ** 31), ema_decay=number(0, 1),
     loss=lambda value: value in ('sum', 'mean'))
+
+# What only a run from a source, or of a student, needs to say.
+MODE_FLAGS = dict(source_data=optional(is_identity), guidance=number(0, 1e3))
 
 
 def check_contents(saved):
@@ -193,7 +195,7 @@ def check_flags(flags):
     for key in tests:
         if key not in flags:
             raise ValueError(f'{key} is missing from its args')
-    for key, test in dict(FLAGS, **CONSTANTS, **RUN_FLAGS).items():
+    for key, test in dict(FLAGS, **CONSTANTS, **RUN_FLAGS, **MODE_FLAGS).items():
         if key in flags and not test(flags[key]):
             raise ValueError(f'{key} {flags[key]!r}')
 
