@@ -1,14 +1,17 @@
-"""Figures: field lines of a heart, and the losses of runs."""
+"""Figures: field lines of a heart, a network's way from noise to data, the losses of runs."""
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from support import figures
-from support.figures import heart_of_charges, moving_mean, starts
-from support.tests.common import F64, close, refuses, said, script, spied
+from support.figures import (SPACING, flat_field, flat_lines, heart_of_charges, moving_mean,
+                             starts)
+from support.tests.common import (F64, close, loaded, refuses, said, sampled, script, spied)
 
 
 def test_starts__are_even_on_the_hemisphere():
@@ -20,20 +23,72 @@ def test_starts__are_even_on_the_hemisphere():
     assert angle.cos().mean().abs() < 0.01 and angle.sin().mean().abs() < 0.01
 
 
-def test_field_lines__of_a_heart_of_charges(here):
+def test_flat_lines__all_end_at_one_point_inside_the_heart():
+    charges = heart_of_charges()
+    lines = flat_lines(charges, 12, radius=2.2)
+    close(lines[0].norm(dim=1), torch.full((12,), 2.2), atol=1e-6)
+    ends = lines[-1]
+    middle = ends.mean(0)
+    assert (ends - middle).norm(dim=1).max() < 0.01
+    assert flat_field(middle[None], charges, SPACING).norm() < 1e-3  # no force is left there
+    assert (charges - middle).norm(dim=1).min() < SPACING
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """The lines in the plane have few steps."""
+    monkeypatch.setattr(figures, 'flat_lines', functools.partial(flat_lines, step=0.2, steps=60))
+
+
+def test_heart__without_the_extra_dimension_and_with_it(here, few_steps):
     with spied(figures.pfgm, 'sample_ode') as followed:
         out = said(['figures', 'heart', '--out', 'heart.png'])
-    assert out == 'heart.png: 180 field lines of 308 charges\n'
+    assert out == 'heart.png: field lines of 308 charges\n'
     assert len(heart_of_charges()) == 308
     net, start, z_max = followed.call_args.args[:3]
     assert torch.equal(net.charges, heart_of_charges()) and torch.equal(start, starts(180, z_max))
-    image = np.asarray(Image.open('heart.png')).astype(int)
-    assert image.shape == (720, 800, 3)
-    is_red = (image[..., 0] > 200) & (image[..., 1] < 60)
-    is_blue = (image[..., 2] > 180) & (image[..., 0] < 80)
-    assert is_red.sum() > 5_000 and is_blue.sum() > 5_000
-    rows_of_red, rows_of_blue = np.nonzero(is_red)[0], np.nonzero(is_blue)[0]
-    assert rows_of_red.mean() > rows_of_blue.mean() + 100  # the charges lie below the starts
+    image = np.asarray(Image.open('heart.png').convert('RGB')).astype(int)
+    assert image.shape == (540, 1200, 3)
+    is_red = (image[..., 0] > 190) & (image[..., 1] < 80)
+    is_blue = (image[..., 2] > 180) & (image[..., 0] < 100)
+    rows_of_red, columns_of_red = np.nonzero(is_red)
+    is_left = columns_of_red < 600
+    assert 100 < is_left.sum() < 300            # one dot, where all lines end
+    assert np.ptp(columns_of_red[is_left]) < 20
+    assert (~is_left).sum() > 2_000             # all charges
+    assert is_blue[:, :600].sum() > 500 and is_blue[:, 600:].sum() > 1_000
+    # On the right the charges lie below the starts.
+    assert rows_of_red[~is_left].mean() > np.nonzero(is_blue[:, 600:])[0].mean() + 40
+
+
+# ---------------------------------------------------------------- a network's way, a mask
+
+def test_flow_strip__leads_from_the_noise_to_what_sample_py_makes(trained, here, monkeypatch):
+    monkeypatch.setattr(figures, 'STRIP_NFE', 8)
+    with spied(figures, 'strip') as drawn:
+        script(['figures', 'flow', '--ckpt', trained, '--n', 3, '--device', 'cpu'])
+    rows = drawn.call_args.args[0]
+    assert len(rows) == 8 and all(images.shape == (3, 1, 16, 16) for images in rows.values())
+    names = list(rows)
+    heights = [float(name.removeprefix('z = ')) for name in names]
+    assert heights == sorted(heights, reverse=True) and heights[0] > 30 and heights[-1] == 0
+    images = sampled('a.npz', '--ckpt', trained, *'--n 3 --nfe 8 --schedule log'.split())
+    assert np.array_equal(rows[names[-1]].permute(0, 2, 3, 1), images)
+    assert Image.open('flow.png').size[1] > 8 * 64
+
+
+def test_flow_strip__refuses_a_student(copied, here):
+    saved = loaded(copied)
+    saved['args'].update(method='pfgmpp', D=128.0, consistency=True)
+    torch.save(saved, copied / 'ckpt.pt')
+    refuses(['figures', 'flow', '--ckpt', copied], '--ckpt .*: a student of --consistency')
+    refuses(['figures', 'flow', '--ckpt', 'none.pt'], '--ckpt none.pt')
+
+
+def test_right_half__is_a_mask_for_inpaint(here):
+    script(['figures', 'half', '--image_size', 28])
+    mask = np.asarray(Image.open('right_half.png'))
+    assert mask.shape == (28, 28) and (mask[:, :14] == 0).all() and (mask[:, 14:] == 255).all()
 
 
 def test_moving_mean__is_over_a_tenth_of_the_points():
