@@ -2,7 +2,7 @@
 the method.
 
     python -m support.figures heart --out heart.png       # field lines of a heart of charges
-    python -m support.figures flow --out flow.png         # images of out/ckpt.pt, from noise to data
+    python -m support.figures flow --out flow.png         # from noise to images of out/ckpt.pt
     python -m support.figures half --out right_half.png   # a mask for sample.py --inpaint
     python -m support.figures curves out/*/log.jsonl      # losses of runs, in curves.png
 """

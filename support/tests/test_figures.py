@@ -1,4 +1,4 @@
-"""Figures: field lines of a heart, a network's way from noise to data, the losses of runs."""
+"""Figures: field lines of a heart, the way from noise to data, losses of runs."""
 import functools
 import json
 from pathlib import Path
