@@ -17,6 +17,10 @@ import os
 import time
 from typing import Callable, NamedTuple, Optional
 
+from support import waiting
+
+waiting.begin(__name__)  # a line where the imports below take long; Ctrl-C ends them in one line
+
 import numpy as np
 import torch
 from PIL import Image
@@ -26,7 +30,7 @@ from support.checkpoint import in_folder
 from support.cli import (BadInput, Parser, above, check_folder, check_writable, one_of, say,
                          several, watch)
 from support.flow import (DIVERGED, SAMPLING_FLAGS, class_numbers, exact_flow, flow_flags,
-                          load_flow)
+                          following, load_flow)
 from support.images import Images, read_batches, to_uint8
 from support.inception import (INCEPTION, POOL, Measured, collect, load_inception, read_stats,
                                write_stats)
@@ -713,7 +717,9 @@ def measure_samples(asked, samples, reference, device, seed, out):
     for name in asked:
         if name in OF_FLOWS:
             continue
-        for result in METRICS[name].of(samples, reference, device, seed):
+        with waiting.doing(f'computing --{name}'):
+            results = [*METRICS[name].of(samples, reference, device, seed)]
+        for result in results:
             values.update(result.values)
             numbers = '  '.join(f'{key} {value:.6g}' for key, value in result.values.items())
             print(f'{numbers}  ({result.note})', flush=True)
@@ -767,11 +773,12 @@ def bits_per_dim(flow, images, n, *, repeats, tol, batch_size, device, rank=0, w
                 x = x.float()
             x = x.to(device)
             try:
-                up = pfgm.log_likelihood(flow.net, x, flow.z_min, flow.z_max, D=flow.D,
-                                         generator=draws[0], **options)
-                with torch.no_grad():
+                with following(flow.z_min, flow.z_max) as noted:
+                    up = pfgm.log_likelihood(flow.net, x, flow.z_min, flow.z_max, D=flow.D,
+                                             generator=draws[0], callback=noted, **options)
+                with torch.no_grad(), following(flow.z_max, flow.z_min) as noted:
                     back, _ = pfgm.sample_ode(flow.net, up.latent, flow.z_max, flow.z_min, 'rk45',
-                                              **options)
+                                              callback=noted, **options)
             except pfgm.SolverError as error:
                 mend = DIVERGED if 'NaN' in str(error) else f'try --tol {10 * tol:g}'
                 raise BadInput(f'--bpd: {error}; {mend}') from error

@@ -475,13 +475,15 @@ class Likelihood(NamedTuple):
 
 
 def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=5.0, z_exp=5.0,
-                   small_z='exact', labels=None, rtol=1e-5, atol=1e-5, generator=None):
+                   small_z='exact', labels=None, rtol=1e-5, atol=1e-5, generator=None,
+                   callback=None):
     """log p(x) = log p_prior(x(z_max)) + integral of div f dlog z, f = dx/dlog z. PFGM Section 3.3.
 
     x (B, ...) on the plane z = z_min -> Likelihood.
     divergence: 'hutchinson' takes one Rademacher probe for the whole path, 'exact' takes N backward
     passes a call. bits/dim are -log2 p / N + 7, since one grey level is 2/256 wide. Uniform
-    dequantisation, x = (pixel + U[0, 1)) / 256 * 2 - 1, is left to the caller.
+    dequantisation, x = (pixel + U[0, 1)) / 256 * 2 - 1, is left to the caller. callback(z (B,), x)
+    after each step.
     Raises ValueError for an unknown divergence or a plane z <= 0, SolverError where RK45 cannot go
     on."""
     if divergence not in ('hutchinson', 'exact'):
@@ -510,8 +512,9 @@ def log_likelihood(net, x, z_min, z_max, divergence='hutchinson', *, D=1, gamma=
         return torch.cat([slope.detach(), div[:, None]], dim=1)
 
     state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
-    for _, state in rk45(f, state, z_min, z_max, rtol, atol):
-        pass
+    for z, state in rk45(f, state, z_min, z_max, rtol, atol):
+        if callback:
+            callback(z, state[:, :N].view(x.shape))
     latent = state[:, :N].view(x.shape)
     logp = prior_logp(latent, z_max, D) + float64(state[:, N])
     return Likelihood(logp, -logp / math.log(2) / N + 7, latent, calls)

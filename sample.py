@@ -15,6 +15,10 @@ import os
 import shutil
 from typing import NamedTuple
 
+from support import waiting
+
+waiting.begin(__name__)  # a line where the imports below take long; Ctrl-C ends them in one line
+
 import torch
 
 import pfgm
@@ -123,7 +127,7 @@ def make_images(flow, indices, batch_size, device, rank, starts=None):
     batch at a time. starts (n, C, H, W): on the plane z_max, in place of the prior's."""
     nfe = 0
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-    for batch in watch(batches, len(indices), lambda: f'{flow.solver} nfe {nfe}', rank):
+    for batch in watch(batches, len(indices), lambda: flow.in_words(nfe), rank):
         if starts is None:
             x = flow.prior(batch)                  # on the plane z = z_max
         else:
@@ -357,13 +361,15 @@ def restore(flow, pictures, parts, n, out, batch_size, device):
     image a row, the image, what is kept of it, and the results. parts: of each a projection, see
     Kept."""
     rows = []
-    for i, part in enumerate(parts):
+    batches = [batch.tolist() for i in range(len(parts))
+               for batch in torch.arange(i * n, (i + 1) * n).split(batch_size)]
+    for indices in watch(batches, n * len(parts), flow.in_words, rank=0):
+        i = indices[0] // n
         image = to_float(pictures.pixels[i])[None].to(device)
-        rows += [image, part(image)]
-        for batch in torch.arange(i * n, (i + 1) * n).split(batch_size):
-            indices = batch.tolist()
-            x, _ = flow.follow(flow.prior(indices), device, indices, kept=Kept(part, image))
-            rows.append(in_range(x.float(), part, image))
+        if indices[0] == i * n:
+            rows += [image, parts[i](image)]
+        x, _ = flow.follow(flow.prior(indices), device, indices, kept=Kept(parts[i], image))
+        rows.append(in_range(x.float(), parts[i], image))
     write_grid('--out', out, to_uint8(torch.cat(rows)), n + 2)
     line = f'{out}: {n} results of each of {len(parts)} images'
     if pictures.total > len(parts):

@@ -17,6 +17,10 @@ import os
 import time
 from typing import NamedTuple, Optional
 
+from support import waiting
+
+waiting.begin(__name__)  # a line where the imports below take long; Ctrl-C ends them in one line
+
 import torch
 import torch.distributed as dist
 
@@ -32,7 +36,7 @@ from support.methods import METHODS, VP, as_flow
 from support.networks import ARCHITECTURE, build, for_classes
 from support.optim import Muon
 from support.pictures import write_grid
-from support.processes import agree, everywhere, fast_bf16, heard, listen, run, setup
+from support.processes import AT_THE_END, agree, everywhere, fast_bf16, heard, listen, run, setup
 from support.run import (Meter, Origin, check_data, claim, keep_older, open_log, open_run, progress,
                          restore_optimizer, stop_if_bad)
 from support.seeds import fingerprint, rng_state, step_seed
@@ -433,11 +437,15 @@ def main(args):
         count = images_a_step(args.batch_size, args.field_batch)
         return next(image_order(len(pairs or images), count, args.seed, step - 1))[mine]
 
+    if args.compile:
+        say('--compile: the first steps compile the network, which may take minutes')
     signals = listen()
     meter = Meter(device, flow.unit)
     last_logged = start
     last_saved = start
     clock = time.time()
+    step = start
+    AT_THE_END.enter_context(waiting.doing(lambda: f'step {step}/{args.steps}'))
     for step in range(start + 1, args.steps + 1):
         lr = learning_rate(step, args.lr, args.steps, args.warmup, args.decay)
         for group in opt.param_groups:

@@ -14,6 +14,10 @@ pruned one has ema, step and args.
 import math
 import os
 
+from support import waiting
+
+waiting.begin(__name__)  # a line where the imports below take long; Ctrl-C ends them in one line
+
 import torch
 
 from support.cli import BadInput, CLASS_LIMIT, Parser, given_by, say, write

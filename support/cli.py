@@ -7,6 +7,8 @@ import os
 import sys
 import time
 
+from support import waiting
+
 SIZE_LIMIT = 1024     # pixels a side
 CLASS_LIMIT = 10_000  # classes of labels
 
@@ -43,6 +45,7 @@ class PrintableStream:
         self.stream = stream
 
     def write(self, text):
+        waiting.SPEAKER.heard()
         return self.stream.write(printable(text))
 
     def writelines(self, lines):
@@ -158,26 +161,33 @@ def say(line):
 
 
 def watch(batches, count, label, rank, briefly=False):
-    """Yield the batches. Every five seconds and at the end, rank 0 prints how far it has come and
-    how long the rest will take.
+    """Yield the batches. Whenever rank 0 has been silent for some seconds, and at the end, it says
+    how far it has come and how long the rest will take.
 
     batches: of `count` images together, each with a len(). label: the first words of the line, or a
     function that returns them. briefly: without the line at the end."""
-    start = time.time()
-    last_line = start
+    if rank > 0:
+        yield from batches
+        return
+    start = time.monotonic()
     done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        now = time.time()
-        is_last = done == count and not briefly
-        if rank == 0 and (now - last_line > 5 or is_last):
-            last_line = now
-            words = label() if callable(label) else label
-            rate = done / (now - start)
-            left = int((now - start) / done * (count - done))
-            print(f'{words}: {done}/{count}  {rate:.1f} img/s  {left // 60}:{left % 60:02d} left',
-                  flush=True)
+
+    def words():
+        first_words = label() if callable(label) else label
+        line = f'{first_words}: {done}/{count}'
+        if done == 0:
+            return line
+        seconds = time.monotonic() - start
+        left = int(seconds / done * (count - done))
+        return f'{line}  {done / seconds:.1f} img/s  {left // 60}:{left % 60:02d} left'
+
+    with waiting.doing(words):
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            waiting.SPEAKER.speak()
+    if done and not briefly:
+        print(words(), flush=True)
 
 
 # ---------------------------------------------------------------- files

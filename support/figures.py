@@ -10,6 +10,10 @@ import json
 import math
 import os
 
+from support import waiting
+
+waiting.begin(__name__)  # a line where the imports below take long; Ctrl-C ends them in one line
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont

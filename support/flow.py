@@ -7,6 +7,7 @@ Read it if you want to know what sample.py does between the prior and an image.
         ...                                        # x (64, C, H, W) in [-1, 1]
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,6 +16,7 @@ from typing import Callable, NamedTuple, Optional
 import torch
 
 import pfgm
+from support import waiting
 from support.checkpoint import in_folder, load_checkpoint
 from support.cli import BadInput, above, listed, say, unless, watch
 from support.cpu import keep_freed_memory
@@ -53,6 +55,34 @@ def restoring(net, options, kept, noise):
         return part(slope - x + image) - slope, -z
 
     return restored
+
+
+@contextlib.contextmanager
+def following(z_from, z_to, callback=None):
+    """Inside, where lines are followed from one plane to another, a script that has been silent for
+    a while says which z they have reached -> a callback(z (B,), x) for the solver, which is to be
+    called after each step and calls the one that is given."""
+    reached = None  # (B,)
+
+    def noted(z, x):
+        nonlocal reached
+        reached = z
+        if callback is not None:
+            callback(z, x)
+
+    def words():
+        line = f'z from {z_from:.3g} to {z_to:.3g}'
+        if reached is None:
+            return line
+        z = reached.tolist()
+        slowest = z.index(min(z) if z_to > z_from else max(z))
+        line += f': {sorted(z)[len(z) // 2]:.3g} reached'
+        if min(z) < max(z):
+            line += f', {z[slowest]:.3g} by the slowest, image {slowest + 1} of {len(z)}'
+        return line
+
+    with waiting.doing(words):
+        yield noted
 
 
 @dataclasses.dataclass
@@ -201,13 +231,14 @@ class Flow:
         else:
             schedule = self.chosen_schedule()
         bf16 = self.bf16 and fixed  # the tolerance of rk45 is finer than bfloat16
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast, following(z_from, z_to, callback) as noted:
                 x, nfe = pfgm.sample_ode(
                     net, x, z_from, z_to, self.solver_for(indices, up, to_data),
                     self.nfe if fixed else None, D=self.D, labels=labels, **options, rtol=self.tol,
                     atol=self.tol, schedule_name=schedule, to_data=to_data and not up,
-                    callback=callback)
+                    callback=noted)
         except pfgm.SolverError as error:
             if 'NaN' in str(error):
                 raise BadInput(f'--ckpt: {error}; {DIVERGED}') from error
@@ -221,11 +252,15 @@ class Flow:
         a time. Rank 0 says how far it has come."""
         nfe = 0
         batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
-        for batch in watch(batches, len(indices), lambda: f'{self.solver} nfe {nfe}', rank):
+        for batch in watch(batches, len(indices), lambda: self.in_words(nfe), rank):
             x, nfe = self.follow(self.prior(batch), device, batch)
             yield batch, x, nfe
 
     # ------------------------------------------------------------ words about it
+
+    def in_words(self, calls=0):
+        """The solver, and how many network calls an image it made, for a line of progress."""
+        return f'{self.solver}, {calls} calls an image' if calls else self.solver
 
     def settings(self):
         """All that its images depend on but for the network's weights and the images of `source`: a
@@ -281,6 +316,7 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
     net.requires_grad_(False).to(device, memory_format=torch.channels_last)
     if compiled:
         net.compile()
+        say('--compile: the first batch compiles the network, which may take minutes')
     official = flags.get('official', False)
     edm = flags.get('edm', False)
     student = None

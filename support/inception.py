@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import pfgm
+from support import waiting
 from support.cli import BadInput, say, write
 from support.foreign import arrays_of
 from support.processes import everywhere, first_of_its_machine
@@ -53,7 +54,8 @@ def load_inception(path, device, rank=0):
 def load_weights(net, path, rank):
     file = path or os.path.join(torch.hub.get_dir(), 'checkpoints', INCEPTION)
     try:
-        with first_of_its_machine():
+        loading = waiting.doing('--inception: loading, or downloading, its weights')
+        with loading, first_of_its_machine():
             if path is None and not os.path.isfile(file):
                 os.makedirs(os.path.dirname(file), exist_ok=True)
                 torch.hub.download_url_to_file(URL, file, '6726825d', progress=rank == 0)

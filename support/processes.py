@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support import waiting
 from support.cli import BadInput, printable, printable_output
 
 try:
@@ -31,7 +32,7 @@ def run(main, args):
     """Call main(args). What the user can mend ends in one line on stderr and exit code 2, the end
     of another process in one line and exit code 1."""
     try:
-        with printable_output():
+        with waiting.working(), printable_output():
             main(args)
     except (BadInput, KeyboardInterrupt, RuntimeError) as error:
         last_words = explain(error)

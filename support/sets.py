@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from support import waiting
 from support.cli import BadInput, SIZE_LIMIT, say
 from support.foreign import IMAGE_EXTENSIONS, RawSet, list_images, read_arrays
 from support.images import Images, probe
@@ -120,7 +121,8 @@ def load_images(dataset='glyphs', data_dir='data', image_size=None, channels=Non
     else:
         least = 2 * image_size if image_size else None
         try:
-            default_size, default_channels = probe(raw.root, raw.entries, channels, least)
+            with waiting.doing(f'{flag} {dataset}: looking at its sizes and colours'):
+                default_size, default_channels = probe(raw.root, raw.entries, channels, least)
         except Exception as error:  # as in found()
             raise unusable(dataset, data_dir, flag, error) from error
         flip = default_channels == 3
@@ -201,7 +203,8 @@ def found(dataset, data_dir, flag, image_size=None, split='train'):
     if dataset in SETS and os.path.lexists(dataset):
         say(f'{flag} {dataset}: the known set, not the file or folder here that is called so; that '
             f'is ./{dataset}')
-    with first_of_its_machine():  # for the others, what it downloads is then there
+    looking = waiting.doing(f'{flag} {dataset}: finding, or downloading, its files')
+    with looking, first_of_its_machine():  # for the others, what it downloads is then there
         try:
             return find(dataset, data_dir, image_size, split)
         except Exception as error:  # a damaged file makes the libraries raise almost anything

@@ -2,7 +2,6 @@
 import contextlib
 import importlib
 import io
-import itertools
 import math
 import os
 import shutil
@@ -17,7 +16,7 @@ from PIL import Image
 
 from support import judge
 from support.cli import (BadInput, above, check_folder, given_by, one_of, printable, say, several,
-                         unless, watch, write)
+                         unless, write)
 from support.flow import Flow
 from support.processes import run
 from support.tests.common import TINY, TINY_PP, refuses, script
@@ -83,18 +82,6 @@ def test_say__is_said_by_the_first_process_alone(monkeypatch, capsys):
         monkeypatch.setenv('RANK', rank)
         say(f'from {rank}')
     assert capsys.readouterr().out == 'from 0\n'
-
-
-def test_watch__says_every_five_seconds_and_at_the_end_how_far_it_is(monkeypatch, capsys):
-    clock = itertools.count(100, 3)  # three seconds a batch
-    monkeypatch.setattr('time.time', lambda: next(clock))
-    batches = [range(10) for _ in range(5)]
-    assert list(watch(batches, 50, lambda: 'euler', rank=0)) == batches
-    assert capsys.readouterr().out.splitlines() == [
-        'euler: 20/50  3.3 img/s  0:09 left', 'euler: 40/50  3.3 img/s  0:03 left',
-        'euler: 50/50  3.3 img/s  0:00 left']
-    assert list(watch(batches, 50, 'euler', rank=1)) == batches
-    assert capsys.readouterr().out == ''
 
 
 # ---------------------------------------------------------------- flags
