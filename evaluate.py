@@ -54,7 +54,7 @@ GREY_LEVEL = 1 / 128
 # ---------------------------------------------------------------- flags
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
+    p = Parser(usage='%(prog)s [--FLAG VALUE ...]', description=__doc__)
     metrics = p.add_argument_group('metrics, one or more')
     for name, metric in METRICS.items():
         metrics.add_argument(f'--{name}', action='store_true', help=metric.help)
@@ -68,9 +68,10 @@ def parse_args(argv=None):
                          'metrics, 1000 without, 256 for bpd)')
     samples.add_argument('--samples', default=None,
                          help='evaluate this folder, .zip or .npz (arr_0), at --image_size if '
-                         'given, and no network')
+                         'given, and no network (default: none)')
     samples.add_argument('--sweep', type=several(above(0, int), prefix='nfe='),
-                         metavar='nfe=5,10,20', help='make them with so many network calls each')
+                         metavar='nfe=5,10,20', help='make them with so many network calls '
+                         'each (default: none; with --compare 5,10,20,50)')
     samples.add_argument('--solvers', type=several(one_of(SOLVERS)), default=None,
                          help=f'of --sweep, of {",".join(SOLVERS)} (default: unipc); rk45 is one '
                          'point, at --tol')
@@ -84,7 +85,7 @@ def parse_args(argv=None):
                            help='these images, or a .npz of mu and sigma (default: the training '
                            'split of --dataset, not mirrored)')
     reference.add_argument('--save_stats', metavar='FILE.npz',
-                           help='write mu and sigma of the reference')
+                           help='write mu and sigma of the reference (default: nowhere)')
     reference.add_argument('--inception', default=None, metavar='FILE',
                            help=f"{INCEPTION} (default: torch hub's copy, downloaded once), or "
                            'random: a check of the plumbing')
@@ -945,7 +946,8 @@ def show_sweep(points, n, args):
     print_table([point.row for point in points])
     if args.bpd:
         print(f'bpd by rk45 with --tol {args.bpd_tol:g}')
-    plot(curves, 'network calls an image (NFE)', f'{shown.upper()}, {n} images', args.out)
+    title = f'{shown.upper()} of {n} images by the number of network calls'
+    plot(curves, title, 'network calls an image (NFE)', shown.upper(), args.out)
     if pictures:
         write_strip(pictures, strip_beside(args.out))
 

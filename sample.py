@@ -37,13 +37,16 @@ from support.sets import load_images, load_pictures
 # ---------------------------------------------------------------- flags
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__)
+    p = Parser(usage='%(prog)s [--FLAG VALUE ...]', description=__doc__)
     first = flow_flags(p)
     first.add_argument('--n', type=above(0, int), default=None,
                        help='images (default: 64; with --inpaint and --colorize so many results '
                        'of each image, by default 8)')
     first.add_argument('--out', default='samples.png',
                        help='.png, .gif, .npz or a folder (default: samples.png)')
+
+    first.add_argument('--verbose', action='store_true',
+                       help='say all that the images depend on (default: off)')
 
     special = p.add_argument_group('special pictures, one at a time (default: none of them)')
     one = special.add_mutually_exclusive_group()
@@ -194,6 +197,7 @@ def write_picture(flow, out, pixels, in_rows):
     if flow.source is not None and not in_rows:  # each image after the one that became it
         starts = flow.source.pixels[torch.arange(len(pixels)) % len(flow.source)]
         pixels = torch.stack([starts, pixels], 1).flatten(0, 1)
+        nrow = 2 * (nrow or math.ceil(len(pixels) ** 0.5 / 2))
     write_grid('--out', out, pixels, nrow)
 
 
@@ -310,7 +314,10 @@ def write_gif(flow, n, out, device):
     milliseconds[-1] = 2000
     write('--out', out, lambda file: grids[0].save(
         file, 'GIF', save_all=True, append_images=grids[1:], loop=0, duration=milliseconds))
-    print(f'{out}: {n} images, {len(grids)} frames, {flow.solver} nfe {nfe}')
+    print(f'{out}: {n} images, {len(grids)} frames, {flow.in_words(nfe)}')
+
+
+GREY_LEVEL = 1 / 128
 
 
 def encode(flow, pictures, out, device):
@@ -327,7 +334,10 @@ def encode(flow, pictures, out, device):
     if pictures.total > len(x):
         counted += f', the first of {pictures.total}'
     print(f'{counted}: mean error {error.mean():.2e} of a range of 2 '
-          f'(one grey level is 7.8e-3), nfe {nfe_up} up, {nfe_down} down')
+          f'(one grey level is 7.8e-3), {nfe_up} network calls up, {nfe_down} down')
+    if flow.solver != 'rk45' and error.mean() > GREY_LEVEL:
+        print(f'this error comes of few network calls: without --nfe and --solver, rk45 makes as '
+              'many as it takes')
     shown = latent / latent.abs().amax((1, 2, 3), keepdim=True)
     row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)
     write_grid('--out', out, to_uint8(row.flatten(0, 1)), nrow=4)
@@ -417,7 +427,9 @@ def main(args):
         n = min(64, len(flow.source))
     elif flow.source is not None and n > len(flow.source):
         say(f'--n {n}: there are {len(flow.source)} images to start from, so these come again')
-    say('  '.join(f'{name} {value}' for name, value in flow.settings().items()))
+    say(flow.headline())
+    if args.verbose:
+        say('  '.join(f'{name} {value}' for name, value in flow.settings().items()))
 
     if args.encode:
         pictures = load_pictures(args.encode, args.data_dir, size, C, n, flag='--encode')

@@ -38,7 +38,7 @@ from support.optim import Muon
 from support.pictures import write_grid
 from support.processes import AT_THE_END, agree, everywhere, fast_bf16, heard, listen, run, setup
 from support.run import (Meter, Origin, check_data, claim, keep_older, open_log, open_run, progress,
-                         restore_optimizer, stop_if_bad)
+                         restore_optimizer, sampling_command, stop_if_bad)
 from support.seeds import fingerprint, rng_state, step_seed
 from support.sets import SETS, load_images
 from unet import UNet
@@ -293,7 +293,8 @@ def prepare(flags, device, world):
     if step >= flags['steps']:
         typed = given.get('steps', origin.given)
         raise BadInput(f'{typed}: {origin.path} has {step} already, of {flags["steps"]}; give more '
-                       f'--steps, or sample from it with: python sample.py --ckpt {origin.path}')
+                       '--steps, or sample from it with: '
+                       + sampling_command(origin.path, flags))
     if source is not None:
         source = charges_of(source, source.flag, device)
     return Start(flags, images, source, origin, step)
@@ -325,8 +326,9 @@ def open_folder(out_dir, start, batch_size):
         raise BadInput(f'--out_dir {out_dir}: cannot write there ({error})') from error
 
 
-def description(args, images, parameters, start, device, world):
-    """One line on what is about to be trained. parameters: how many the network has."""
+def description(args, images, parameters, start, command, device, world):
+    """One line on what is about to be trained. parameters: how many the network has. command: that
+    samples what there is at step `start`."""
     size = args.image_size
     line = f'{images.name}: {len(images)} images of {size} x {size} x {args.channels}'
     if args.classes:
@@ -345,7 +347,7 @@ def description(args, images, parameters, start, device, world):
     if args.bf16:
         line += ', bf16'
     if start:
-        line += f'; going on from step {start}'
+        line += f'; going on from step {start}, which can be sampled with: {command}'
     return line
 
 
@@ -421,7 +423,8 @@ def main(args):
     if rank == 0:
         log, images_seen = open_folder(args.out_dir, start, args.batch_size)
         parameters = sum(p.numel() for p in raw.parameters())
-        print(description(args, images, parameters, start, device, world), flush=True)
+        command = sampling_command(path, flags)
+        print(description(args, images, parameters, start, command, device, world), flush=True)
     pairs = None
     if args.reflow or args.distill:
         pairs = pairs_for_student(args, start, device, rank, world)
@@ -530,7 +533,10 @@ def main(args):
                 last_saved = step
         if stop:
             break
-    say(f'saved {path} at step {step}; sample with: python sample.py --ckpt {path}')
+    line = f'saved {path} at step {step}'
+    if step < args.steps:
+        line += ', from which the same command goes on'
+    say(f'{line}; sample with: {sampling_command(path, flags)}')
 
 
 if __name__ == '__main__':

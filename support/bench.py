@@ -39,14 +39,16 @@ def parse_args(argv=None):
     solvers = benches.add_parser('solvers', help='solvers in the exact field of --dataset: which '
                                  'part of the starts they lead to the right image')
     for bench in (speed, solvers):
-        bench.add_argument('--seed', type=above(-1, int), default=0)
-        bench.add_argument('--device', default='auto')
+        bench.add_argument('--seed', type=above(-1, int), default=0, help='default: 0')
+        bench.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps '
+                           '(default: auto)')
     add = solvers.add_argument
     add('--dataset', default='glyphs', help='default: glyphs')
-    add('--data_dir', default='data')
-    add('--image_size', type=above(0, int), default=None)
+    add('--data_dir', default='data', help='where known data sets are kept (default: data)')
+    add('--image_size', type=above(0, int), default=None,
+        help='pixels a side (default: as the data is)')
     add('--n', type=above(0, int), default=256, help='starts (default: 256)')
-    add('--batch_size', type=above(0, int), default=64, help='starts at a time')
+    add('--batch_size', type=above(0, int), default=64, help='starts at a time (default: 64)')
     add('--sweep', type=several(above(0, int), prefix='nfe='), metavar='nfe=5,10,20',
         default=[5, 10, 20, 35], help='network calls (default: nfe=5,10,20,35)')
     add('--solvers', type=several(one_of(SOLVERS)), default=[*SOLVERS],
@@ -122,7 +124,7 @@ def solvers(images, dataset, device, *, n, batch_size, solver_names, nfes, seed,
                 if schedule in ('', 'radius') or (name, schedule) == ('euler', 'rho7'):
                     curves.setdefault(f'{name} {schedule}', []).append((calls, rmse))
             print(f'{name:>6} {schedule:6}  ' + '   '.join(columns), flush=True)
-    plot(curves, 'network calls an image (NFE)', 'RMSE to the right image', out)
+    plot(curves, f'Solvers in the exact field of {images.name}', 'network calls an image (NFE)', 'RMSE to the right image', out)
 
 
 def nearest_charge(x, charges):

@@ -3,6 +3,7 @@ are written whole or not at all. You need not read it to understand the method.
 """
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import time
@@ -105,10 +106,30 @@ class Parser(argparse.ArgumentParser):
                 typed[name].append(word)
         return {name: ' '.join(map(str, parts)) for name, parts in typed.items()}
 
+    def parse_args(self, words=None, namespace=None):
+        parsed, rest = self.parse_known_args(words, namespace)
+        if rest:
+            flags = [word.partition('=')[0] for word in rest if word.startswith('--')]
+            meant = did_you_mean(flags[0], self._option_string_actions) if flags else ''
+            self.error(f'unrecognized arguments: {" ".join(map(str, rest))}{meant}')
+        return parsed
+
+    def _check_value(self, action, value):  # argparse's own does not say which one was meant
+        if action.choices is not None and value not in action.choices:
+            accepted = ', '.join(map(str, action.choices))
+            meant = did_you_mean(value, action.choices)
+            raise argparse.ArgumentError(action, f'{value}: accepted: {accepted}{meant}')
+
     def error(self, message):
         message = printable(' '.join(message.removeprefix('argument ').split()))
         print(f'{message} (see {self.prog} --help)', file=sys.stderr)
         sys.exit(2)
+
+
+def did_you_mean(word, words):
+    """The end of a message about a wrong word: the one of `words` that it nearly is, or ''."""
+    near = difflib.get_close_matches(str(word), map(str, words), 1)
+    return f'; did you mean {near[0]}?' if near else ''
 
 
 def above(low, number_type=float, below=2 ** 31):
@@ -142,7 +163,9 @@ def one_of(words):
     """An argparse type: one of these words."""
     def convert(text):
         if text not in words:
-            raise argparse.ArgumentTypeError(f'{text}: accepted: {", ".join(words)}')
+            accepted = ', '.join(words)
+            raise argparse.ArgumentTypeError(
+                f'{text}: accepted: {accepted}{did_you_mean(text, words)}')
         return text
     return convert
 

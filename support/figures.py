@@ -80,7 +80,7 @@ def loss_curves(paths, out):
         if name in curves:
             name = path
         curves[name] = moving_mean(read_log(path))
-    plot(curves, 'images seen', 'training loss', out)
+    plot(curves, 'Losses of training runs', 'images seen', 'training loss', out)
 
 
 # ---------------------------------------------------------------- field lines

@@ -18,7 +18,7 @@ import torch
 import pfgm
 from support import waiting
 from support.checkpoint import in_folder, load_checkpoint
-from support.cli import BadInput, above, listed, say, unless, watch
+from support.cli import BadInput, above, did_you_mean, listed, say, unless, watch
 from support.cpu import keep_freed_memory
 from support.images import Charges, charges_of
 from support.methods import VP, PublishedDenoiser, flow_constants
@@ -257,6 +257,20 @@ class Flow:
             yield batch, x, nfe
 
     # ------------------------------------------------------------ words about it
+
+    def headline(self):
+        """What is followed and how, in one line for people; settings() has the rest."""
+        line = 'the exact field of the data'
+        if self.method is not None:
+            line = f'{self.method}, D {self.D:g}'
+        line += f', {self.solver}'
+        if self.solver == 'rk45':
+            line += f' to a tolerance of {self.tol:g}'
+        elif self.nfe == 1:
+            line += ', 1 network call an image'
+        else:
+            line += f', {self.nfe} network calls an image'
+        return f'{line}, seed {self.seed}'
 
     def in_words(self, calls=0):
         """The solver, and how many network calls an image it made, for a line of progress."""
@@ -500,7 +514,8 @@ def class_numbers(words, count, names):
                 accepted = f'0 to {count - 1}'
             else:
                 accepted = listed(names)
-            raise BadInput(f'--classes {given}: the network knows {accepted}')
+            meant = did_you_mean(word, names)
+            raise BadInput(f'--classes {given}: the network knows {accepted}{meant}')
         numbers.append(number)
         first += length
     return numbers

@@ -106,16 +106,19 @@ class Axis:
         return [k * step for k in range(first, last + 1)]
 
 
-def plot(curves, xlabel, ylabel, path):
-    """Write to --out a PNG of 960 x 640 pixels, with marks on both axes and a legend.
+def plot(curves, title, xlabel, ylabel, path):
+    """Write to --out a PNG 640 pixels high, with a title, marks on both axes and a legend on the
+    right of the frame, where it hides no curve.
 
     curves: {name: [(x, y), ...]}."""
-    left, top, right, bottom = 110, 30, 930, 560
+    left, top, right, bottom = 110, 50, 930, 560
     font = ImageFont.load_default(size=20)
-    picture = Image.new('RGB', (960, 640), 'white')
+    names_width = math.ceil(max(font.getlength(name) for name in curves))
+    picture = Image.new('RGB', (right + 80 + names_width, 640), 'white')
     draw = ImageDraw.Draw(picture)
 
-    # the frame
+    # the title and the frame
+    draw.text(((left + right) / 2, 25), title, 'black', font, 'mm')
     points = [point for points in curves.values() for point in points]
     x_axis = Axis([x for x, _ in points], left, right)
     y_axis = Axis([y for _, y in points], bottom, top)
@@ -134,7 +137,7 @@ def plot(curves, xlabel, ylabel, path):
     picture.paste('black', (8, top), turned.rotate(90, expand=True))
 
     # the curves and the legend
-    legend = right - 20 - max(font.getlength(name) for name in curves)
+    legend = right + 65
     for k, (name, points) in enumerate(curves.items()):
         colour = COLOURS[k % len(COLOURS)]
         spots = [(x_axis.position(x), y_axis.position(y)) for x, y in sorted(points)]

@@ -4,6 +4,7 @@ its steps. You need not read it to understand the method.
 import glob
 import json
 import os
+import shlex
 import shutil
 import sys
 from typing import NamedTuple, Optional
@@ -193,6 +194,17 @@ def restore_optimizer(opt, saved, device, rank):
     except Exception as error:  # load_state_dict checks next to nothing, so anything may come
         why = repr(error)[:150]
         raise BadInput(f'the checkpoint is damaged: opt or rng do not fit ({why})') from error
+
+
+def sampling_command(path, flags):
+    """The command that people want after training: samples of the checkpoint `path` in seconds.
+    flags: those it was trained with. A student makes the calls that it was trained for."""
+    command = 'python sample.py'
+    if path != os.path.join('out', 'ckpt.pt'):
+        command += f' --ckpt {shlex.quote(path)}'
+    if not (flags['distill'] or flags['consistency']):
+        command += ' --nfe 20'
+    return command
 
 
 # ---------------------------------------------------------------- the folder of a run

@@ -4,6 +4,7 @@ import importlib
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import urllib.error
@@ -14,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluate import METRICS
+from sample import MODES
 from support import judge
 from support.cli import (BadInput, above, check_folder, given_by, one_of, printable, say, several,
                          unless, write)
-from support.flow import Flow
+from support.flow import Flow, class_numbers
 from support.processes import run
 from support.tests.common import TINY, TINY_PP, refuses, script
 
@@ -111,6 +114,39 @@ def test_check_folder__says_how_to_make_it(here):
         check_folder('--out', 'a/b.png')
     os.mkdir('a')
     check_folder('--out', 'a/b.png')
+
+
+@pytest.mark.parametrize('script_name, words, meant', [
+    ('train', '--step 3', '--steps'), ('train', '--preset cifar_10', 'cifar10'),
+    ('sample', '--solver unipcc', 'unipc'), ('evaluate', '--fidd', '--fid'),
+    ('evaluate', '--swd --sweep nfe=5 --solvers hein', 'heun'), ('bench', 'solver', 'solvers')])
+def test_did_you_mean__names_the_flag_or_word_that_was_nearly_given(script_name, words, meant):
+    refuses([script_name, *words.split()], f'; did you mean {meant}[?]')
+
+
+def test_class_numbers__name_the_class_that_was_nearly_given():
+    with pytest.raises(BadInput, match='--classes dogg: the network knows cat, dog; did you mean'):
+        class_numbers(['dogg'], 2, ['cat', 'dog'])
+    with pytest.raises(BadInput, match='--classes bird: the network knows cat, dog$'):
+        class_numbers(['bird'], 2, ['cat', 'dog'])
+
+
+@pytest.mark.parametrize('name', ['train', 'sample', 'evaluate', 'support.bench speed',
+                                  'support.bench solvers', 'support.checkpoint',
+                                  *(f'support.figures {name}'
+                                    for name in ('heart', 'flow', 'half', 'curves'))])
+def test_help__says_what_each_flag_does_and_its_default(name, capsys):
+    module, *subcommand = name.split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).parse_args([*subcommand, '--help'])
+    out = capsys.readouterr().out
+    if not subcommand:  # that of the whole script has examples at its top
+        assert 'python ' in out.partition('--help')[0].partition('usage')[2]
+    flags = re.split(r'\n  (?=--)', out)[1:]
+    without = [flag.split()[0] for flag in flags if not re.search(r'default|preset', flag)]
+    switches = [f'--{metric}' for metric in METRICS] + [f'--{mode}' for mode in MODES]
+    assert set(without) <= {*switches, '--out'}, without
+    assert '--out' not in without or name == 'support.checkpoint'
 
 
 WORDS = ['', 'x', 'nan', 'inf', '-1', '0', '1e400', '1_0', '\u0663', '\u2460', '0x10', '9' * 5000,

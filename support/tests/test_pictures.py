@@ -38,15 +38,18 @@ def test_axis__marks_round_values_and_is_logarithmic_over_a_decade():
 
 
 def test_plot__draws_each_curve_through_its_points(here, capsys):
-    plot({'a': [(1, 1.0), (2, 3.0)], 'b': [(1, 2.0), (2, 2.5)]}, 'x', 'y', 'p.png')
+    plot({'a': [(1, 1.0), (2, 3.0)], 'b': [(1, 2.0), (2, 2.5)]}, 'title', 'x', 'y', 'p.png')
     assert capsys.readouterr().out == 'wrote p.png\n'
     image = np.asarray(Image.open('p.png'))
-    assert image.shape == (640, 960, 3)
+    assert image.shape[0] == 640 and image.shape[1] > 960
     x = Axis([1, 2], 110, 930)
-    y = Axis([1, 3], 560, 30)
+    y = Axis([1, 3], 560, 50)
     for point, colour in (((1, 1.0), (0x1f, 0x5f, 0xbf)), ((2, 2.5), (0xd1, 0x40, 0x2f))):
         spot = image[round(y.position(point[1])), round(x.position(point[0]))]
         assert tuple(spot) == colour
+        # The legend is outside the frame, where no curve can be.
+        assert (image[:, 950:] == colour).all(2).any()
+    assert (image[10:40, 400:600] == 0).any()  # the title
 
 
 def test_strip__has_a_row_of_samples_for_each_name(here):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import train
 from support import checkpoint, run
+from support.run import sampling_command
 from support.tests.common import (TINY, loaded, losses, refuses, rows_of, said, same_run, script,
                                   start, until)
 from support.tests.made import picture, pictures
@@ -214,3 +215,12 @@ def test_meter__on_cuda_memory_stays_flat(cuda_run, tmp_path, monkeypatch):
     monkeypatch.setattr(run.Meter, 'observe', observed)
     cuda_run('--steps', 300, '--log_every', 50, '--out_dir', tmp_path)
     assert allocated[-1] < allocated[50] + 2 ** 20
+
+
+def test_sampling_command__is_that_of_20_calls_or_of_a_student():
+    plain = dict(distill=None, consistency=False)
+    assert sampling_command('out/ckpt.pt', plain) == 'python sample.py --nfe 20'
+    assert sampling_command('a b/ckpt.pt', plain) == (
+        "python sample.py --ckpt 'a b/ckpt.pt' --nfe 20")
+    student = dict(distill='a.pt', consistency=False)
+    assert sampling_command('out/ckpt.pt', student) == 'python sample.py'

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 import sample
 from support import sample_files, sets
 from support.flow import Flow
+from support.images import Charges
 from support.tests.common import HERE, close, refuses, said, sampled, script, seeded
 
 DATA = Path(__file__).parent / 'data'
@@ -273,3 +275,24 @@ def test_restore__refuses_flags_that_do_not_fit(ambiguous):
             ('--inpaint x.npy --mask all.png', '--mask all.png: nothing in it is black, to be kept')):
         refuses(['sample.py', *'--exact --device cpu --dataset x.npy'.split(), *flags.split()],
                 message)
+
+
+def test_main__says_the_flow_in_one_line_and_the_rest_with_verbose(trained, here):
+    command = ['sample.py', '--ckpt', trained, *'--device cpu --n 1 --nfe 3'.split()]
+    assert said(command).splitlines()[0] == 'pfgm, D 1, unipc, 3 network calls an image, seed 0'
+    assert 'z_max 3' in said([*command, '--verbose']).splitlines()[1]
+
+
+def test_encode__says_that_its_error_comes_of_few_calls(trained, here):
+    command = ['sample.py', '--ckpt', trained, *'--device cpu --encode glyphs --n 1'.split()]
+    assert 'comes of few network calls' in said([*command, '--nfe', 4])
+
+
+def test_write_picture__pairs_are_not_parted(monkeypatch):
+    nrows = []
+    monkeypatch.setattr(sample, 'write_grid', lambda flag, path, pixels, nrow: nrows.append(nrow))
+    pixels = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
+    flow = SimpleNamespace(classes=(), source=Charges(pixels))
+    for n in (1, 3, 5, 9):
+        sample.write_picture(flow, 'a.png', pixels[:n], in_rows=False)
+    assert nrows == [2, 4, 4, 6]

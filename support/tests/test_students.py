@@ -157,7 +157,7 @@ def test_distill__makes_of_any_teacher_a_student_of_one_call(teacher, student, D
         close(pairs[:, 1], ends, atol=1e-4 * float(ends.abs().max()))
         assert flow.z_max == args['z_max'] and flow.upper_norm == args['upper_norm']
         check_perturb(perturb.call_args_list, net, flow, x)
-    assert 'nfe 1 ' in said('sample.py --ckpt b --n 3 --device cpu'.split())
+    assert ', 1 network call an image, ' in said('sample.py --ckpt b --n 3 --device cpu'.split())
 
 
 def test_pairs_of_teacher__of_a_guided_teacher(straight, here):
@@ -201,7 +201,7 @@ def test_check_calls__a_student_of_one_call_is_asked_for_no_more(flags, named, s
 def test_check_calls__one_call_between_draws_is_what_a_student_makes(student, here):
     for flags in ('--nfe 1', '--interpolate', '--solver euler'):
         out = said(['sample.py', '--ckpt', student, *'--device cpu --n 8'.split(), *flags.split()])
-        assert ' nfe 1 ' in out
+        assert ', 1 network call an image, ' in out
 
 
 def test_points_of_sweep__measure_a_student_with_the_calls_that_it_has_learned(student, straight,
@@ -257,8 +257,8 @@ def test_at_lower_level__is_what_the_stopped_network_makes_of_the_same_noise(fla
         close(w, weight, rtol=1e-6)
 
     sampling = 'sample.py --ckpt b --n 3 --device cpu'.split()
-    assert 'solver renew  nfe 1 ' in said(sampling)
-    assert 'solver renew  nfe 2 ' in said([*sampling, '--nfe', 2])
+    assert 'renew, 1 network call an image' in said(sampling)
+    assert 'renew, 2 network calls an image' in said([*sampling, '--nfe', 2])
     assert 'two calls' not in said([*sampling, '--nfe', 2])
     assert 'trained for one or two calls, and more need' in said([*sampling, '--nfe', 3])
     for more in ('--solver rk45', '--solver unipc --nfe 2', '--encode glyphs', '--gif'):
