@@ -124,7 +124,8 @@ def solvers(images, dataset, device, *, n, batch_size, solver_names, nfes, seed,
                 if schedule in ('', 'radius') or (name, schedule) == ('euler', 'rho7'):
                     curves.setdefault(f'{name} {schedule}', []).append((calls, rmse))
             print(f'{name:>6} {schedule:6}  ' + '   '.join(columns), flush=True)
-    plot(curves, f'Solvers in the exact field of {images.name}', 'network calls an image (NFE)', 'RMSE to the right image', out)
+    title = f'Solvers in the exact field of {images.name}'
+    plot(curves, title, 'network calls an image (NFE)', 'RMSE to the right image', out)
 
 
 def nearest_charge(x, charges):

@@ -274,7 +274,7 @@ def test_compare__measures_checkpoints_side_by_side(trained, straight, few_glyph
     assert re.search(r'test images of glyphs, tol 0.1, biased above 0.0001; an image comes back '
                      r'\d+.\d grey levels off, .*: give --tol 1e-05', out)
     assert len(rows_of('results.jsonl')) == 2 * (3 + 1)
-    assert Image.open('compare.png').size == (960, 640)
+    assert Image.open('compare.png').height == 640
     strip = Image.open('compare_samples.png')
     assert strip.height == 30 + 4 + 2 * 68 and strip.width > 2 * 3 * 68
 

@@ -112,7 +112,7 @@ def test_loss_curves__are_called_by_the_folders_of_the_runs(here):
     curves, *_, path = plotted.call_args.args
     assert list(curves) == ['run', 'b/run/log.jsonl'] and path == 'curves.png'
     assert curves['run'] == moving_mean([(row['images'], row['loss']) for row in rows])
-    assert Image.open('curves.png').size == (960, 640)
+    assert Image.open('curves.png').height == 640
 
 
 def test_loss_curves__refuses_what_is_no_log(here):
