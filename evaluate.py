@@ -970,7 +970,8 @@ def main(args):
         wanted.add('fid')
     check_flags(args)
     fill_output(args)
-    device, rank, world = setup(args.device, float64=args.exact)
+    device, rank, world = setup(args.device, float64=args.exact,
+                                deterministic=args.deterministic)
 
     # what is measured: images that are given, or those of flows
     flows = {}

@@ -414,7 +414,8 @@ def flow_from(args, data, device):
 
 def main(args):
     check_flags(args)
-    device, rank, world = setup(args.device, float64=args.exact)
+    device, rank, world = setup(args.device, float64=args.exact,
+                                deterministic=args.deterministic)
     if rank == 0:
         check_out(args.out)
     data = None

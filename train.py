@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import pfgm
 from support import options, published, students
-from support.checkpoint import in_folder, save
+from support.checkpoint import in_folder
 from support.cli import BadInput, Parser, above, given_by, listed, say, unless
 from support.cpu import speed_up
 from support.flow import flow_of, load_flow
@@ -37,7 +37,7 @@ from support.networks import ARCHITECTURE, build, for_classes
 from support.optim import Muon
 from support.pictures import write_grid
 from support.processes import AT_THE_END, agree, everywhere, fast_bf16, heard, listen, run, setup
-from support.run import (Meter, Origin, check_data, claim, keep_older, open_log, open_run, progress,
+from support.run import (Meter, Origin, Saver, check_data, claim, open_log, open_run, progress,
                          restore_optimizer, sampling_command, stop_if_bad)
 from support.seeds import fingerprint, rng_state, step_seed
 from support.sets import SETS, load_images
@@ -54,7 +54,8 @@ GLYPHS = dict(
     nf=64, ch_mult=(1, 1), num_blocks=1, attn=(4,), dropout=0, ncsnpp=False,
     classes=True, label_first=False, patch=2, skip=False,
     steps=1400, batch_size=64, field_batch=1024, lr=1e-2, warmup=50, decay=1.0, muon=True,
-    ema_decay=0.98, loss='sum', m_draws=4, sample_every=500)
+    ema_decay=0.98, loss='sum', m_draws=4, sample_every=500,
+    save_every=1000)
 MNIST = dict(GLYPHS, attn=(7, 8), skip=True, field_batch=4096, steps=5000, sample_every=1000)
 
 # The official code of PFGM, github.com/Newbeeer/Poisson_flow.
@@ -62,7 +63,8 @@ CIFAR10 = dict(
     nf=128, ch_mult=(1, 2, 2, 2), num_blocks=4, attn=(16,), dropout=0.1, ncsnpp=False,
     classes=False, label_first=False, patch=1, skip=False,
     steps=1300000, batch_size=128, field_batch=4096, lr=2e-4, warmup=5000, decay=0.0, muon=False,
-    ema_decay=0.9999, loss='sum', m_draws=1, sample_every=5000, **published.CIFAR10)
+    ema_decay=0.9999, loss='sum', m_draws=1, sample_every=5000,
+    save_every=10000, **published.CIFAR10)
 CIFAR10_DEEP = dict(CIFAR10, num_blocks=8)
 CELEBA64 = dict(CIFAR10, field_batch=512, **published.CELEBA64)
 LSUN_BEDROOM = dict(
@@ -160,6 +162,8 @@ def parse_args(argv=None):
     training.add_argument('--seed', type=above(-1, int), default=0,
                           help='decides the first weights, the order of images and all noise')
     training.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 or mps')
+    training.add_argument('--deterministic', action=yes_or_no, default=False,
+                          help='on a GPU the same numbers each time, by slower kernels')
     training.add_argument('--bf16', action=yes_or_no,
                           help='bfloat16 autocast (default: where it is fast)')
     training.add_argument('--compile', action=yes_or_no, default=False,
@@ -174,7 +178,7 @@ def parse_args(argv=None):
                         help='steps between log lines')
     output.add_argument('--sample_every', type=above(-1, int),
                         help='steps between sample grids; 0: none')
-    output.add_argument('--save_every', type=above(0, int), default=1000,
+    output.add_argument('--save_every', type=above(0, int),
                         help='steps between checkpoints')
     output.add_argument('--keep', type=above(0, int), default=2,
                         help='checkpoints to keep: ckpt.pt and those before it')
@@ -390,9 +394,9 @@ def learning_rate(step, lr, steps, warmup, decay):
 
 def main(args):
     # devices and processes
-    device, rank, world = setup(args.device, args.timeout)
+    device, rank, world = setup(args.device, args.timeout, deterministic=args.deterministic)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic  # shapes stay
+    torch.backends.cudnn.benchmark = not args.deterministic  # shapes stay as they are
     if args.bf16 is None:
         args.bf16 = fast_bf16(device)
 
@@ -445,7 +449,7 @@ def main(args):
     signals = listen()
     meter = Meter(device, flow.unit)
     last_logged = start
-    last_saved = start
+    saver = Saver(path, start, args.keep)  # writes while the next steps are made
     clock = time.time()
     step = start
     AT_THE_END.enter_context(waiting.doing(lambda: f'step {step}/{args.steps}'))
@@ -527,12 +531,12 @@ def main(args):
         if saves:
             rng = everywhere(rng_state(device))
             if rank == 0:
-                keep_older(path, last_saved, args.keep)
-                save(path, dict(net=raw.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
+                saver.save(dict(net=raw.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(),
                                 step=step, args=flags, rng=rng))
-                last_saved = step
+        saver.check()
         if stop:
             break
+    saver.wait()
     line = f'saved {path} at step {step}'
     if step < args.steps:
         line += ', from which the same command goes on'

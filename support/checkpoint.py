@@ -162,7 +162,8 @@ RUN_FLAGS = dict(
     reflow=optional(is_text), distill=optional(is_text), consistency=is_truth,
     M=optional(whole_number(1, 10 ** 6)), sigma=number(1e-9, 1e9), tau=number(1e-9, 1e9),
     field_batch=is_field_batch, batch_size=whole_number(1, 2 ** 31), flip=is_truth,
-    steps=whole_number(1, 2 ** 31), sample_every=whole_number(0, 2 ** 31), lr=number(0, 1e9),
+    steps=whole_number(1, 2 ** 31), sample_every=whole_number(0, 2 ** 31),
+    save_every=whole_number(1, 2 ** 31), lr=number(0, 1e9),
     warmup=whole_number(0, 2 ** 31), ema_decay=number(0, 1),
     loss=lambda value: value in ('sum', 'mean'))
 

@@ -613,6 +613,9 @@ def flow_flags(p):
     machine.add_argument('--bf16', action=yes_or_no, default=None,
                          help='bfloat16 autocast (default: where it is fast, not for official '
                          'checkpoints; never with rk45)')
+    machine.add_argument('--deterministic', action='store_true',
+                         help='on a GPU the same numbers each time, by slower kernels (default: '
+                         'off)')
     machine.add_argument('--compile', action='store_true',
                          help='torch.compile the network (default: off)')
     return first

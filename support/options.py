@@ -20,9 +20,9 @@ OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # constants of 
 # Flags that may change when a run is resumed. Of the first a line says that they have changed.
 TUNED = ('lr', 'warmup', 'decay', 'grad_clip', 'batch_size', 'accum', 'workers', 'dataset',
          'source')
-FREE_ON_RESUME = (*TUNED, 'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile', 'log_every',
-                  'sample_every', 'save_every', 'keep', 'timeout', 'init_from', 'data',
-                  'class_names', 'source_data')
+FREE_ON_RESUME = (*TUNED, 'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'compile',
+                  'deterministic', 'log_every', 'sample_every', 'save_every', 'keep', 'timeout',
+                  'init_from', 'data', 'class_names', 'source_data')
 
 
 # ---------------------------------------------------------------- what was left open

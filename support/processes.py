@@ -57,6 +57,8 @@ def explain(error):
     # PyTorch's handler of SIGCHLD raises this whatever main is doing, so it may come from anywhere.
     if line.startswith('DataLoader worker'):
         return str(reader_lost(error)), 2
+    if 'does not have a deterministic implementation' in line:
+        return f'--deterministic: {line[:150]}; leave it out', 2
     # These are known by their module, since to import TorchDynamoException takes a second.
     if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
         return f'--compile: {line}; leave it out', 2
@@ -73,12 +75,18 @@ def reader_lost(error):
                     'or where a container has little shared memory docker run --shm-size=8g')
 
 
-def setup(name, timeout=600.0, float64=False):
+def setup(name, timeout=600.0, float64=False, deterministic=False):
     """Choose the device and, under torchrun, join the other processes -> (device, rank, how many).
 
     name: of --device. timeout: the seconds after which a silent rank ends the job. float64: whether
-    the work is in float64, for which the CPU serves where the device has none. Raises BadInput for
-    a device that is not there."""
+    the work is in float64, for which the CPU serves where the device has none. deterministic:
+    whether the same command shall give the same bits each time on one device, by kernels that may
+    be slower; on the CPU it does without. Raises BadInput for a device that is not there."""
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA begins
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False  # which would choose kernels by their time
+        AT_THE_END.callback(torch.use_deterministic_algorithms, False)
     under_torchrun = 'RANK' in os.environ
     rank = local_rank = 0
     world = 1
@@ -123,22 +131,47 @@ def choose_device(name, local_rank, world):
 def join(device, rank, world, timeout):
     """Join the other processes of this torchrun, and leave them when run() ends."""
     limit = timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous('env://', timeout=limit))
+    try:
+        store, _, _ = next(dist.rendezvous('env://', timeout=limit))
+    except (RuntimeError, OSError) as error:
+        raise not_joined('the store of torchrun', error) from error
     # torchrun keeps its store when it restarts processes, and with it the addresses of those that
     # died. A prefix hides these, where all ranks know the same count of restarts: on one machine.
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     machines = os.environ.get('GROUP_WORLD_SIZE', '1')
     if machines == '1':
         store = dist.PrefixStore(f'restart {restarts}', store)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store,
-                            rank=rank, world_size=world, timeout=limit)
+    backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except RuntimeError as error:
+        raise not_joined(f'the group of all processes by {backend}', error) from error
     # What is named last here is done first. The threads of the patient group must not outlive the
     # group of all. That one holds the GIL while it waits for its threads, and they may want the GIL
     # themselves to let their tensors go: the pause gives them time to.
     AT_THE_END.callback(dist.destroy_process_group)
     AT_THE_END.callback(time.sleep, 0.1)
     AT_THE_END.callback(patient.cache_clear)
-    patient()
+    try:
+        patient()
+    except RuntimeError as error:
+        raise not_joined('the group of all processes by gloo', error) from error
+
+
+def not_joined(group, error):
+    """The BadInput where the processes of torchrun do not reach one another. group: what could not
+    be made of them. Gloo connects to the address to which a machine's own name leads, which may be
+    one that other machines do not see, such as 127.0.1.1."""
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        address = 'no address'
+    why = (str(error) or repr(error)).splitlines()[0][:150]
+    return BadInput(f'torchrun: {group} could not be made ({why}); this machine is {host}, which '
+                    f'leads to {address}: on several machines that address must be seen by the '
+                    'others, or name the network interface between them on each: '
+                    'GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 torchrun ...')
 
 
 # ---------------------------------------------------------------- what a device can do

@@ -7,11 +7,12 @@ import os
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional
 
 import torch
 
-from support.checkpoint import read_checkpoint
+from support.checkpoint import read_checkpoint, save
 from support.cli import BadInput, given_by, say, write
 from support.processes import AT_THE_END, peak_memory
 from support.sets import SETS
@@ -256,6 +257,59 @@ def keep_older(path, step, keep):
             os.replace(f'{name}.part', name)
     for old in sorted(glob.glob(f'{glob.escape(stem)}-*.pt'), reverse=True)[keep - 1:]:
         os.remove(old)
+
+
+def copied(value):
+    """A copy of what a checkpoint holds, with all tensors in main memory, also those in dicts,
+    lists and tuples. Those of a GPU go to pinned memory, which it can write to fastest."""
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(part) for part in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    place = torch.empty_like(value, device='cpu', pin_memory=value.is_cuda)
+    return place.copy_(value)
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, while training goes on.
+
+    save() copies the state before it returns, so that later steps do not change what is written. A
+    checkpoint is written when the one before it is on the disk."""
+
+    def __init__(self, path, step, keep):
+        """path: of ckpt.pt, which is of `step` if it is there. keep: of keep_older()."""
+        self.path = path
+        self.step = step
+        self.keep = keep
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None  # the future of the checkpoint that is being written
+        AT_THE_END.callback(self.thread.shutdown)  # however the run ends, it ends writing
+
+    def save(self, checkpoint):
+        """Begin to write this checkpoint, a dict. Raises BadInput where the last one could not be
+        written."""
+        self.wait()
+        self.writing = self.thread.submit(self.write, copied(checkpoint))
+
+    def write(self, checkpoint):
+        keep_older(self.path, self.step, self.keep)
+        save(self.path, checkpoint)
+        self.step = checkpoint['step']
+
+    def check(self):
+        """Raises BadInput where a checkpoint could not be written; does not wait."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
+
+    def wait(self):
+        """Wait until the last checkpoint is on the disk. Raises BadInput where it cannot be
+        written."""
+        if self.writing is not None:
+            writing = self.writing
+            self.writing = None
+            writing.result()
 
 
 # ---------------------------------------------------------------- what is measured of the steps

@@ -330,6 +330,35 @@ def test_setup__every_mode_runs_on_a_pretended_device_and_on_a_real_one(device, 
     assert out.endswith('all modes ran\n') and f'1 x {device.split()[-1]}' in out
 
 
+def test_setup__deterministic_kernels_are_asked_for_until_the_run_ends(monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':16:8')
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    asked = []
+
+    def main(args):
+        processes.setup('cpu', deterministic=True)
+        asked.append(torch.are_deterministic_algorithms_enabled())
+
+    processes.run(main, None)
+    assert asked == [True] and not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+    error = RuntimeError('put_ does not have a deterministic implementation, but you set ...')
+    assert processes.explain(error)[0].startswith('--deterministic: put_ does not')
+
+
+def test_join__says_what_failed_and_which_variable_names_the_network(monkeypatch):
+    def refused(*args, **options):
+        raise RuntimeError('connectFullMesh failed: Connection refused')
+
+    monkeypatch.setattr(torch.distributed, 'rendezvous', lambda *args, **options: iter(
+        [(torch.distributed.HashStore(), 0, 2)]))
+    monkeypatch.setattr(torch.distributed, 'init_process_group', refused)
+    with pytest.raises(BadInput, match='by gloo could not be made .connectFullMesh failed: Conn.*'
+                                       'GLOO_SOCKET_IFNAME'):
+        processes.join(torch.device('cpu'), 0, 2, 5.0)
+
+
 # ---------------------------------------------------------------- on a GPU
 
 @pytest.mark.cuda

@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from PIL import Image
 
 import train
 from support import checkpoint, run
-from support.run import sampling_command
+from support.cli import BadInput
+from support.run import Saver, sampling_command
 from support.tests.common import (TINY, loaded, losses, refuses, rows_of, said, same_run, script,
                                   start, until)
 from support.tests.made import picture, pictures
@@ -224,3 +226,41 @@ def test_sampling_command__is_that_of_20_calls_or_of_a_student():
         "python sample.py --ckpt 'a b/ckpt.pt' --nfe 20")
     student = dict(distill='a.pt', consistency=False)
     assert sampling_command('out/ckpt.pt', student) == 'python sample.py'
+
+
+def test_saver__writes_the_state_of_its_step_while_training_goes_on(here, monkeypatch):
+    may_write = threading.Event()
+    save = run.save
+
+    def slow(path, checkpoint):
+        assert may_write.wait(10)
+        save(path, checkpoint)
+
+    monkeypatch.setattr(run, 'save', slow)
+    weight = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    saver = Saver('ckpt.pt', 0, keep=2)
+    saver.save(dict(step=1, net={'w': weight}, opt=[(weight,)]))
+    weight.zero_()  # the next step, before the file is written
+    saver.check()
+    assert not os.path.exists('ckpt.pt')
+    may_write.set()
+    saver.save(dict(step=2, net={'w': weight}))
+    saver.wait()
+    assert sorted(os.listdir()) == ['ckpt-0000001.pt', 'ckpt.pt']
+    first = torch.load('ckpt-0000001.pt', weights_only=True)
+    assert (first['net']['w'] == 1).all() and (first['opt'][0][0] == 1).all()
+    assert first['net']['w'].is_contiguous(memory_format=torch.channels_last)
+    assert (torch.load('ckpt.pt', weights_only=True)['net']['w'] == 0).all()
+
+
+@pytest.mark.parametrize('method', ['check', 'wait', 'save'])
+def test_saver__an_error_of_its_thread_ends_the_run_in_one_line(method, here, monkeypatch):
+    def full(path, checkpoint):
+        raise BadInput('checkpoint ckpt.pt: cannot be written')
+
+    monkeypatch.setattr(run, 'save', full)
+    saver = Saver('ckpt.pt', 0, keep=2)
+    saver.save(dict(step=1))
+    saver.thread.submit(str).result()  # by now it has failed
+    with pytest.raises(BadInput, match='cannot be written'):
+        saver.save(dict(step=2)) if method == 'save' else getattr(saver, method)()
