@@ -31,7 +31,7 @@ class Work:
 
 class Speaker:
     """Says what is under way whenever the script has been silent for PATIENCE seconds; of work that
-    has taken more than a minute, for a twentieth of the time that it has taken."""
+    has taken minutes, for a sixtieth of the time that it has taken."""
 
     def __init__(self):
         self.works = []  # of Work, each a part of the one before it
@@ -54,7 +54,7 @@ class Speaker:
             parts = works[1:] if self.thread is not None and len(works) > 1 else works
             now = time.monotonic()
             taken = now - parts[0].began
-            if now - self.last_line < max(PATIENCE, taken / 20):
+            if now - self.last_line < max(PATIENCE, taken / 60):
                 return
             self.heard()
             words = [work.words() if callable(work.words) else work.words for work in parts]

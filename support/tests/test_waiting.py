@@ -59,7 +59,7 @@ def test_speaker__speaks_of_the_work_in_hand_where_the_script_is_silent(clock, c
         speaker.speak()
         clock.now += 200
         speaker.speak()
-        clock.now += 9   # after minutes it says less
+        clock.now += 3   # after minutes it says less
         speaker.speak()
     with doing('next'):
         clock.now += 2.6
