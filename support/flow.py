@@ -18,7 +18,8 @@ import torch
 import pfgm
 from support import waiting
 from support.checkpoint import in_folder, load_checkpoint
-from support.cli import BadInput, above, did_you_mean, listed, say, unless, watch
+from support.classes import class_numbers
+from support.cli import BadInput, above, say, unless, watch
 from support.cpu import keep_freed_memory
 from support.images import Charges, charges_of
 from support.methods import VP, PublishedDenoiser, flow_constants
@@ -480,59 +481,6 @@ def check_flow(flow, z_min, tol_least, precision):
     if flow.tol < tol_least:
         raise BadInput(f'--tol {flow.tol}: finer than the {precision} can tell; give {tol_least} '
                        'or more')
-
-
-def class_numbers(words, count, names):
-    """The labels that `words` mean, to a network that knows `count` classes, called `names` or
-    None: numbers, or names where there are such. words None means all of them.
-
-    The words are what stood between commas. A name may hold commas itself, so that several words
-    may be one; spaces beside a comma do not matter, nor do capitals where names differ in more than
-    these. Raises BadInput for others."""
-    if words is None:
-        return range(count)
-    if not names or not count:  # a network without classes may still know those of its images
-        names = []
-    counted = all(not name.isdecimal() for name in names)  # a class may itself be called 3
-    if not words and 'none' in names:
-        say(f'--classes none: no labels; for the class called none give {names.index("none")}')
-    spelled = [tuple(part.strip() for part in word.split(',')) for word in names]
-    given = ','.join(words)
-    words = [word.strip() for word in words]
-    numbers = []
-    first = 0
-    while first < len(words):
-        number, length = longest_name(words[first:], spelled)
-        word = words[first]
-        if number is None and word.isdecimal() and counted and int(word) < count:
-            number = int(word)
-            length = 1
-        if number is None:
-            if not count:
-                accepted = 'none; leave it out, or train with --classes'
-            elif names in ([], [str(k) for k in range(count)]):
-                accepted = f'0 to {count - 1}'
-            else:
-                accepted = listed(names)
-            meant = did_you_mean(word, names)
-            raise BadInput(f'--classes {given}: the network knows {accepted}{meant}')
-        numbers.append(number)
-        first += length
-    return numbers
-
-
-def longest_name(words, names):
-    """Which of the names, each a tuple of words, is the longest that these words begin with -> (its
-    number or None, its length). Capitals matter only where several names differ in nothing else."""
-    for length in range(len(words), 0, -1):
-        begin = tuple(words[:length])
-        if begin in names:
-            return names.index(begin), length
-        small = [part.casefold() for part in begin]
-        alike = [k for k, name in enumerate(names) if [part.casefold() for part in name] == small]
-        if len(alike) == 1:
-            return alike[0], length
-    return None, 0
 
 
 # ---------------------------------------------------------------- its flags

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from support.cli import BadInput, CLASS_LIMIT, listed, own_rank, watch
 from support.foreign import read_bytes
-from support.processes import deaf, reader_lost
+from support.processes import deaf, reader_lost, share_of_rank
 from support.seeds import fingerprint, step_seed
 
 FORMATS = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()  # not EPS, for which Pillow runs Ghostscript
@@ -495,6 +495,29 @@ def read_batches(images, indices, device='cpu', workers=0):
         if not workers or not re.search('DataLoader worker|shared memory|shm|Errno', str(error)):
             raise
         raise reader_lost(error) from error
+
+
+def chosen_indices(n, of):
+    """n different numbers below `of`, in order, always the same: int64 (n,). They are random, since
+    every tenth image of a set whose classes come in turn would be of one class."""
+    if n >= of:
+        return torch.arange(of)
+    return torch.randperm(of, generator=torch.Generator().manual_seed(0))[:n].sort().values
+
+
+def part_of_rank(indices, rank, world):
+    """This rank's share of a tensor of indices."""
+    share = share_of_rank(len(indices), rank, world)
+    return indices[share.start:share.stop]
+
+
+def read_chosen(images, n, machine, label):
+    """Yields this rank's share of n images of a data set, those of chosen_indices(), uint8
+    (b, C, S, S) a batch. label: the first words of the line that says how far it has come."""
+    indices = part_of_rank(chosen_indices(n, len(images)), machine.rank, machine.world)
+    batches = read_batches(images, indices.split(machine.batch_size), machine.device,
+                           machine.workers)
+    return watch(batches, len(indices), label, machine.rank)
 
 
 def to_shared_memory(batch):

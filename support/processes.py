@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -256,6 +257,15 @@ def agree(flag, mend, **facts):
 def share_of_rank(n, rank, world):
     """The range of those of n things that this rank works on; the shares differ by one at most."""
     return range(n * rank // world, n * (rank + 1) // world)
+
+
+class Machine(NamedTuple):
+    """On what images are made or read, and in how large batches."""
+    device: torch.device
+    rank: int        # of this process
+    world: int       # how many processes there are
+    batch_size: int  # images at a time, in this process
+    workers: int     # processes that read a set which is too large for memory
 
 
 # ---------------------------------------------------------------- signals

@@ -4,6 +4,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+import pfgm
 from support import sets
 from support.cli import BadInput
+from support.flow import Flow
 from support.processes import run
 
 torch.set_num_threads(1)
@@ -69,6 +72,21 @@ class Linear(torch.nn.Module):
         return x * z.sin().view(-1, 1, 1, 1) + shift, z
 
 
+def images_net(N, h=2.0):
+    """The field of the planar density c h / (|x|^2 + h^2)^((N+1)/2): a point charge at (0, -h)."""
+    def net(x, z):
+        scale = -math.sqrt(N) / (torch.hypot(x.flatten(1).norm(dim=1), z + h) + 5)
+        return x * pfgm.column(scale, x), (z + h) * scale
+    return net
+
+
+def known_flow():
+    """Lines of the method of images. They are straight, so every probe gives the divergence itself.
+    """
+    return Flow(network(images_net(16, 2.0)), (1, 4, 4), D=1.0, z_min=1e-3, z_max=50.0,
+                upper_norm=None, z_exp=0.0, gamma=5.0)
+
+
 # ---------------------------------------------------------------- scripts
 
 def script(command):
@@ -104,6 +122,12 @@ def sampled(out, *flags):
     """The images (n, H, W, C) that sample.py makes as the .npz `out`."""
     script(['sample.py', '--device', 'cpu', '--out', out, *flags])
     return np.load(out)['arr_0'].astype(int)
+
+
+def trained_on_folder(name, out, *flags):
+    """A run of one step of PFGM++ on a folder of images."""
+    script(['train.py', *TINY_PP, '--D', 128, '--steps', 1, '--dataset', name, '--out_dir', out,
+            *flags])
 
 
 def start(command, processes=0, **flags):

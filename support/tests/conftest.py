@@ -2,8 +2,10 @@
 import functools
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from support import sets
 from support.tests.common import TINY, TINY_PP, script
@@ -62,6 +64,19 @@ def copied(trained, tmp_path):
 def here(tmp_path, monkeypatch):
     """The test runs in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def two_sets(here, tmp_path):
+    """The test runs where there are A and B, with the same names and classes, and other colours."""
+    for name, colour in (('A', (200, 60, 30)), ('B', (30, 60, 200))):
+        for c in ('cat', 'dog'):
+            (tmp_path / name / c).mkdir(parents=True)
+            for k in range(10):
+                x = np.zeros((16, 16, 3), np.uint8)
+                x[:, :8 if c == 'cat' else 16] = colour
+                x[k] = 255
+                Image.fromarray(x).save(tmp_path / name / c / f'{k}.png')
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from PIL import Image
 from evaluate import METRICS
 from sample import MODES
 from support import judge
+from support.classes import class_numbers
 from support.cli import (BadInput, above, check_folder, given_by, one_of, printable, say, several,
                          unless, write)
-from support.flow import Flow, class_numbers
+from support.flow import Flow
 from support.processes import run
 from support.tests.common import TINY, TINY_PP, refuses, script
 

@@ -13,8 +13,7 @@ from scipy import optimize
 
 import pfgm
 from pfgm import ExactField
-from support.cli import BadInput
-from support.flow import Flow, class_numbers, load_flow
+from support.flow import Flow, load_flow
 from support.images import to_float
 from support.solvers import ancestral
 from support.tests.common import (F64, TINY_PP, close, loaded, refuses, said, sampled, script,
@@ -29,31 +28,6 @@ def flow_without_network(**fields):
     constants = dict(net=None, shape=(1, 4, 4), D=1, z_min=1e-3, z_max=40.0, upper_norm=300.0,
                      z_exp=5.0, gamma=5.0)
     return Flow(**{**constants, **fields})
-
-
-@pytest.mark.parametrize('words, names, labels', [
-    ('cat, dog', 'cat|dog', [0, 1]), ('Cat,DOG', 'cat|dog', [0, 1]), ('1, 0', 'cat|dog', [1, 0]),
-    ('cat, tabby,dog', 'cat, tabby|dog', [0, 1]), ('dog,Cat,Tabby', 'cat, tabby|dog', [1, 0]),
-    ('cat,tabby', 'cat|cat, tabby|tabby', [1]), ('cat,dog', 'Cat|cat|dog', [1, 2]),
-    ('3', '5|3', [1]), (' none', 'cat|none', [1])])
-def test_class_numbers__names_may_have_spaces_capitals_and_commas(words, names, labels):
-    names = names.split('|')
-    assert class_numbers(words.split(','), len(names), names) == labels
-
-
-@pytest.mark.parametrize('words, names, accepted', [
-    ('CAT', 'Cat|cat', 'Cat, cat'), ('cat', 'cat, tabby|dog', '"cat, tabby", dog'),
-    ('cat, ,dog', 'cat|dog', 'cat, dog'), ('2', 'cat|dog', 'cat, dog'), ('7', '5|3', '5, 3')])
-def test_class_numbers__refuses_what_is_no_name_or_two(words, names, accepted):
-    names = names.split('|')
-    with pytest.raises(BadInput) as refusal:
-        class_numbers(words.split(','), len(names), names)
-    assert str(refusal.value) == f'--classes {words}: the network knows {accepted}'
-
-
-def test_class_numbers__says_what_none_is_not(capsys):
-    assert class_numbers([], 2, ['cat', 'none']) == []
-    assert '--classes none: no labels; for the class called none give 1' in capsys.readouterr().out
 
 
 def test_labels_of__are_the_classes_in_turn():

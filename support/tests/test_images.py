@@ -16,7 +16,8 @@ from PIL import Image
 from support import foreign
 from support import images as images_module
 from support.cli import BadInput
-from support.images import image_order, mean_norm, read_batches, to_float, training_batches
+from support.images import (chosen_indices, image_order, mean_norm, read_batches, to_float,
+                            training_batches)
 from support.sets import load_images
 from support.tests.common import close, seeded
 from support.tests.made import encoded, encrypted, picture, shows, zipped
@@ -211,6 +212,14 @@ def test_read_batches__a_reader_that_dies_ends_in_one_line(folder, monkeypatch, 
         with pytest.raises(refusal, match=message):
             list(read_batches(large, [torch.tensor([1])], workers=1))
         assert len(list(read_batches(large, [torch.tensor([1])]))) == 1
+
+
+def test_chosen_indices__are_of_all_classes_that_come_in_turn():
+    for n in (10, 20, 100, 500, 1000):
+        indices = chosen_indices(n, 10_000)
+        assert len(indices.unique()) == n
+        assert n < 100 or (indices % 10).bincount(minlength=10).min() > n / 50
+    assert torch.equal(chosen_indices(7, 7), torch.arange(7))
 
 
 # ---------------------------------------------------------------- the images of a training step
