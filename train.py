@@ -26,12 +26,12 @@ import torch.distributed as dist
 
 import pfgm
 from support import options, published, students
+from support.batches import Charges, charges_of, image_order, images_a_step, training_batches
 from support.checkpoint import in_folder
 from support.cli import BadInput, Parser, above, given_by, listed, say, unless
 from support.cpu import speed_up
 from support.flow import flow_of, load_flow
-from support.images import (Charges, Images, charges_of, image_order, images_a_step, to_uint8,
-                            training_batches)
+from support.images import Images, to_uint8
 from support.methods import METHODS, VP, as_flow
 from support.networks import ARCHITECTURE, build, for_classes
 from support.optim import Muon
@@ -460,7 +460,7 @@ def main(args):
 
         # Images, moved off the plane. Every rank draws the same noise for all B of them, and goes
         # on with the b that are its own.
-        batch = next(batches)                                        # images.Batch
+        batch = next(batches)                                        # batches.Batch
         # Students, sources and labels enter here. Pairs and sources bring their own noise. A label
         # is seen by the network, and its field is that of the charges with this label. Consistency
         # training aims at the image that the network itself makes of the same line at a lower z.

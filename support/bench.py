@@ -19,9 +19,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pfgm
+from support.batches import charges_of
 from support.cli import BadInput, Parser, above, check_writable, one_of, several
 from support.cpu import speed_up
-from support.images import charges_of
 from support.methods import flow_constants
 from support.metrics import squared_distances
 from support.pictures import check_png, plot

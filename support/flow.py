@@ -17,11 +17,11 @@ import torch
 
 import pfgm
 from support import waiting
+from support.batches import Charges, charges_of
 from support.checkpoint import in_folder, load_checkpoint
 from support.classes import class_numbers
 from support.cli import BadInput, above, say, unless, watch
 from support.cpu import keep_freed_memory
-from support.images import Charges, charges_of
 from support.methods import VP, PublishedDenoiser, flow_constants
 from support.processes import fast_bf16
 from support.published import OFFICIAL, OFFICIAL_BY_SIZE

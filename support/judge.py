@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import pfgm
+from support.batches import image_order
 from support.cli import BadInput, say, watch, write, why_not_writable
 from support.cpu import keep_freed_memory
-from support.images import image_order, read_batches, to_float
+from support.images import read_batches, to_float
 
 JUDGE_STEPS = 1000
 JUDGE_BATCH = 128

@@ -17,8 +17,8 @@ import torch
 
 import pfgm
 from support import processes, sets
+from support.batches import charges_of
 from support.cli import BadInput
-from support.images import charges_of
 from support.solvers import SOLVERS
 from support.tests.common import (F64, HERE, SHARED, TINY, TINY_PP, close, joined, loaded, losses,
                                   refuses, script, seeded, start, until)

@@ -13,8 +13,8 @@ from PIL import Image
 
 import sample
 from support import sample_files, sets
+from support.batches import Charges
 from support.flow import Flow
-from support.images import Charges
 from support.tests.common import HERE, close, refuses, said, sampled, script, seeded
 
 DATA = Path(__file__).parent / 'data'

@@ -9,7 +9,8 @@ import torch
 import pfgm
 import train
 from support import checkpoint
-from support.images import image_order, to_float
+from support.batches import image_order
+from support.images import to_float
 from support.methods import as_flow
 from support.networks import build
 from support.seeds import step_seed
