@@ -32,6 +32,7 @@ from support.sample_files import (check_out, claim, folder_of, images_to_make, r
                                   save_images, write_npz)
 from support.seeds import fingerprint
 from support.sets import load_images, load_pictures
+from support.unused import in_sample, refuse
 
 
 # ---------------------------------------------------------------- flags
@@ -93,8 +94,6 @@ def check_flags(args):
         raise BadInput(f'--out {args.out}: a picture; must end in .png')
     if (only_png or is_gif) and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise BadInput(f'--out {args.out}: made by one process; run it without torchrun')
-    if args.exact and args.compile:
-        raise BadInput('--compile: --exact has no network; leave it out')
     if args.exact and args.start:
         raise BadInput(f'--from {args.start}: --exact starts from noise; leave it out')
 
@@ -321,12 +320,12 @@ GREY_LEVEL = 1 / 128
 
 
 def encode(flow, pictures, out, device):
-    """Follow the Pictures up to z_max and back, and print the norms of their latents and the errors
-    of what comes back. --out is a PNG with one image a row: the input, its latent,
-    what comes back, and |error| x 10."""
+    """Follow the Pictures up to z_max and back, by the labels of --classes in turn, and print the
+    norms of their latents and the errors of what comes back. --out is a PNG with one image a row:
+    the input, its latent, what comes back, and |error| x 10."""
     x = to_float(pictures.pixels).to(device)
-    latent, nfe_up = flow.follow(x, device, up=True)
-    back, nfe_down = flow.follow(latent, device)
+    latent, nfe_up = flow.follow(x, device, range(len(x)), up=True)
+    back, nfe_down = flow.follow(latent, device, range(len(x)))
     error = (back.to(x) - x).abs()
     for i, (l, e) in enumerate(zip(latent, error)):
         print(f'image {i}: |latent| {l.norm():.1f}  error mean {e.mean():.2e}  max {e.max():.2e}')
@@ -402,7 +401,7 @@ def flow_from(args, data, device):
     if (args.inpaint or args.colorize) and args.solver is None:
         flow.solver = 'renew'
         flow.nfe = args.nfe or 100
-    images_are_given = args.interpolate or args.inpaint or args.colorize
+    images_are_given = args.encode or args.interpolate or args.inpaint or args.colorize
     if images_are_given and not args.classes:
         flow.classes = ()  # they may be of any class
     if args.interpolate:
@@ -422,6 +421,7 @@ def main(args):
     if args.exact:
         data = load_images(args.dataset or 'glyphs', args.data_dir, args.image_size)
     flow = flow_from(args, data, device)
+    refuse(args.given, in_sample(vars(args), flow, args.given), vars(args))
     C, size, _ = flow.shape
     n = args.n or 64
     if args.n is None and flow.source is not None:
@@ -430,7 +430,8 @@ def main(args):
         say(f'--n {n}: there are {len(flow.source)} images to start from, so these come again')
     say(flow.headline())
     if args.verbose:
-        say('  '.join(f'{name} {value}' for name, value in flow.settings().items()))
+        say('  '.join(f'{name} {value}' for name, value in flow.settings().items()
+                      if value is not None))
 
     if args.encode:
         pictures = load_pictures(args.encode, args.data_dir, size, C, n, flag='--encode')

@@ -275,11 +275,12 @@ def prepare(flags, device, world):
     preset = PRESETS.get(flags['preset'] or flags['dataset'])
     if preset is None:
         preset = next(preset for size, preset in BY_SIZE.items() if images.image_size <= size)
-    flags = options.fill(flags, preset, flags['dataset'] in PRESETS, images, origin, world)
-    if origin.resumed:
+    flags = options.fill(flags, preset, flags['dataset'] in PRESETS, images, origin)
+    if origin.resumed:  # first, since it tells what was left out
         options.check_resume(flags, saved, given)
-        options.check_batches(flags, given, world)
-    elif origin.saved:
+    flags = options.without_unused(flags, given, images, origin)
+    options.check_batches(flags, given, world)
+    if origin.saved and not origin.resumed:
         options.check_origin(flags, origin, given)
         if options.has_other_classes(flags, saved):
             origin = origin._replace(saved=for_classes(origin.saved, flags['classes']))

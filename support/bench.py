@@ -29,6 +29,7 @@ from support.processes import peak_memory, run, setup
 from support.results import record_result
 from support.sets import load_images
 from support.solvers import SOLVERS, deciding_z
+from support.unused import in_bench, refuse
 from unet import UNet
 
 
@@ -286,6 +287,7 @@ def main(args):
     if args.bench == 'speed':
         speed(device, args.seed)
         return
+    refuse(args.given, in_bench(vars(args)), vars(args))
     out = args.out or os.path.join(os.path.dirname(args.results), 'solvers.png')
     check_png('--out', out)
     check_writable('--results', args.results, appends=True)

@@ -26,6 +26,7 @@ from support.networks import build, check_shapes, check_tensors
 from support.processes import run
 from support.published import NUMPY_NUMBERS, convert_official, holds_objects, read_edm
 from support.sets import is_same_set
+from support.unused import OF_ONE_METHOD, OF_PFGM, OF_PFGMPP
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -147,28 +148,29 @@ def is_field_batch(value):
 
 
 # What every checkpoint says, also one made of a published file.
-FLAGS = dict(method=is_method, D=number(1, math.inf), sigma_data=number(1e-30, 1e9),
+FLAGS = dict(method=is_method, D=number(1, math.inf), sigma_data=optional(number(1e-30, 1e9)),
              classes=whole_number(0, CLASS_LIMIT), ncsnpp=is_truth, label_first=is_truth,
-             m_draws=whole_number(1, 2 ** 10), skip=is_truth, muon=is_truth, decay=number(0, 1),
-             edm=is_truth)
+             m_draws=optional(whole_number(1, 2 ** 10)), skip=optional(is_truth), muon=is_truth,
+             decay=number(0, 1), edm=is_truth)
 
 # The constants of its flow, which follow from the image size where PFGM published the file.
 CONSTANTS = dict(z_min=number(1e-30, 1e9), z_max=number(0, 1e9), z_exp=number(0, 1e9),
-                 gamma=number(0, 1e9), upper_norm=optional(number(0, 1e9)))
+                 gamma=optional(number(0, 1e9)), upper_norm=optional(number(0, 1e9)))
 
 # What a run of train.py says besides.
 RUN_FLAGS = dict(
     dataset=is_text, data=is_identity, class_names=optional(are_names), source=optional(is_text),
     reflow=optional(is_text), distill=optional(is_text), consistency=is_truth,
-    M=optional(whole_number(1, 10 ** 6)), sigma=number(1e-9, 1e9), tau=number(1e-9, 1e9),
-    field_batch=is_field_batch, batch_size=whole_number(1, 2 ** 31), flip=is_truth,
+    M=optional(whole_number(1, 10 ** 6)), sigma=optional(number(1e-9, 1e9)),
+    tau=optional(number(1e-9, 1e9)), field_batch=is_field_batch,
+    batch_size=whole_number(1, 2 ** 31), flip=optional(is_truth),
     steps=whole_number(1, 2 ** 31), sample_every=whole_number(0, 2 ** 31),
     save_every=whole_number(1, 2 ** 31), lr=number(0, 1e9),
     warmup=whole_number(0, 2 ** 31), ema_decay=number(0, 1),
     loss=lambda value: value in ('sum', 'mean'))
 
 # What only a run from a source, or of a student, needs to say.
-MODE_FLAGS = dict(source_data=optional(is_identity), guidance=number(0, 1e3))
+MODE_FLAGS = dict(source_data=optional(is_identity), guidance=optional(number(0, 1e3)))
 
 
 def check_contents(saved):
@@ -211,8 +213,14 @@ def check_flags(flags):
         raise ValueError(f'z_min {flags["z_min"]} is not below z_max {flags["z_max"]}')
     if flags.get('source') and flags.get('source_data') is None:
         raise ValueError('source_data is missing from its args')
-    if method == 'pfgm' and not official and flags['M'] is None:
-        raise ValueError('M is missing from its args')
+    needed = ()
+    if method == 'pfgm' and not official:
+        needed = OF_PFGM
+    elif method == 'pfgmpp':
+        needed = OF_PFGMPP
+    for key in needed:
+        if flags.get(key) is None:
+            raise ValueError(f'{key} is missing from its args')
     names = flags.get('class_names') or []
     if flags['classes'] and len(names) > flags['classes']:
         raise ValueError(f'{len(names)} class_names of {flags["classes"]} classes')
@@ -237,7 +245,8 @@ def check_alike(flags, other, path, other_path):
     for key in ALIKE:
         here, there = (list(value) if isinstance(value, tuple) else value
                        for value in (flags.get(key), other.get(key)))
-        if here != there:
+        has_no_say = key in OF_ONE_METHOD and None in (here, there)
+        if here != there and not has_no_say:
             raise BadInput(f'ckpt {path}: trained with {key} {here}, {other_path} with {there}; '
                            f'{mend}')
     for key in ('reflow', 'distill'):  # the path of the teacher may differ

@@ -28,6 +28,8 @@ from support.published import OFFICIAL, OFFICIAL_BY_SIZE
 from support.seeds import step_seed
 from support.sets import load_images
 from support.solvers import SOLVERS, ancestral, deciding_z, last_plane
+from support.unused import of_flow
+from unet import UNet
 
 DIVERGED = 'it has diverged: give another one, or train it again with a lower --lr'
 SOLVER_NAMES = (*SOLVERS, 'ddim', 'renew')  # of --solver; the last two add fresh noise
@@ -96,7 +98,7 @@ class Flow:
     z_max: float                      # the plane where it starts
     upper_norm: Optional[float]       # the largest |x| there; None: the prior is not clipped
     z_exp: float                      # below it v_z is computed, not predicted
-    gamma: float                      # added to the norm of the field
+    gamma: Optional[float]            # of a field: added to its norm; None of denoisers
     # what it is
     method: Optional[str] = None      # a word of methods.METHODS; None for an exact field
     weights: Optional[str] = None     # 'ema' or 'raw'
@@ -158,6 +160,10 @@ class Flow:
     def is_edm(self):
         """Whether it is sampled as EDM and PFGM++ published their files."""
         return isinstance(self.net, PublishedDenoiser) and self.solver == 'heun'
+
+    def is_official(self):
+        """Whether it is of a file of PFGM's authors, whose network is the field itself."""
+        return isinstance(self.net, UNet)
 
     def chosen_schedule(self):
         """The word of the schedule. Where none was given it is EDM's for its own solver, and ours
@@ -283,7 +289,8 @@ class Flow:
         names = [field.name for field in dataclasses.fields(self)]
         left_out = ('net', 'source', 'data')
         values = {name: getattr(self, name) for name in names if name not in left_out}
-        return dict(values, schedule=self.chosen_schedule(), classes=list(self.classes))
+        values.update(schedule=self.chosen_schedule(), classes=list(self.classes))
+        return self.without_unused(values)
 
     def facts(self):
         """What a line of results says of a flow, so that two that differ can be told apart."""
@@ -292,12 +299,15 @@ class Flow:
                      schedule=self.chosen_schedule(), solver=self.solver, nfe=self.nfe,
                      small_z=self.small_z, z_min=self.z_min, z_exp=self.z_exp,
                      guidance=self.guidance, eta=self.eta, classes=list(self.classes),
-                     bf16=self.bf16)
+                     bf16=self.bf16, tol=self.tol)
         if self.method is not None:
             facts.update(method=self.method, weights=self.weights, step=self.step)
-        if self.solver == 'rk45':
-            facts.update(tol=self.tol, nfe=None, schedule=None, bf16=False)
-        return facts
+        return self.without_unused(facts)
+
+    def without_unused(self, values):
+        """The dict `values` of its fields, where None stands for what has no say in its images."""
+        unused = of_flow(self)
+        return {name: None if name in unused else value for name, value in values.items()}
 
 
 def flow_of(net, flags, **more):
@@ -326,7 +336,6 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
 
     A student of --distill has learned the plane z_max alone, and makes one call. One of
     --consistency goes on from there by `renew`."""
-    say_unused(solver, nfe, tol)
     net, flags = load_checkpoint(path, weights)
     net.requires_grad_(False).to(device, memory_format=torch.channels_last)
     if compiled:
@@ -415,7 +424,6 @@ def exact_flow(images, dataset, device, *, solver=None, nfe=None, tol=1e-4, sche
                z_min=None, to_data=None, small_z=None, classes=None, guidance=1.0, eta=0.0, seed=0):
     """The Flow of the exact field of all `images`, a data set known by the name `dataset`, in
     float64. The arguments are those of load_flow()."""
-    say_unused(solver, nfe, tol)
     keep_freed_memory()
     net = pfgm.ExactField(charges_of(images, '--exact', device, dtype=torch.float64))
     constants = dict(flow_constants(images, dataset), z_exp=0.0,  # its v_z needs no help
@@ -429,11 +437,6 @@ def exact_flow(images, dataset, device, *, solver=None, nfe=None, tol=1e-4, sche
     check_flow(flow, z_min, tol_least=1e-12, precision='float64, in which this field is computed,')
     flow.classes = tuple(class_numbers(classes, 0, None))
     return flow
-
-
-def say_unused(solver, nfe, tol):
-    if solver == 'rk45' and nfe:
-        say(f'--nfe {nfe} is not used: rk45 makes the calls that --tol {tol} asks for')
 
 
 def check_calls(student, solver, nfe):
@@ -461,8 +464,6 @@ def check_flow(flow, z_min, tol_least, precision):
     if flow.schedule == 'time' and not isinstance(flow.net, VP):
         raise BadInput('--schedule time: only vp, subvp, ddpm and rf have a time; give one of '
                        + ', '.join(pfgm.SCHEDULES))
-    if flow.eta and flow.solver != 'ddim':
-        raise BadInput(f'--eta {flow.eta}: belongs to --solver ddim, not {flow.solver}')
     if flow.solver == 'ddim' and flow.D != math.inf:
         raise BadInput('--solver ddim: adds Gaussian noise, for D = inf only (vp, subvp, ddpm, rf, '
                        'pfgmpp with --D inf)')
@@ -475,9 +476,6 @@ def check_flow(flow, z_min, tol_least, precision):
                            'leave it out')
     if z_min is not None and z_min >= flow.z_max:
         raise BadInput(f'--z_min {z_min}: must be below z_max {flow.z_max:.4g}')
-    if flow.guidance != 1 and not flow.class_count:
-        raise BadInput(f'--guidance {flow.guidance}: the network knows no classes; leave it out, '
-                       'or train with --classes')
     if flow.tol < tol_least:
         raise BadInput(f'--tol {flow.tol}: finer than the {precision} can tell; give {tol_least} '
                        'or more')

@@ -13,6 +13,7 @@ from support.networks import ARCHITECTURE
 from support.published import OFFICIAL_BY_SIZE
 from support.sets import is_same_set
 from support.students import method_of_student
+from support.unused import OF_ONE_METHOD, in_training, refuse
 
 BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # the constants of methods.flow_constants()
 OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # constants of any data
@@ -27,13 +28,13 @@ FREE_ON_RESUME = (*TUNED, 'out_dir', 'data_dir', 'steps', 'device', 'bf16', 'com
 
 # ---------------------------------------------------------------- what was left open
 
-def fill(flags, preset, has_preset, images, origin, world):
-    """The mapping of flags with nothing left open, as training uses it and a checkpoint keeps it.
+def fill(flags, preset, has_preset, images, origin):
+    """The mapping of flags with nothing left open.
 
     flags: as parsed, None where not given; their `given` is {name: words} of those that were typed.
     preset: the mapping that is used where nothing else says; has_preset: whether it was made for
-    this data set. images: the data set. origin: a run.Origin. world: the number of processes.
-    Raises BadInput for flags that contradict one another, the data, or the checkpoint."""
+    this data set. images: the data set. origin: a run.Origin. Raises BadInput for flags that
+    contradict one another, the data, or the checkpoint."""
     flags = dict(flags)
     given = flags.pop('given')
     default = dict(preset)
@@ -41,7 +42,7 @@ def fill(flags, preset, has_preset, images, origin, world):
     teacher = flags['reflow'] or flags['distill']
     flags['edm'] = saved.get('edm', False)  # no flag: whether the network is one of EDM's authors
     if teacher:
-        check_student(flags, given)
+        check_student(flags)
     elif flags['source'] and flags['field_batch'] not in (None, 1):
         raise BadInput(f'{given["field_batch"]}: charges give the field of noise, and a flow from '
                        'another data set knows the image that each one becomes; leave it out')
@@ -57,7 +58,9 @@ def fill(flags, preset, has_preset, images, origin, world):
     flags.update(method_and_D(flags, given, default, taken, origin))
     for key, value in OF_FLOW.items():
         if flags[key] is None:
-            flags[key] = taken.get(key, value)
+            flags[key] = taken.get(key)
+        if flags[key] is None:  # nor is it of the method of that network
+            flags[key] = value
     if flags['method'] == 'pfgm':
         default.update(flow_constants(images, flags['preset'] or flags['dataset'], flags['sigma'],
                                       flags['tau'], flags['gamma']))
@@ -86,9 +89,17 @@ def fill(flags, preset, has_preset, images, origin, world):
     if has_charges(flags) and flags['field_batch'] != 'all':
         if flags['field_batch'] >= len(images):
             flags['field_batch'] = 'all' if images.pixels is not None else len(images)
-    if not origin.resumed:  # else check_resume() comes first, and tells what was left out
-        check_batches(flags, given, world)
     return flags
+
+
+def without_unused(flags, given, images, origin):
+    """The mapping of flags as a checkpoint keeps it, with None for what belongs to other methods
+    and modes. Raises BadInput for a flag that was typed and is not used. flags: as of fill(), whose
+    images and origin these are. given: {name: words} of the flags that were typed."""
+    unused = in_training(flags, given, images, origin)
+    refuse(given, unused, flags)
+    return {key: None if key in OF_ONE_METHOD and key in unused else value
+            for key, value in flags.items()}
 
 
 def taken_over(flags, saved):
@@ -97,7 +108,7 @@ def taken_over(flags, saved):
     return {} if is_new and not saved.get('edm') else saved
 
 
-def check_student(flags, given):
+def check_student(flags):
     """Raise BadInput for flags that do not go with --reflow or --distill."""
     flag = f'--reflow {flags["reflow"]}' if flags['reflow'] else f'--distill {flags["distill"]}'
     if flags['reflow'] and flags['distill'] or flags['consistency']:
@@ -105,9 +116,6 @@ def check_student(flags, given):
     if flags['init_from']:
         raise BadInput(f'--init_from {flags["init_from"]}: '
                        '--reflow and --distill go on from their teacher; leave it out')
-    if flags['field_batch'] not in (None, 1):
-        raise BadInput(f'{given["field_batch"]}: '
-                       'the pairs of --reflow and --distill have no charges; leave it out')
 
 
 def method_and_D(flags, given, default, taken, origin):
@@ -216,10 +224,12 @@ def check_batches(flags, given, world):
 
 def differences(flags, saved, keys):
     """[(key, its value here, its value in the checkpoint)] of the keys whose values differ. A key
-    that the checkpoint lacks does not count, and a tuple is the same as a list."""
+    that the checkpoint lacks, or that has no say in one of the two, does not count, and a tuple is
+    the same as a list."""
     differing = []
     for key in keys:
-        if key not in saved:
+        has_no_say = key in OF_ONE_METHOD and None in (flags[key], saved.get(key))
+        if key not in saved or has_no_say:
             continue
         here = comparable(key, flags[key])
         there = comparable(key, saved[key])

@@ -109,7 +109,7 @@ def test_average__takes_one_architecture_only(trained, here):
 
 @pytest.mark.parametrize('change, message', [
     (dict(method='vp'), 'trained with method vp, .*ckpt.pt with pfgm'),
-    (dict(method='pfgmpp', D=128.0), 'trained with method pfgmpp'),
+    (dict(method='pfgmpp', D=128.0, sigma_data=0.5), 'trained with method pfgmpp'),
     (dict(D=2.0), 'trained with D 2.0, .* with 1.0'),
     (dict(skip=True), 'trained with skip True, .* with False'),
     (dict(gamma=6.0), 'trained with gamma 6.0, .* with 5.0'),

@@ -19,11 +19,26 @@ from evaluate import METRICS
 from sample import MODES
 from support import judge
 from support.classes import class_numbers
-from support.cli import (BadInput, above, check_folder, given_by, one_of, printable, say, several,
-                         unless, write)
+from support.cli import (BadInput, Parser, above, check_folder, given_by, one_of, printable, say,
+                         several, unless, write)
 from support.flow import Flow
 from support.processes import run
 from support.tests.common import TINY, TINY_PP, refuses, script
+
+
+# ---------------------------------------------------------------- flags
+
+def test_parser__knows_the_words_that_were_typed():
+    p = Parser()
+    p.add_argument('--gamma', type=float, default=5.0)
+    p.add_argument('--skip', action='store_true')
+    p.add_argument('--from', dest='start', nargs='*')
+    args = p.parse_args('--from a b --gamma=50'.split())
+    assert args.given == {'start': '--from a b', 'gamma': '--gamma 50'}
+    assert p.parse_args([]).given == {}
+    within = p.add_subparsers(dest='bench')
+    within.add_parser('speed').add_argument('--n')
+    assert p.parse_args('--skip speed --n 3'.split()).given == {'skip': '--skip', 'n': '--n 3'}
 
 
 # ---------------------------------------------------------------- errors and files
@@ -199,12 +214,12 @@ REFUSALS = {  # flags of each script and words of its line
         ('--out /proc/x', '/x: cannot be written'),
         ('--out /proc/x.png', 'x.png: cannot be'),
         ('--encode nothing', 'no such data set'),
-        ('--exact --compile', '--exact has no network'),
-        ('--guidance 2', '--guidance 2.0: the network knows no classes'),
+        ('--exact', '--ckpt .*: not used with --exact'),
+        ('--guidance 2', '--guidance 2: not used by a network that knows no classes; leave'),
         ('--classes -2', '-2'),
         ('--classes 3', '--classes 3: .* none; leave it out'),
         ('--schedule time', 'only vp'),
-        ('--eta 1', 'belongs to --solver ddim'),
+        ('--eta 1', '--eta 1: not used with solver rk45; it belongs to --solver ddim'),
         ('--solver ddim', 'ddim: adds Gaussian noise'),
         ('RF --solver ddim --eta 1 --encode glyphs', '--eta 1: fresh'),
         ('--solver renew --interpolate glyphs glyphs', '--solver renew: fresh'),

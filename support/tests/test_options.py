@@ -33,7 +33,11 @@ class FakeImages:
 def filled(images, *words, preset='cifar10', world=1):
     """The flags of a new run on these images, with the values of a preset."""
     flags = vars(train.parse_args([*words, '--preset', preset]))
-    return options.fill(flags, train.PRESETS[preset], False, images, Origin(), world)
+    given = flags['given']
+    flags = options.fill(flags, train.PRESETS[preset], False, images, Origin())
+    flags = options.without_unused(flags, given, images, Origin())
+    options.check_batches(flags, given, world)
+    return flags
 
 
 # ---------------------------------------------------------------- what was left open
@@ -63,6 +67,7 @@ def test_fill__gives_pfgmpp_the_noise_levels_of_edm_and_no_charges(preset):
 def test_fill__leaves_no_flag_open_but_those_that_say_no():
     flags = filled(FakeImages(32))
     may_be_none = {'source', 'reflow', 'distill', 'init_from', 'bf16'}  # bf16: by the device
+    may_be_none |= {'sigma_data', 'pairs', 'guidance'}                  # of other methods
     assert {key for key, value in flags.items() if value is None} == may_be_none
 
 
@@ -70,7 +75,7 @@ def test_fill__does_not_change_the_mapping_that_it_is_given():
     flags = vars(train.parse_args(['--preset', 'cifar10']))
     before = dict(flags)
     preset = dict(train.CIFAR10)
-    options.fill(flags, preset, False, FakeImages(32), Origin(), world=1)
+    options.fill(flags, preset, False, FakeImages(32), Origin())
     assert flags == before and preset == train.CIFAR10
 
 
@@ -112,7 +117,6 @@ def test_fill__takes_all_images_as_charges_where_field_batch_would_not_be_fewer(
     ('--source x --field_batch 9', '--field_batch 9: charges give the field of noise, and a flow'),
     ('--reflow x --consistency', '--reflow x: --reflow, --distill and --consistency are two runs'),
     ('--reflow x --init_from y', '--init_from y: --reflow and --distill go on from their teacher'),
-    ('--distill x --field_batch 9', '--field_batch 9: the pairs of --reflow and --distill have no'),
     ('--consistency --method pfgm', '--method pfgm: a field, and --consistency trains a denois')])
 def test_fill__refuses_flags_that_contradict_one_another(words, message):
     with pytest.raises(BadInput) as error:
@@ -332,10 +336,11 @@ def test_prepare__takes_the_size_and_channels_of_the_checkpoint(flag, tmp_path):
     photos = pictures(tmp_path / 'photos', *(f'{k}.png' for k in range(8)), side=32)
     command = ['train.py', *TINY_PP, *'--dataset'.split(), photos, *'--steps 1 --out_dir'.split()]
     script([*command, tmp_path / 'o', *'--D 2 --image_size 16 --channels 1'.split()])
-    out = said([*command, tmp_path / 'a', '--pairs', 8, f'--{flag}', tmp_path / 'o', '--steps', 2])
+    pairs = [] if flag == 'init_from' else ['--pairs', 8]
+    taking_over = [*command, tmp_path / 'a', *pairs, f'--{flag}', tmp_path / 'o', '--steps']
+    out = said([*taking_over, 2])
     assert '8 images of 16 x 16 x 1' in out
-    again = [*command, tmp_path / 'a', '--pairs', 8, f'--{flag}', tmp_path / 'o', '--steps', 3]
-    assert 'going on from step 2' in said(again)
+    assert 'going on from step 2' in said([*taking_over, 3])
 
 
 def test_check_resume__names_what_was_left_out_not_what_nobody_typed(tmp_path):

@@ -1,0 +1,331 @@
+"""Every flag of every script, with each method, solver and mode: the result differs, or the flag is
+refused, or a line says that it is not used. `python -m pytest -m slow -s -k walk` walks all of it.
+"""
+import contextlib
+import io
+import itertools
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from support import flow
+from support.cli import BadInput
+from support.methods import as_flow
+from support.networks import build
+from support.tests.common import loaded, rows_of, script, seeded
+from support.tests.made import picture
+from support.tests.published_files import edm_file, tiny_official
+from support.unused import OF_PFGM, OF_STUDENTS, ONLY_SAID, refuse
+
+
+# ---------------------------------------------------------------- refused, or said
+
+def test_refuse__names_what_was_typed(capsys):
+    given = dict(gamma='--gamma 50', workers='--workers 2')
+    unused = dict(gamma='with --D 128', workers='with images that are in memory', tau='by it')
+    with pytest.raises(BadInput, match='^--gamma 50: not used with --D 128; leave it out$'):
+        refuse(given, unused, dict(gamma=50))
+    refuse(dict(workers='--workers 2'), unused, {})
+    assert capsys.readouterr().out == '--workers 2: not used with images that are in memory\n'
+    refuse(dict(guidance='--guidance 1'), dict(guidance='by it'), dict(guidance=1.0))
+
+
+# ---------------------------------------------------------------- what is not recorded
+
+def test_without_unused__keeps_no_constants_of_other_methods(at_work):
+    flags = loaded('../pp')['args']
+    assert {flags[key] for key in (*OF_PFGM, *OF_STUDENTS)} == {None} and flags['sigma_data'] == 0.5
+    flags = loaded('../pfgm')['args']
+    assert None not in {flags[key] for key in OF_PFGM} and flags['sigma_data'] is None
+    flags = loaded('../one')['args']
+    assert flags['pairs'] == 16 and flags['guidance'] == 1 and flags['flip'] is None
+
+
+@pytest.mark.parametrize('recorded_all', [False, True])
+def test_train__goes_on_from_a_checkpoint_with_and_without_constants_of_other_methods(
+        recorded_all, at_work):
+    saved = loaded('../pp')
+    if recorded_all:  # as checkpoints once did
+        saved['args'].update(M=None, sigma=0.01, tau=0.03, gamma=5.0, skip=False, m_draws=1,
+                             pairs=100000, guidance=1.0)
+    os.makedirs('pp', exist_ok=True)
+    torch.save(saved, 'pp/ckpt.pt')
+    train_run('more', '--init_from', 'pp', '--steps', 3)
+    train_run('student', '--reflow', 'pp', '--pairs', 8)
+    train_run('pp', '--D', 128, '--classes', '--steps', 3)
+    for folder in ('more', 'student', 'pp'):
+        args = loaded(folder)['args']
+        assert args['D'] == 128 and args['gamma'] is None and args['sigma_data'] == 0.5
+    script(['checkpoint.py', '../pp', 'pp', '--out', 'mean.pt'])
+
+
+# ---------------------------------------------------------------- the walk: what it starts from
+
+SMALL = ('--image_size 8 --patch 1 --nf 8 --ch_mult 1 --num_blocks 1 --attn --batch_size 8 '
+         '--steps 2 --log_every 1 --save_every 1 --sample_every 0 --warmup 0 --device cpu '
+         '--no-bf16').split()
+RUNS = dict(  # the runs that the walk starts from
+    pfgm='', pp='--D 128 --classes', vp='--method vp --classes', rf='--method rf',
+    across='--method rf --source ../b', few='--D 128 --consistency --classes',
+    one='--distill ../pp --pairs 16')
+
+
+@pytest.fixture(scope='module')
+def ground(tmp_path_factory):
+    """A folder with the sets a and b, each of 16 cats and dogs of 8 x 8 pixels, in colour, with
+    runs and files beside them, and the empty folder work, in which the walk runs its commands."""
+    ground = tmp_path_factory.mktemp('ground')
+    with pytest.MonkeyPatch.context() as patch:
+        os.mkdir(ground / 'work')
+        patch.chdir(ground / 'work')
+        for name, seed in (('a', 0), ('b', 100)):
+            for k in range(16):
+                path = Path('..', name, 'cat' if k % 2 else 'dog', f'{k:02d}.png')
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(seed + k).save(path)
+        for name, flags in RUNS.items():
+            train_run(f'../{name}', *flags.split())
+            stir(f'../{name}')
+        tiny_official('../official.pth')
+        edm_file('../edm.pkl', pfgmpp=True, D=2048, ncsnpp=True, classes=3)
+        mask = Image.new('L', (8, 8))
+        mask.paste(255, (0, 0, 8, 4))
+        mask.save('../mask.png')
+        picture(7).save('../x.png')
+        picture(8).save('../y.png')
+    return ground
+
+
+@pytest.fixture
+def at_work(ground, monkeypatch):
+    """The test runs in the empty folder beside the runs."""
+    monkeypatch.chdir(ground / 'work')
+    empty()
+
+
+def empty():
+    """Remove all from the folder where the test runs."""
+    for path in Path('.').iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def train_run(out, *flags):
+    script(['train.py', *SMALL, '--dataset', '../a', '--out_dir', out, *flags])
+
+
+def stir(folder):
+    """Replace the weights of a run by random ones, of which every input has a say."""
+    saved = loaded(folder)
+    for part, seed in (('ema', 1), ('net', 2)):
+        generator = seeded(seed)
+        for tensor in saved[part].values():
+            tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    torch.save(saved, Path(folder, 'ckpt.pt'))
+
+
+# ---------------------------------------------------------------- the walk: one command
+
+class Traces:
+    """Runs commands, and notes what they do that is seen from outside, or would be on another
+    machine. goes_on: whether a command goes on after a flag that is found to be not used, to see
+    what it would have done."""
+
+    def __init__(self, monkeypatch, goes_on=True):
+        self.events = []
+        self.unused = []  # the names of flags that were found to be not used
+        follow = flow.Flow.follow
+
+        def traced_follow(this, x, *args, **options):
+            end, nfe = follow(this, x, *args, **options)
+            self.events.append(('follow', len(x), nfe, end.double().sum().item()))
+            return end, nfe
+
+        def traced_compile(net, *args, **options):
+            self.events.append(('compile',))
+            return net
+
+        def traced_save(path, checkpoint):
+            """In place of save(): notes the weights, and samples by them, and writes little."""
+            flags = checkpoint['args']
+            sums = {part: sum(t.double().sum().item() for t in checkpoint[part].values())
+                    for part in ('net', 'ema')}
+            self.events.append(('save', checkpoint['step'], sums))
+            Path(path).write_bytes(b'')
+            if checkpoint['step'] == flags['steps']:
+                nfe = 1 if flags['distill'] or flags['consistency'] else 3
+                net = as_flow(build(checkpoint['net'], flags, path), flags).eval()
+                made = flow.flow_of(net, flags, solver='euler', schedule='log', nfe=nfe,
+                                    to_data=nfe == 1)
+                made.follow(made.prior(range(2)), torch.device('cpu'), range(2))
+
+        def recorded(given, unused, flags):
+            """In place of refuse()."""
+            for name in given:
+                out = io.StringIO()
+                try:
+                    with contextlib.redirect_stdout(out):
+                        refuse({name: given[name]}, unused, flags)
+                except BadInput as error:
+                    out.write(str(error))
+                if out.getvalue():
+                    self.unused.append(name)
+            if not goes_on:
+                refuse(given, unused, flags)
+
+        for target, value in {
+                'support.flow.Flow.follow': traced_follow,
+                'train.save': traced_save,
+                'torch.compile': traced_compile,
+                'torch.nn.Module.compile': traced_compile,
+                'support.options.refuse': recorded,
+                'sample.refuse': recorded}.items():
+            monkeypatch.setattr(target, value)
+
+    def of(self, command, copy=None):
+        """Run a command in an empty folder -> (what it did, or None where it was refused; the names
+        of its flags that were found to be not used). copy: a run that it goes on from, in o."""
+        empty()
+        if copy:
+            shutil.copytree(copy, 'o')
+        self.events.clear()
+        self.unused.clear()
+        with contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()) as stderr:
+            try:
+                script(command)
+            except SystemExit as stop:
+                text = stderr.getvalue()
+                assert stop.code == 2 and text.count('\n') == 1, f'{command}: {text}'
+                return None, list(self.unused)
+        files = {str(path): content(path) for path in sorted(Path('.').rglob('*'))
+                 if path.is_file()}
+        return (list(self.events), files), list(self.unused)
+
+
+ITS_OWN = ('command', 'time', 'git', 'torch', 'hardware', 'seconds', 'img_per_s', 'memory_gb',
+           'seed', 'D', 'to_data', 'z_last', 'schedule', 'solver', 'small_z', 'z_min', 'z_exp',
+           'guidance', 'eta', 'classes', 'bf16', 'tol', 'weights', 'resize', 'inception', 'run')
+
+
+def content(path):
+    """What a file holds, but for times, and for words that repeat the flags."""
+    if path.suffix == '.jsonl':
+        return [{key: value for key, value in row.items() if key not in ITS_OWN}
+                for row in rows_of(path)]
+    if path.suffix == '.pt':
+        return None
+    return zlib.crc32(path.read_bytes())
+
+
+def walk(traces, base, modes, flags, pairs, resumed=None):
+    """Give flags in modes, print what happens how often, and fail for a flag that changes nothing
+    without a word, and for one that is said to be not used although it has a say.
+
+    base: the words of all commands. modes: {name: words}. flags: {name: words}, or alternatives of
+    which one is to have a say. pairs: names of a mode and of a flag. resumed: {mode: the run that
+    it goes on from}."""
+    counts = dict(differs=0, refused=0, said=0)
+    faults = []
+    before = {}
+    for mode, flag in pairs:
+        command = [*base, *modes[mode].split()]
+        copy = (resumed or {}).get(mode)
+        if mode not in before:
+            before[mode], unused = traces.of(command, copy)
+            assert before[mode] and not unused, f'{mode}: {unused}'
+        outcomes = set()
+        alternatives = flags[flag]
+        if isinstance(alternatives, str):
+            alternatives = (alternatives,)
+        for words in alternatives:
+            if f' {words} ' in f' {" ".join(command)} ':
+                outcomes.add('is there')
+                continue
+            done, unused = traces.of([*command, *words.split()], copy)
+            if flag in unused:
+                outcomes.add('said' if flag in ONLY_SAID else 'refused')
+                if done is not None and done != before[mode] and flag not in WRONG:
+                    faults.append(f'{mode}: {words}: said to be not used, but has a say')
+            elif done is None or unused:
+                outcomes.add('refused')
+            elif done != before[mode]:
+                outcomes.add('differs')
+        for outcome in counts:
+            if outcome in outcomes:
+                counts[outcome] += 1
+                break
+        else:
+            if not outcomes:
+                faults.append(f'{mode}: {" or ".join(alternatives)}: changes nothing')
+    print(base[0], counts)
+    assert not faults, '\n'.join(faults)
+
+
+# Refused because what they would do is wrong: of a denoiser v_z is exact.
+WRONG = ('z_exp', 'small_z')
+
+
+def either(flag):
+    return f'--{flag}', f'--no-{flag}'
+
+
+def dests(parser_of, *words):
+    """The names of all flags of a script."""
+    return set(vars(parser_of(list(words)))) - {'given'}
+
+
+def in_turn(modes, flags):
+    """Each flag with one of the modes."""
+    return [(mode, flag) for mode, flag in zip(itertools.cycle(modes), flags)]
+
+
+# ---------------------------------------------------------------- the walk: train.py
+
+TRAIN_MODES = {
+    'pfgm': '', 'one': '--distill ../pp --pairs 16 --classes', 'vp': '--method vp',
+    'pfgm with classes': '--classes', 'pfgmpp': '--D 128',
+    'charges': '--D inf --field_batch 12 --classes', 'subvp': '--method subvp --classes',
+    'ddpm': '--method ddpm', 'rf': '--method rf', 'across': '--method rf --source ../b',
+    'few': '--D 128 --consistency', 'reflow': '--reflow ../rf --pairs 16',
+    'one of pfgm': '--distill ../pfgm --pairs 16', 'taken over': '--init_from ../pp --steps 6',
+    'resumed': '--steps 4', 'resumed pp': '--D 128 --classes --steps 4'}
+TRAIN_FLAGS = dict(
+    dataset='--dataset ../b', preset='--preset cifar10_pp', data_dir='--data_dir d',
+    image_size='--image_size 4', channels='--channels 1', classes=either('classes'),
+    flip=either('flip'), workers='--workers 1', method=('--method vp', '--method rf'), D='--D 64',
+    field_batch='--field_batch 10', init_from=('--init_from ../pfgm', '--init_from ../vp'),
+    reflow='--reflow ../rf --pairs 9', distill='--distill ../pp --pairs 9', pairs='--pairs 9',
+    guidance='--guidance 2',
+    consistency=either('consistency'), source='--source ../b', nf='--nf 16', ch_mult='--ch_mult 2',
+    num_blocks='--num_blocks 2', attn='--attn 8', dropout='--dropout 0.5', ncsnpp=either('ncsnpp'),
+    steps='--steps 5', batch_size='--batch_size 4', accum='--accum 2', lr='--lr 0.001',
+    warmup='--warmup 7', grad_clip='--grad_clip 0.001', ema_decay='--ema_decay 0.1',
+    seed='--seed 1', device='--device cuda:7', bf16=either('bf16'), compile=either('compile'),
+    timeout='--timeout 5', out_dir='--out_dir p', log_every='--log_every 2',
+    sample_every='--sample_every 2', save_every='--save_every 2', keep='--keep 1',
+    patch='--patch 2', label_first=either('label_first'), skip=either('skip'), muon=either('muon'),
+    decay='--decay 0.5', loss='--loss mean', m_draws='--m_draws 2', M='--M 20', z_max='--z_max 30',
+    upper_norm='--upper_norm 7', z_exp='--z_exp 0.5', z_min='--z_min 0.1', sigma='--sigma 0.1',
+    tau='--tau 0.1', gamma='--gamma 2', sigma_data='--sigma_data 0.3')
+
+
+def walk_train(traces, pairs):
+    assert TRAIN_FLAGS.keys() == dests(train.parse_args)
+    walk(traces, ['train.py', *SMALL, '--dataset', '../a', '--out_dir', 'o'],
+         TRAIN_MODES, TRAIN_FLAGS, pairs, {'resumed': '../pfgm', 'resumed pp': '../pp'})
+
+
+def test_train__each_flag_once(at_work, monkeypatch):
+    walk_train(Traces(monkeypatch, goes_on=False), in_turn(['pfgm', 'vp'], TRAIN_FLAGS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', TRAIN_MODES)
+def test_train__walk(mode, at_work, monkeypatch):
+    walk_train(Traces(monkeypatch), [(mode, flag) for flag in TRAIN_FLAGS])
