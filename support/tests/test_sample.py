@@ -145,7 +145,7 @@ def test_make_images__a_compiled_network_makes_the_same(trained, here):
     ids=['of the exact field', 'up and down again', 'of an authors file their way'])
 def test_sample__makes_what_it_should(flags, patterns, trained, few_glyphs, here):
     network = [] if 'exact' in flags else ['--ckpt', trained]
-    out = said(['sample.py', *network, '--device', 'cpu', *flags.split()])
+    out = said(['sample.py', *network, '--device', 'cpu', '--verbose', *flags.split()])
     for pattern in patterns:
         assert re.search(pattern, out), out
 
@@ -153,7 +153,7 @@ def test_sample__makes_what_it_should(flags, patterns, trained, few_glyphs, here
 def test_flow_from__images_are_of_all_classes_in_turn_and_those_that_are_given_of_any(
         straight, here):
     Image.fromarray(sets.load_images('glyphs').pixels[0, 0].numpy()).save('0.png')
-    command = ['sample.py', '--ckpt', straight, *'--device cpu --nfe 1'.split()]
+    command = ['sample.py', '--ckpt', straight, *'--device cpu --verbose --nfe 1'.split()]
     between = '--interpolate 0.png 0.png'
     inpaint = '--inpaint 0.png --mask 0.png'
     for flags, labels in (

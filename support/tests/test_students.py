@@ -29,6 +29,10 @@ def followed(path, nfe, n):
     return flow, x, end
 
 
+# A student is trained on the labels that its teacher was trained on.
+STUDENT = [word for word in TINY_PP if word != '--no-classes']
+
+
 # ---------------------------------------------------------------- straightness
 
 def test_bends_of_lines__of_known_lines():
@@ -83,7 +87,7 @@ def test_straightness__of_a_gaussian_is_that_of_the_closed_form(spread):
 @pytest.mark.slow
 def test_pairs_of_teacher__outlive_a_kill(straight, here, monkeypatch):
     monkeypatch.setattr(students, 'SHARD', 16)
-    command = ['train.py', *TINY_PP, '--distill', straight, *'--pairs 40 --out_dir a'.split()]
+    command = ['train.py', *STUDENT, '--distill', straight, *'--pairs 40 --out_dir a'.split()]
     assert 'pairs: 40/40' in said([*command, '--steps', 2])
     shards = sorted(Path('a/pairs').iterdir())
     made = [shard.read_bytes() for shard in shards]
@@ -94,11 +98,11 @@ def test_pairs_of_teacher__outlive_a_kill(straight, here, monkeypatch):
     shards[2].write_bytes(made[2][:500])
     assert 'pairs: 24/24' in said([*command, '--steps', 4])
     assert [shard.read_bytes() for shard in shards] == made
-    refuses(['train.py', *TINY_PP, *'--distill a --out_dir b'.split()], 'itself a student')
+    refuses(['train.py', *STUDENT, *'--distill a --out_dir b'.split()], 'itself a student')
 
 
 def test_method_of_student__is_the_teachers(straight, here):
-    command = ['train.py', *TINY_PP, '--distill', straight, *'--pairs 40 --out_dir b'.split()]
+    command = ['train.py', *STUDENT, '--distill', straight, *'--pairs 40 --out_dir b'.split()]
     np.save('a.npy', np.zeros((9, 16, 16), np.uint8))
     for flag, value, message in (
             ('--reflow', straight, 'two runs'),
@@ -109,7 +113,7 @@ def test_method_of_student__is_the_teachers(straight, here):
 
 def test_pairs_of_teacher__need_the_teacher_again_when_the_run_goes_on(straight, here):
     shutil.copy(straight / 'ckpt.pt', 't.pt')
-    command = ['train.py', *TINY_PP, *'--distill t.pt --pairs 8 --out_dir c --steps'.split()]
+    command = ['train.py', *STUDENT, *'--distill t.pt --pairs 8 --out_dir c --steps'.split()]
     script([*command, 1])
     Path('t.pt').unlink()
     refuses([*command, 2], '--distill t.pt: no such file')
@@ -161,7 +165,7 @@ def test_distill__makes_of_any_teacher_a_student_of_one_call(teacher, student, D
 
 
 def test_pairs_of_teacher__of_a_guided_teacher(straight, here):
-    command = ['train.py', *TINY_PP, '--distill', straight, *'--pairs 8 --steps'.split()]
+    command = ['train.py', *STUDENT, '--distill', straight, *'--pairs 8 --steps'.split()]
     script([*command, 1, *'--out_dir a --guidance 3'.split()])
     flow = load_flow(straight / 'ckpt.pt', CPU, nfe=students.PAIR_NFE, guidance=3.0, bf16=False)
     ends, _ = flow.follow(flow.prior(range(8)), CPU, range(8))
@@ -182,7 +186,7 @@ def test_pairs_of_teacher__of_a_guided_teacher(straight, here):
 def student(straight, tmp_path_factory):
     """A run of one step of --distill."""
     out = tmp_path_factory.mktemp('run') / 'student'
-    script(['train.py', *TINY_PP, '--distill', straight, *'--pairs 8 --steps 1'.split(),
+    script(['train.py', *STUDENT, '--distill', straight, *'--pairs 8 --steps 1'.split(),
             '--out_dir', out])
     return out
 
@@ -264,4 +268,4 @@ def test_at_lower_level__is_what_the_stopped_network_makes_of_the_same_noise(fla
     for more in ('--solver rk45', '--solver unipc --nfe 2', '--encode glyphs', '--gif'):
         refuses([*sampling, *more.split()], f'^{more[:12]}.*: the network is a student of --consis')
     assert '): the levels of --consistency lie further apart' in said([*command, 17])
-    refuses(['train.py', *TINY_PP, '--distill', 'b', '--out_dir', 'c'], 'itself a student')
+    refuses(['train.py', *STUDENT, '--distill', 'b', '--out_dir', 'c'], 'itself a student')

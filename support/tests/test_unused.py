@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import train
-from support import flow
+from support import flow, students
+from support.checkpoint import save
 from support.cli import BadInput
 from support.methods import as_flow
 from support.networks import build
@@ -39,6 +40,7 @@ def test_refuse__names_what_was_typed(capsys):
 # ---------------------------------------------------------------- what is not recorded
 
 def test_without_unused__keeps_no_constants_of_other_methods(at_work):
+    make_needed(['../pp', '../pfgm', '../one'])
     flags = loaded('../pp')['args']
     assert {flags[key] for key in (*OF_PFGM, *OF_STUDENTS)} == {None} and flags['sigma_data'] == 0.5
     flags = loaded('../pfgm')['args']
@@ -50,6 +52,7 @@ def test_without_unused__keeps_no_constants_of_other_methods(at_work):
 @pytest.mark.parametrize('recorded_all', [False, True])
 def test_train__goes_on_from_a_checkpoint_with_and_without_constants_of_other_methods(
         recorded_all, at_work):
+    make_needed(['../pp'])
     saved = loaded('../pp')
     if recorded_all:  # as checkpoints once did
         saved['args'].update(M=None, sigma=0.01, tau=0.03, gamma=5.0, skip=False, m_draws=1,
@@ -79,7 +82,7 @@ RUNS = dict(  # the runs that the walk starts from
 @pytest.fixture(scope='module')
 def ground(tmp_path_factory):
     """A folder with the sets a and b, each of 16 cats and dogs of 8 x 8 pixels, in colour, with
-    runs and files beside them, and the empty folder work, in which the walk runs its commands."""
+    pictures beside them, and the empty folder work, in which the walk runs its commands."""
     ground = tmp_path_factory.mktemp('ground')
     with pytest.MonkeyPatch.context() as patch:
         os.mkdir(ground / 'work')
@@ -89,17 +92,14 @@ def ground(tmp_path_factory):
                 path = Path('..', name, 'cat' if k % 2 else 'dog', f'{k:02d}.png')
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture(seed + k).save(path)
-        for name, flags in RUNS.items():
-            train_run(f'../{name}', *flags.split())
-            stir(f'../{name}')
-        tiny_official('../official.pth')
-        edm_file('../edm.pkl', pfgmpp=True, D=2048, ncsnpp=True, classes=3)
         mask = Image.new('L', (8, 8))
         mask.paste(255, (0, 0, 8, 4))
         mask.save('../mask.png')
         picture(7).save('../x.png')
         picture(8).save('../y.png')
-    return ground
+        patch.setattr(students, 'PAIR_NFE', 4)
+        patch.setattr(students, 'STRAIGHTNESS_CALLS', 4)
+        yield ground
 
 
 @pytest.fixture
@@ -113,6 +113,23 @@ def empty():
     """Remove all from the folder where the test runs."""
     for path in Path('.').iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def make_needed(words):
+    """Make the runs and files that are among the words of a command and are not there yet."""
+    for word in map(str, words):
+        name = word.removeprefix('../')
+        if name == word or os.path.exists(word):
+            continue
+        if name in RUNS:
+            flags = RUNS[name].split()
+            make_needed(flags)
+            train_run(word, *flags)
+            stir(word)
+        elif name == 'official.pth':
+            tiny_official(word)
+        elif name == 'edm.pkl':
+            edm_file(word, pfgmpp=True, D=2048, ncsnpp=True, classes=3)
 
 
 def train_run(out, *flags):
@@ -151,7 +168,10 @@ class Traces:
             return net
 
         def traced_save(path, checkpoint):
-            """In place of save(): notes the weights, and samples by them, and writes little."""
+            """In place of save(): notes the weights, and samples by them, and writes little, but
+            for the runs from which the walk starts."""
+            if path.startswith('../'):
+                return save(path, checkpoint)
             flags = checkpoint['args']
             sums = {part: sum(t.double().sum().item() for t in checkpoint[part].values())
                     for part in ('net', 'ema')}
@@ -191,6 +211,8 @@ class Traces:
         """Run a command in an empty folder -> (what it did, or None where it was refused; the names
         of its flags that were found to be not used). copy: a run that it goes on from, in o."""
         empty()
+        with contextlib.redirect_stdout(io.StringIO()):
+            make_needed([*command, copy])
         if copy:
             shutil.copytree(copy, 'o')
         self.events.clear()
@@ -256,6 +278,7 @@ def walk(traces, base, modes, flags, pairs, resumed=None):
                 outcomes.add('refused')
             elif done != before[mode]:
                 outcomes.add('differs')
+                break
         for outcome in counts:
             if outcome in outcomes:
                 counts[outcome] += 1
