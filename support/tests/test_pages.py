@@ -19,8 +19,8 @@ from PIL import Image
 import train
 import unet
 from support import bench, sets
-from support.tests.common import (F64, HERE, MODULES, close, loaded, losses, rows_of, script,
-                                  seeded)
+from support.processes import run
+from support.tests.common import F64, HERE, MODULES, close, loaded, losses, rows_of, seeded
 from support.tests.published_files import edm_file, tiny_official
 
 README = (HERE / 'README.md').read_text()
@@ -144,14 +144,23 @@ def test_readme_commands__are_parsed():
             module.parse_args(command[1:])
 
 
+def run_smaller(command):
+    """Run a command made small. A flag that it types must be used, one that is added need not."""
+    more = ' '.join(SMALLER.get(word, '') for word in command).split()
+    name = command[0].removesuffix('.py')
+    module = importlib.import_module(f'support.{name}' if name in MODULES else name)
+    args = module.parse_args([*command[1:], *more])
+    args.given = module.parse_args(command[1:]).given
+    run(module.main, args)
+
+
 @pytest.mark.parametrize('count', [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_readme_commands__run_in_their_order(newcomer, count):
     for command in readme_commands()[:count]:
         if command[0] in ('pip', 'pytest'):
             continue
         print(' '.join(command))  # which pytest shows if it fails, and with -s at once
-        more = ' '.join(SMALLER.get(word, '') for word in command).split()
-        script([*command, *more])
+        run_smaller(command)
         for flag, path in zip(command, command[1:]):
             assert flag not in ('--out', '--out_dir') or os.path.exists(path), command
     if count == 1000:  # the authors' file stood at step 7

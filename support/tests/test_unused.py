@@ -167,6 +167,9 @@ class Traces:
             self.events.append(('compile',))
             return net
 
+        def traced_deterministic(mode):
+            self.events.append(('deterministic', mode))
+
         def traced_save(path, checkpoint):
             """In place of save(): notes the weights, and samples by them, and writes little, but
             for the runs from which the walk starts."""
@@ -200,7 +203,8 @@ class Traces:
 
         for target, value in {
                 'support.flow.Flow.follow': traced_follow,
-                'train.save': traced_save,
+                'support.run.save': traced_save,
+                'torch.use_deterministic_algorithms': traced_deterministic,
                 'torch.compile': traced_compile,
                 'torch.nn.Module.compile': traced_compile,
                 'support.options.refuse': recorded,
@@ -227,7 +231,8 @@ class Traces:
                 return None, list(self.unused)
         files = {str(path): content(path) for path in sorted(Path('.').rglob('*'))
                  if path.is_file()}
-        return (list(self.events), files), list(self.unused)
+        events = sorted(self.events, key=repr)  # checkpoints are written by a thread
+        return (events, files), list(self.unused)
 
 
 ITS_OWN = ('command', 'time', 'git', 'torch', 'hardware', 'seconds', 'img_per_s', 'memory_gb',
@@ -330,6 +335,7 @@ TRAIN_FLAGS = dict(
     steps='--steps 5', batch_size='--batch_size 4', accum='--accum 2', lr='--lr 0.001',
     warmup='--warmup 7', grad_clip='--grad_clip 0.001', ema_decay='--ema_decay 0.1',
     seed='--seed 1', device='--device cuda:7', bf16=either('bf16'), compile=either('compile'),
+    deterministic='--deterministic',
     timeout='--timeout 5', out_dir='--out_dir p', log_every='--log_every 2',
     sample_every='--sample_every 2', save_every='--save_every 2', keep='--keep 1',
     patch='--patch 2', label_first=either('label_first'), skip=either('skip'), muon=either('muon'),
