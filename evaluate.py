@@ -28,7 +28,7 @@ from support.checkpoint import in_folder
 from support.classes import labels_of_samples
 from support.cli import (BadInput, Parser, above, check_folder, check_writable, one_of, say,
                          several)
-from support.flow import SAMPLING_FLAGS, exact_flow, flow_flags, load_flow
+from support.flow import exact_flow, load_flow
 from support.images import chosen_indices, read_chosen, to_uint8
 from support.inception import INCEPTION, collect
 from support.likelihood import BIASED_TOL, BPD_TOL, likelihood
@@ -38,6 +38,7 @@ from support.pictures import check_png, plot, strip, write_png
 from support.processes import Machine, run, setup, share_of_rank
 from support.reference import ReferenceFlags, Subjects, load_reference
 from support.results import print_table, record_result
+from support.sampling_flags import SAMPLING_FLAGS, flow_flags
 from support.sets import load_images
 from support.solvers import SOLVERS
 from support.students import straightness

@@ -23,13 +23,14 @@ import torch
 
 import pfgm
 from support.cli import BadInput, Parser, above, say, watch, write
-from support.flow import SAMPLING_FLAGS, Kept, exact_flow, flow_flags, load_flow
+from support.flow import Kept, exact_flow, load_flow
 from support.images import to_float, to_uint8
 from support.masks import load_masks
 from support.pictures import grid_of, write_grid
 from support.processes import everywhere, run, setup, share_of_rank, wait
 from support.sample_files import (check_out, claim, folder_of, images_to_make, read_images,
                                   save_images, write_npz)
+from support.sampling_flags import SAMPLING_FLAGS, flow_flags
 from support.seeds import fingerprint
 from support.sets import load_images, load_pictures
 from support.unused import in_sample, refuse
@@ -102,24 +103,42 @@ def check_flags(args):
 MODES = ('gif', 'interpolate', 'rescale', 'encode', 'inpaint', 'colorize')
 
 
-def check_flow(args, flow):
-    """Raises BadInput for flags that this flow does not take."""
-    follows_lines = args.encode or args.interpolate or args.out.endswith('.gif')
-    restores = args.inpaint or args.colorize
-    mode = next((args.given[name] for name in MODES if name in args.given), f'--out {args.out}')
-    if flow.student is not None and follows_lines:
-        raise BadInput(f'{mode}: the network is a student of --{flow.student}, which leads from '
+def check_flow(flow, mode, flag, are_ends_given, eta_flag):
+    """Raises BadInput for what is asked of a flow that does not take it.
+
+    mode: one of MODES, or None. flag: as it was typed. are_ends_given: whether the mode is
+    interpolate, between two images that are given. eta_flag: --eta as it was typed, or None."""
+    encodes = mode == 'encode' or are_ends_given
+    restores = mode in ('inpaint', 'colorize')
+    if flow.student is not None and (encodes or mode == 'gif'):
+        raise BadInput(f'{flag}: the network is a student of --{flow.student}, which leads from '
                        'noise to images at once and has no lines to follow; leave it out')
     if flow.student == 'distill' and restores:
-        raise BadInput(f'{mode}: needs many network calls, and the network is a student of '
+        raise BadInput(f'{flag}: needs many network calls, and the network is a student of '
                        '--distill, trained for one; leave it out')
-    if flow.source is not None and (restores or args.rescale):
-        raise BadInput(f'{mode}: changes the noise that a flow starts from, and this one starts '
+    if flow.source is not None and (restores or mode == 'rescale'):
+        raise BadInput(f'{flag}: changes the noise that a flow starts from, and this one starts '
                        'from images; leave it out')
-    if args.eta and (args.encode or args.interpolate):
-        raise BadInput(f'{args.given["eta"]}: fresh noise cannot be encoded; leave it out')
-    if flow.solver == 'renew' and (args.encode or args.interpolate):
+    if flow.eta and encodes:
+        raise BadInput(f'{eta_flag}: fresh noise cannot be encoded; leave it out')
+    if flow.solver == 'renew' and encodes:
         raise BadInput('--solver renew: fresh noise cannot be encoded; give another')
+
+
+def fit_to_mode(flow, mode, are_ends_given, solver, nfe, classes):
+    """Set what a special picture changes in how a flow is followed. solver, nfe, classes: of the
+    flags, None where not given. The others: as of check_flow()."""
+    restores = mode in ('inpaint', 'colorize')
+    if restores and solver is None:
+        flow.solver = 'renew'
+        flow.nfe = nfe or 100
+    images_are_given = restores or mode == 'encode' or are_ends_given
+    if images_are_given and not classes:
+        flow.classes = ()  # they may be of any class
+    if are_ends_given:
+        flow.classes = flow.classes[:1]  # there is but one row between them
+    if mode in ('interpolate', 'rescale'):
+        flow.classes = tuple(label for label in flow.classes for _ in range(8))  # one a row
 
 
 # ---------------------------------------------------------------- images
@@ -386,30 +405,7 @@ def restore(flow, pictures, parts, n, out, batch_size, device):
     print(line)
 
 
-# ---------------------------------------------------------------- from flags to images
-
-def flow_from(args, data, device):
-    """The Flow that the flags ask for; data: the Images of --exact."""
-    options = {name: getattr(args, name) for name in SAMPLING_FLAGS}
-    if args.exact:
-        flow = exact_flow(data, args.dataset or 'glyphs', device, **options)
-    else:
-        flow = load_flow(args.ckpt, device, weights=args.weights, compiled=args.compile,
-                         dataset=args.dataset, data_dir=args.data_dir, source=args.start,
-                         bf16=args.bf16, **options)
-    check_flow(args, flow)
-    if (args.inpaint or args.colorize) and args.solver is None:
-        flow.solver = 'renew'
-        flow.nfe = args.nfe or 100
-    images_are_given = args.encode or args.interpolate or args.inpaint or args.colorize
-    if images_are_given and not args.classes:
-        flow.classes = ()  # they may be of any class
-    if args.interpolate:
-        flow.classes = flow.classes[:1]  # there is but one row between them
-    if args.interpolate is not None or args.rescale:
-        flow.classes = tuple(label for label in flow.classes for _ in range(8))  # one a row
-    return flow
-
+# ---------------------------------------------------------------- the run
 
 def main(args):
     check_flags(args)
@@ -417,11 +413,27 @@ def main(args):
                                 deterministic=args.deterministic)
     if rank == 0:
         check_out(args.out)
+
+    # the flow, and how it is followed
     data = None
+    options = {name: vars(args)[name] for name in SAMPLING_FLAGS}
     if args.exact:
         data = load_images(args.dataset or 'glyphs', args.data_dir, args.image_size)
-    flow = flow_from(args, data, device)
+        flow = exact_flow(data, args.dataset or 'glyphs', device, **options)
+    else:
+        flow = load_flow(args.ckpt, device, weights=args.weights, compiled=args.compile,
+                         dataset=args.dataset, data_dir=args.data_dir, source=args.start,
+                         bf16=args.bf16, **options)
+    mode = next((name for name in MODES if vars(args)[name] not in (None, False, '')), None)
+    flag = args.given.get(mode, f'--out {args.out}')
+    if args.out.endswith('.gif'):
+        mode = 'gif'
+    are_ends_given = bool(args.interpolate)
+    check_flow(flow, mode, flag, are_ends_given, args.given.get('eta'))
+    fit_to_mode(flow, mode, are_ends_given, args.solver, args.nfe, args.classes)
     refuse(args.given, in_sample(vars(args), flow, args.given), vars(args))
+
+    # what is made
     C, size, _ = flow.shape
     n = args.n or 64
     if args.n is None and flow.source is not None:
@@ -448,7 +460,7 @@ def main(args):
                                  flag='--colorize')
         parts = [grey for _ in pictures.places]
         return restore(flow, pictures, parts, args.n or 8, args.out, args.batch_size, device)
-    if args.out.endswith('.gif'):
+    if mode == 'gif':
         return write_gif(flow, n, args.out, device)
 
     rows = None

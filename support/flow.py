@@ -6,7 +6,6 @@ Read it if you want to know what sample.py does between the prior and an image.
     for indices, x, nfe in flow.images(range(64), batch_size=64, device=torch.device('cpu')):
         ...                                        # x (64, C, H, W) in [-1, 1]
 """
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -18,9 +17,9 @@ import torch
 import pfgm
 from support import waiting
 from support.batches import Charges, charges_of
-from support.checkpoint import in_folder, load_checkpoint
+from support.checkpoint import load_checkpoint
 from support.classes import class_numbers
-from support.cli import BadInput, above, say, unless, watch
+from support.cli import BadInput, say, watch
 from support.cpu import keep_freed_memory
 from support.methods import VP, PublishedDenoiser, flow_constants
 from support.processes import fast_bf16
@@ -343,19 +342,62 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
         say('--compile: the first batch compiles the network, which may take minutes')
     official = flags.get('official', False)
     edm = flags.get('edm', False)
-    student = None
-    if flags.get('distill'):
-        student = 'distill'
-    elif flags.get('consistency'):
-        student = 'consistency'
+    student = student_of(flags)
     check_calls(student, solver, nfe)
     if official:
-        name = dataset or OFFICIAL_BY_SIZE.get(flags['image_size'])
-        if name not in OFFICIAL:
-            raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
-                           + ', '.join(OFFICIAL))
-        flags = {**flags, 'dataset': name, **flow_constants(None, name)}
+        flags = with_published_constants(flags, dataset)
 
+    solver, nfe = best_solver(solver, nfe, student, official, edm)
+    if schedule is None and not edm:
+        schedule = 'log' if official else 'radius'
+    if official and to_data is None:
+        to_data = False
+    if small_z is None:
+        small_z = 'official' if official else 'exact'
+    if bf16 is None:
+        bf16 = fast_bf16(device) and not (official or edm)
+
+    flow = flow_of(net, flags, weights=weights, step=flags['step'], student=student,
+                   dataset=flags.get('dataset'), data=flags.get('data'),
+                   class_names=flags.get('class_names'),
+                   solver=solver, nfe=nfe, tol=tol, schedule=schedule, to_data=to_data,
+                   z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16)
+    flow.z_min = z_min or flow.z_min
+    if flags.get('source'):
+        flow.source = charges_of(images_to_start_from(flags, source, source_flag, data_dir),
+                                 source_flag)
+    elif source is not None:
+        raise BadInput(f'{source_flag} {source}: this flow starts from noise; leave it out')
+    check_flow(flow, z_min, tol_least=1e-7, precision='float32 of a network')
+    flow.classes = tuple(class_numbers(classes, flow.class_count, flow.class_names))
+    return flow
+
+
+def student_of(flags):
+    """How a network was trained for one or two calls: a word as Flow.student has it, or None."""
+    if flags.get('distill'):
+        return 'distill'
+    if flags.get('consistency'):
+        return 'consistency'
+    return None
+
+
+def with_published_constants(flags, dataset):
+    """The mapping of flags of a checkpoint of PFGM's authors, with the constants of its data set.
+    It does not say which one that is: `dataset`, or else the one of its image size. Raises BadInput
+    where they published none for that."""
+    name = dataset or OFFICIAL_BY_SIZE.get(flags['image_size'])
+    if name not in OFFICIAL:
+        raise BadInput(f'--dataset {name}: an official checkpoint belongs to one of '
+                       + ', '.join(OFFICIAL))
+    return {**flags, 'dataset': name, **flow_constants(None, name)}
+
+
+def best_solver(solver, nfe, student, official, edm):
+    """The solver and the number of calls that are best for a network, where they are None.
+
+    student: a field of Flow. official, edm: whether the file is one of PFGM's authors, or one of
+    PFGM++ or EDM, which are followed as published."""
     if nfe is None and student:
         nfe = 1
     if nfe is None and edm and solver is None:
@@ -369,29 +411,7 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
             solver = 'heun'
         else:
             solver = 'unipc'
-    if schedule is None and not edm:
-        schedule = 'log' if official else 'radius'
-    if official and to_data is None:
-        to_data = False
-    if small_z is None:
-        small_z = 'official' if official else 'exact'
-    if bf16 is None:
-        bf16 = fast_bf16(device) and not (official or edm)
-
-    flow = flow_of(net, flags, weights=weights, step=flags['step'], student=student,
-                   dataset=flags.get('dataset'), data=flags.get('data'),
-                   class_names=flags.get('class_names'),
-                   solver=solver, nfe=nfe or 100, tol=tol, schedule=schedule, to_data=to_data,
-                   z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16)
-    flow.z_min = z_min or flow.z_min
-    if flags.get('source'):
-        flow.source = charges_of(images_to_start_from(flags, source, source_flag, data_dir),
-                                 source_flag)
-    elif source is not None:
-        raise BadInput(f'{source_flag} {source}: this flow starts from noise; leave it out')
-    check_flow(flow, z_min, tol_least=1e-7, precision='float32 of a network')
-    flow.classes = tuple(class_numbers(classes, flow.class_count, flow.class_names))
-    return flow
+    return solver, nfe or 100
 
 
 def images_to_start_from(flags, source, source_flag, data_dir):
@@ -479,89 +499,3 @@ def check_flow(flow, z_min, tol_least, precision):
     if flow.tol < tol_least:
         raise BadInput(f'--tol {flow.tol}: finer than the {precision} can tell; give {tol_least} '
                        'or more')
-
-
-# ---------------------------------------------------------------- its flags
-
-# What load_flow() and exact_flow() both take, spelled as the flags are.
-SAMPLING_FLAGS = ('solver', 'nfe', 'tol', 'schedule', 'z_min', 'to_data', 'small_z', 'classes',
-                  'guidance', 'eta', 'seed')
-
-
-def flow_flags(p):
-    """Add to the parser p, in groups, the flags that say which flow to follow and how: they are the
-    same in sample.py and evaluate.py. -> the group of those that most people need."""
-    yes_or_no = argparse.BooleanOptionalAction
-    first = p.add_argument_group('what most people need')
-    first.add_argument('--ckpt', type=in_folder, default='out/ckpt.pt',
-                       help='a checkpoint, ours or one of the authors, or the folder of a run '
-                       '(default: %(default)s)')
-    first.add_argument('--nfe', type=above(0, int), default=None,
-                       help='network calls an image, with all solvers but rk45 (default: rk45 '
-                       'makes as many as --tol asks for, the others 100, networks of --distill or '
-                       f'--consistency 1, those of EDM and PFGM++ {EDM_NFE})')
-    first.add_argument('--classes', type=unless('none', [], lambda text: text.split(',')),
-                       default=None, metavar='0,7,...',
-                       help='labels of the images or their names (cat,dog), in turn, or none '
-                       '(default: all, where the network was trained with them)')
-    first.add_argument('--guidance', type=above(-1e-9, below=1e3), default=1.0,
-                       help='classifier-free guidance; other than 1 it doubles the calls '
-                       '(default: 1)')
-    first.add_argument('--seed', type=above(-1, int), default=0,
-                       help='of all noise: image i depends on it and on i (default: 0)')
-
-    network = p.add_argument_group('the network, or the data in its place')
-    network.add_argument('--weights', default='ema', choices=('ema', 'raw'),
-                         help='the averaged weights, or those of the last step (default: ema)')
-    network.add_argument('--exact', action='store_true',
-                         help='no network: follow the field of all images of --dataset '
-                         '(default: off)')
-    network.add_argument('--dataset', default=None,
-                         help='of --exact (default: glyphs); or what the checkpoint was trained '
-                         'on (default: as it says)')
-    network.add_argument('--data_dir', default='data',
-                         help='where known data sets are kept (default: data)')
-    network.add_argument('--from', dest='start', metavar='IMAGES', default=None,
-                         help='what a flow of train.py --source carries across (default: the '
-                         'images it was trained with, in turn)')
-    network.add_argument('--image_size', type=above(0, int), default=None,
-                         help='of --exact, pixels a side (default: as the data is)')
-
-    solver = p.add_argument_group('the solver')
-    solver.add_argument('--solver', choices=SOLVER_NAMES, default=None,
-                        help='default: rk45, or where --nfe is given unipc (official checkpoints: '
-                        f'heun; those of EDM and PFGM++: heun from {EDM_NFE} calls on, unipc '
-                        'below; those of --consistency: renew)')
-    solver.add_argument('--tol', type=above(0), default=1e-4,
-                        help='rtol and atol of rk45 (default: 1e-4)')
-    solver.add_argument('--schedule', choices=(*pfgm.SCHEDULES, 'time'), default=None,
-                        help='planes of the steps (default: radius; official checkpoints: log; '
-                        'EDM and PFGM++ by heun: rho7); time: even in the t of vp, subvp, ddpm '
-                        'and rf')
-    solver.add_argument('--to_data', action=yes_or_no, default=None,
-                        help='make the last call on z_min and go straight to z = 0 (default: not '
-                        'with rk45, nor for official checkpoints)')
-    solver.add_argument('--z_min', type=above(0), default=None,
-                        help='the last plane (default: 1e-3 in PFGM and 0.002 sqrt(D) in PFGM++; '
-                        'with --nfe up to 5 sqrt(D) / nfe^2, but not by heun on networks of EDM '
-                        'and PFGM++)')
-    solver.add_argument('--small_z', choices=('exact', 'official'), default=None,
-                        help='v_z below z_exp (default: exact; official for official checkpoints)')
-    solver.add_argument('--eta', type=above(-1e-9, below=1.001), default=0.0,
-                        help='fresh noise of ddim: with 0 none (it is euler), with 1 ancestral '
-                        'sampling of DDPM (default: 0)')
-
-    machine = p.add_argument_group('the machine')
-    machine.add_argument('--device', default='auto',
-                         help='auto, cpu, cuda, cuda:1 or mps (default: auto)')
-    machine.add_argument('--batch_size', type=above(0, int), default=64,
-                         help='images at a time (default: 64)')
-    machine.add_argument('--bf16', action=yes_or_no, default=None,
-                         help='bfloat16 autocast (default: where it is fast, not for official '
-                         'checkpoints; never with rk45)')
-    machine.add_argument('--deterministic', action='store_true',
-                         help='on a GPU the same numbers each time, by slower kernels (default: '
-                         'off)')
-    machine.add_argument('--compile', action='store_true',
-                         help='torch.compile the network (default: off)')
-    return first

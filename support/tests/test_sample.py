@@ -150,7 +150,7 @@ def test_sample__makes_what_it_should(flags, patterns, trained, few_glyphs, here
         assert re.search(pattern, out), out
 
 
-def test_flow_from__images_are_of_all_classes_in_turn_and_those_that_are_given_of_any(
+def test_fit_to_mode__images_are_of_all_classes_in_turn_and_those_that_are_given_of_any(
         straight, here):
     Image.fromarray(sets.load_images('glyphs').pixels[0, 0].numpy()).save('0.png')
     command = ['sample.py', '--ckpt', straight, *'--device cpu --verbose --nfe 1'.split()]
