@@ -104,6 +104,8 @@ def newcomer(here, few_glyphs, monkeypatch):
             'torchvision.datasets.CIFAR10': toy(32, 3),
             'support.bench.UNet': tiny_unet,
             'support.bench.FIELD_CHARGES': (64, 128),
+            'support.bench.FLOAT64_SIDE': 64,
+            'support.bench.BFLOAT16_SIDE': 64,  # minutes where a CPU has no bfloat16
             'support.bench.median_seconds': functools.partial(bench.median_seconds, repeats=1),
             'support.judge.JUDGE_STEPS': 2,
             'support.inception.POOL': 32,
@@ -117,9 +119,6 @@ def newcomer(here, few_glyphs, monkeypatch):
     os.mkdir('photos')
     for k in range(8):
         Image.fromarray(pixels[k]).save(f'photos/{k}.png')
-    shutil.make_archive('images', 'zip', base_dir='photos')
-    for name in ('bold', 'digits'):
-        np.savez(f'{name}.npz', arr_0=sets.glyphs(image_size=28)[0][:20, ..., None])
     os.mkdir('data')
     np.savez('data/bloodmnist.npz', train_images=pixels[:, 4:, 4:], test_images=pixels[:, 4:, 4:])
     np.savez('cifar10_stats.npz', mu=np.zeros(32), sigma=np.eye(32))
