@@ -30,7 +30,7 @@ HERE = Path(__file__).parents[2]  # the folder of the scripts
 SHARED = HERE.parent / 'shared'   # reference numbers that not everyone has
 F64 = torch.float64
 MODULES = ('checkpoint', 'bench', 'figures')  # run by python -m support.<name>
-TINY = '--nf 8 --ch_mult 1 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
+TINY = '--nf 8 --ch_mult 1 --attn 8 --batch_size 8 --field_batch 64 --log_every 1 --warmup 3 ' \
        '--sample_every 0 --device cpu --no-bf16 --lr 2e-3 --decay 0 --no-classes'.split()
 TINY_PP = TINY[:TINY.index('--field_batch')] + TINY[TINY.index('--field_batch') + 2:]
 sets.glyphs = functools.lru_cache(sets.glyphs)  # drawn once for all tests

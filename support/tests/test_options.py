@@ -190,7 +190,7 @@ def test_check_resume__refuses_what_changes_the_run_and_says_what_may_change(tra
             f'--out_dir {trained}: its run has {key} {saved[key]}, not {value}; '
             f'give {options.in_words(key, saved[key])}, or another --out_dir')
     assert capsys.readouterr().out == ''
-    same = dict(saved, ch_mult=(1, 1), device='cuda', keep=9)  # 1, 1 as lists
+    same = dict(saved, ch_mult=(1,), device='cuda', keep=9)  # here a tuple, there a list
     options.check_resume(same, saved, {})
     assert capsys.readouterr().out == ''
     options.check_resume(dict(saved, lr=0.5, accum=2), saved, {})
@@ -229,7 +229,7 @@ def test_check_origin__brings_its_flow_and_takes_other_classes(tmp_path):
 @pytest.mark.parametrize('key, value, message', [
     ('muon', False, '--no-muon: --init_from c.pt has True; give --muon'),
     ('skip', True, '--skip: --init_from c.pt has False; give --no-skip'),
-    ('ch_mult', [2, 2], '--ch_mult 2 2: --init_from c.pt has [1, 1]; give --ch_mult 1 1'),
+    ('ch_mult', [2, 2], '--ch_mult 2 2: --init_from c.pt has [1]; give --ch_mult 1'),
     ('nf', 16, '--nf 16: --init_from c.pt has 8; give --nf 8')])
 def test_check_origin__refuses_another_architecture_with_the_flag_that_mends_it(
         key, value, message, trained):
