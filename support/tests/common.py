@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -130,14 +131,34 @@ def trained_on_folder(name, out, *flags):
             *flags])
 
 
-def start(command, processes=0, **flags):
-    """A training process, or torchrun with several, with its output as text."""
-    launch = []
-    if processes:
-        launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
-                  *(f'--{key}={value}' for key, value in flags.items())]
+def torchrun(command, processes, **flags):
+    """A torchrun of train.py, with its output as text."""
+    launch = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}',
+              *(f'--{key}={value}' for key, value in flags.items())]
     return subprocess.Popen([sys.executable, *launch, HERE / 'train.py', *map(str, command)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+class Forked(multiprocessing.get_context('fork').Process):
+    """train.py in a process that begins as a copy of this one, so that nothing is imported again."""
+
+    def __init__(self, command):
+        super().__init__()
+        self.command = command
+        reading, self.writing = os.pipe()
+        self.stdout = open(reading)  # what it prints
+        self.start()
+        os.close(self.writing)
+
+    def run(self):
+        os.dup2(self.writing, 1)
+        sys.stdout = open(1, 'w', buffering=1, closefd=False)
+        script(['train.py', *self.command])
+
+    def wait(self):
+        """Its exit code, when it has ended; as of a subprocess."""
+        self.join()
+        return self.exitcode
 
 
 def until(process, text):

@@ -20,8 +20,8 @@ from support import processes, sets
 from support.batches import charges_of
 from support.cli import BadInput
 from support.solvers import SOLVERS
-from support.tests.common import (F64, HERE, SHARED, TINY, TINY_PP, close, joined, loaded, losses,
-                                  refuses, script, seeded, start, until)
+from support.tests.common import (F64, HERE, SHARED, TINY, TINY_PP, Forked, close, joined, loaded,
+                                  losses, refuses, script, seeded, torchrun, until)
 from support.tests.published_files import edm_file, tiny_official
 
 has_proc = pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc here')
@@ -74,7 +74,7 @@ def test_setup__two_processes_then_one_and_two_micro_batches_follow_the_loss_of_
     command = [*TINY, '--dropout', 0, '--steps', 8, '--out_dir']
     script(['train.py', *command, tmp_path / 'one'])
     script(['train.py', *command, tmp_path / 'half', '--accum', 2])
-    process = start([*command, tmp_path / 'two', '--steps', 4], 2)
+    process = torchrun([*command, tmp_path / 'two', '--steps', 4], 2)
     assert 'saved' in process.communicate()[0]
     script(['train.py', *command, tmp_path / 'two'])
     one, two, half = (losses(tmp_path / name) for name in ('one', 'two', 'half'))
@@ -95,7 +95,7 @@ def test_agree__two_machines_with_one_folder_or_with_copies(tmp_path):
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         where = dict(nnodes=2, master_addr='127.0.0.1', master_port=port)
-        running = [start([*command, steps, '--timeout', 60, '--out_dir', folder], 1, node_rank=k,
+        running = [torchrun([*command, steps, '--timeout', 60, '--out_dir', folder], 1, node_rank=k,
                          **where) for k, folder in enumerate(folders)]
         texts = [process.communicate(timeout=300)[0] for process in running]
         return [process.returncode for process in running], texts
@@ -143,7 +143,7 @@ def workers(process):
 def test_join__killed_ranks_are_restarted_and_the_loss_goes_on(first, here):
     command = [*TINY, *'--steps 60 --dropout 0 --save_every 5 --out_dir'.split()]
     script(['train.py', *command, 'one'])
-    process = start([*command, 'two'], 2, max_restarts=2)
+    process = torchrun([*command, 'two'], 2, max_restarts=2)
     for step, rank in ((12, first), (32, 1 - first)):
         until(process, f'step {step}/')
         os.kill(workers(process)[rank], signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_join__killed_ranks_are_restarted_and_the_loss_goes_on(first, here):
 @pytest.mark.slow
 @has_proc
 def test_join__a_hung_rank_ends_the_job(here):
-    process = start([*TINY, '--steps', 100000, '--timeout', 5], 2)
+    process = torchrun([*TINY, '--steps', 100000, '--timeout', 5], 2)
     until(process, 'step 5/')
     os.kill(workers(process)[1], signal.SIGSTOP)
     process.communicate(timeout=120)
@@ -168,24 +168,24 @@ def test_join__a_hung_rank_ends_the_job(here):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_listen__a_signal_saves_and_leaves_and_sigusr1_saves(number, tmp_path):
     command = [*TINY, '--steps', 100000, '--out_dir', tmp_path]
-    process = start(command)
+    process = Forked(command)
     until(process, 'step 3/')
     refuses(['train.py', *command], 'another run is using it')
-    process.send_signal(signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGUSR1)
     while not (tmp_path / 'ckpt.pt').exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     first = loaded(tmp_path)['step']
-    process.send_signal(number)
-    rest = process.communicate()[0]
-    assert process.returncode == 0 and 'saved' in rest
+    os.kill(process.pid, number)
+    rest = process.stdout.read()
+    assert process.wait() == 0 and 'saved' in rest
     assert loaded(tmp_path)['step'] == len(losses(tmp_path)) > first >= 3
 
 
 @pytest.mark.slow
 @has_proc
 def test_listen__a_second_ctrl_c_ends_a_run_that_hangs(tmp_path):
-    process = start([*TINY, '--steps', 100000, '--out_dir', tmp_path / 'o'], 2)
+    process = torchrun([*TINY, '--steps', 100000, '--out_dir', tmp_path / 'o'], 2)
     until(process, 'step 3/')
     hung, stopped = workers(process)
     os.kill(stopped, signal.SIGSTOP)
@@ -365,7 +365,7 @@ def test_join__says_what_failed_and_which_variable_names_the_network(monkeypatch
 def test_join__on_cuda_one_rank_of_nccl_follows_the_loss_of_none(cuda_run, tmp_path):
     flags = ['--no-bf16', '--dropout', '0', '--steps', '4', '--out_dir']
     cuda_run(*flags, tmp_path / 'none')
-    process = start([*TINY, '--device', 'cuda', *flags, tmp_path / 'nccl'], 1)
+    process = torchrun([*TINY, '--device', 'cuda', *flags, tmp_path / 'nccl'], 1)
     assert 'saved' in process.communicate()[0]
     close(losses(tmp_path / 'nccl'), losses(tmp_path / 'none'), rtol=1e-4)
 

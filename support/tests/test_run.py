@@ -18,8 +18,8 @@ import train
 from support import checkpoint, run
 from support.cli import BadInput
 from support.run import Saver, sampling_command
-from support.tests.common import (TINY, loaded, losses, refuses, rows_of, said, same_run, script,
-                                  start, until)
+from support.tests.common import (TINY, Forked, loaded, losses, refuses, rows_of, said, same_run,
+                                  script, until)
 from support.tests.made import picture, pictures
 
 
@@ -41,12 +41,12 @@ def test_open_run__after_kills_at_random_moments_ends_as_a_run_that_was_never_ki
                *'--dropout 0.1 --save_every 4 --sample_every 25 --out_dir'.split()]
     script(['train.py', *command, 'whole'])
     for _ in range(kills):
-        process = start([*command, 'killed'])
+        process = Forked([*command, 'killed'])
         until(process, '  loss ')
         time.sleep(rng.uniform(0, 0.8))
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    start([*command, 'killed']).communicate()
+    script(['train.py', *command, 'killed'])
     assert same_run('whole', 'killed')
 
 
