@@ -125,25 +125,25 @@ def straightness(flow, n, batch_size, device):
     for indices in torch.arange(n).split(batch_size):
         indices = indices.tolist()
         x = flow.prior(indices).to(device)
-        bend, length = bends_of_lines(flow.net, x, flow.labels_of(indices, device))
+        bend, length = bends_of_lines(flow.net, x, flow.labels_of(indices, device),
+                                      STRAIGHTNESS_CALLS)
         bends.append(bend)
         lengths.append(length)
     return (torch.cat(bends).mean() / torch.cat(lengths).mean()).item()
 
 
 @torch.no_grad()
-def bends_of_lines(net, x, labels=None, calls=None):
+def bends_of_lines(net, x, labels, calls):
     """(int |(x_1 - x_0) - dx_t/dt|^2 dt, |x_1 - x_0|^2), both (B,), along the lines from x (B, ...)
-    on the plane net.high down to net.low, by steps of Heun even in the method's own time t: as many
-    as `calls` (STRAIGHTNESS_CALLS) make."""
+    on the plane net.high down to net.low, by steps of Heun even in the method's own time t, with
+    so many calls of the network. labels: (B,), or None."""
     high = torch.full((len(x),), net.high, dtype=torch.float64)
     path = [pfgm.column(net.alpha(high), x) * x]
 
     def keep(z, x):
         path.append(pfgm.column(net.alpha(z), x) * x)
 
-    pfgm.sample_ode(net, x, net.high, net.low, 'heun',
-                    calls or STRAIGHTNESS_CALLS, D=math.inf, z_exp=0, labels=labels,
+    pfgm.sample_ode(net, x, net.high, net.low, 'heun', calls, D=math.inf, z_exp=0, labels=labels,
                     schedule_name=net.planes, callback=keep)
     path = torch.stack(path).flatten(2)                              # (steps + 1, B, N)
     steps = path.diff(dim=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import sets
+from support import sets, students
 from support.tests.common import TINY, TINY_PP, script
 from support.tests.made import pictures
 
@@ -23,6 +23,15 @@ def only_where_they_can_run(request):
         pytest.skip('slow: run it with pytest -m slow -s')
     if request.node.get_closest_marker('cuda') and not torch.cuda.is_available():
         pytest.skip('no GPU here: run it where there is one, by pytest -m cuda')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick_teachers():
+    """Teachers make pairs, and show how straight their lines are, by a few calls of the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(students, 'PAIR_NFE', 4)
+        patch.setattr(students, 'STRAIGHTNESS_CALLS', 4)
+        yield
 
 
 @pytest.fixture(scope='session')

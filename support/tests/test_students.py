@@ -19,6 +19,7 @@ from support.tests.made import picture
 from support.tests.published_files import edm_file, tiny_official
 
 CPU = torch.device('cpu')
+STRAIGHTNESS_CALLS = students.STRAIGHTNESS_CALLS  # before conftest.py lowers it
 
 
 def followed(path, nfe, n):
@@ -40,22 +41,23 @@ def test_bends_of_lines__of_known_lines():
     x = 999 * torch.randn(5, 6, dtype=F64)
     # A rectified flow of one data point y: F = y - eps, and the lines are straight.
     flow = RectifiedFlow(lambda x, c_noise: ((y - x) / (1 - c_noise[:, None] / 999), None))
-    close(students.bends_of_lines(flow, x)[0], torch.zeros(5), atol=1e-9)
+    close(students.bends_of_lines(flow, x, None, 10)[0], torch.zeros(5), atol=1e-9)
     # VP with eps = 0: x / alpha stays as it is.
     flow = VP(lambda x, c_noise: (torch.zeros_like(x), None))
     alpha = flow.alpha(flow.planes(flow.high, flow.low, 25))
     whole = alpha[-1] - alpha[0]
     bent = (whole - 25 * alpha.diff()).square().mean() / whole ** 2
-    bends, lengths = students.bends_of_lines(flow, x, calls=50)
+    bends, lengths = students.bends_of_lines(flow, x, None, 50)
     close(bends / lengths, bent.expand(5), rtol=1e-9)
 
 
 @pytest.mark.parametrize('spread', [(0.1, 0.1, 0.1, 0.1), (0.5, 0.5, 0.5, 0.5),
                                     (0.05, 0.1, 0.5, 2.0)])
-def test_straightness__of_a_gaussian_is_that_of_the_closed_form(spread):
+def test_straightness__of_a_gaussian_is_that_of_the_closed_form(spread, monkeypatch):
     """Of data N(0, s^2) the lines of a rectified flow are x_t = x_1 w(t) / w(1), where w^2 is
     t^2 + (1 - t)^2 s^2, and t goes from 0, the data, to 1. Where s differs from axis to axis, so
     does the bend of the lines, and a mean of ratios is not a ratio of means."""
+    monkeypatch.setattr(students, 'STRAIGHTNESS_CALLS', STRAIGHTNESS_CALLS)
     s = torch.tensor(spread, dtype=F64).view(4, 1, 1)
 
     def velocity(x, c_noise):
@@ -135,7 +137,6 @@ def check_perturb(calls, net, flow, x):
 def test_distill__makes_of_any_teacher_a_student_of_one_call(teacher, student, D, here,
                                                             monkeypatch):
     """The student is trained where sampling begins, x on z_max, towards where x is led."""
-    monkeypatch.setattr(students, 'PAIR_NFE', 4)
     path = 'a/ckpt.pt'
     network = TINY_PP
     if teacher in ('official', 'edm'):
