@@ -214,9 +214,11 @@ def test_follow__makes_nothing_of_a_network_that_gives_nan(copied, monkeypatch, 
         saved['args'].update(method='vp', D=math.inf)
     torch.save(saved, 'ckpt.pt')
     flags = ['--ckpt', 'ckpt.pt', '--solver', solver, '--device', 'cpu', '--n', 2]
-    for more in ([], ['--encode', 'glyphs'], ['--gif'], ['--interpolate']):
-        refuses(['sample.py', *flags, '--out', 'a.png', *more], '--ckpt.*(diverged|not finite)')
-    refuses(['evaluate.py', *flags, '--swd', '--bpd'], 'diverged')
+    refuses(['sample.py', *flags, '--out', 'a.png'], '--ckpt.*(diverged|not finite)')
+    if solver == 'unipc':  # for any other it is the same
+        for more in (['--encode', 'glyphs'], ['--gif'], ['--interpolate']):
+            refuses(['sample.py', *flags, '--out', 'a.png', *more], '--ckpt.*(diverged|not finite)')
+        refuses(['evaluate.py', *flags, '--swd', '--bpd'], 'diverged')
     refuses(['sample.py', *flags, '--tol', '1e-12'], '--tol 1e-12: finer than the float32')
     assert not [name for name in os.listdir('.')
                 if name.endswith(('.png', '.gif', '.npz', 'results.jsonl'))]

@@ -14,7 +14,7 @@ from support.tests.common import close, refuses, rows_of, said
 
 
 def test_judge_of__tells_digits_from_noise_and_is_kept(few_glyphs, here, monkeypatch):
-    monkeypatch.setattr(judge, 'JUDGE_STEPS', 60)
+    monkeypatch.setattr(judge, 'JUDGE_STEPS', 30)
     digits, _ = sets.glyphs(split='test')
     noise = np.random.default_rng(0).integers(0, 256, (130, 16, 16, 1), np.uint8)
     np.savez('digits.npz', arr_0=digits[:130, ..., None])
@@ -24,7 +24,7 @@ def test_judge_of__tells_digits_from_noise_and_is_kept(few_glyphs, here, monkeyp
         """(the line of results, whether the judge was trained, whether it could not be read)."""
         out = said(f'evaluate.py --judge --samples {name} --dataset glyphs --device cpu '
                    '--data_dir .'.split())
-        return rows_of('results.jsonl')[-1], 'judge: 7680/7680' in out, 'cannot be read' in out
+        return rows_of('results.jsonl')[-1], 'judge: 3840/3840' in out, 'cannot be read' in out
 
     real, trained, _ = measured('digits.npz')
     assert trained

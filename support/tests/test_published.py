@@ -181,6 +181,7 @@ def test_read_edm__gives_the_authors_numbers():
     gives_the_authors_numbers(folder / 'network-snapshot-200000.pt', 2048, 10)
 
 
+@pytest.mark.slow
 @golden_edm
 @pytest.mark.parametrize('file, D, classes', [
     ('edm-cifar10-32x32-uncond-vp/network-snapshot-200000.pkl', math.inf, 0),
@@ -380,7 +381,7 @@ def test_reader__hostile_files_are_refused_and_nothing_runs(case, zip_form, here
     assert os.listdir('.') == ['a.pkl']
 
 
-@pytest.mark.parametrize('seed, count', [(0, 100), pytest.param(1, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('seed, count', [(0, 30), pytest.param(1, 1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('zip_form', [False, True])
 def test_reader__damage_ends_in_one_line(zip_form, seed, count, here):
     edm_file('good', zip_form, classes=3, ncsnpp=True, nf=4)

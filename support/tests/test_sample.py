@@ -139,7 +139,7 @@ def test_make_images__a_compiled_network_makes_the_same(trained, here):
 
 @pytest.mark.parametrize('flags, patterns', [
     ('--exact --n 4', ['4 of 4 samples are images of glyphs to within a grey level']),
-    ('--encode glyphs --n 2 --tol 1e-6', [r'mean error \d\.\d+e-(0[4-9]|[1-9])']),
+    ('--encode glyphs --n 1 --tol 1e-5', [r'mean error \d\.\d+e-(0[4-9]|[1-9])']),
     (f'--ckpt {DATA}/ckpt_cifar10_tiny.pth --n 4 --nfe 6',
      ['small_z official', 'upper_norm 3000', 'z_exp 5'])],
     ids=['of the exact field', 'up and down again', 'of an authors file their way'])
@@ -176,7 +176,7 @@ def test_encode__pictures_come_back_and_are_the_ends_of_an_interpolation(trained
     first, last = tmp_path / '0.png', tmp_path / '1.png'
     for path, digit in zip((first, last), digits):
         Image.fromarray(digit).save(path)
-    flags = ['--ckpt', trained / 'ckpt.pt', '--tol', '1e-6']
+    flags = ['--ckpt', trained / 'ckpt.pt', '--tol', '1e-4']
     command = ['sample.py', *flags, '--device', 'cpu', '--out', tmp_path / 'a.png']
     assert '1 images: mean error' in said([*command, '--encode', first])
     made = sampled(tmp_path / 'b.npz', *flags, '--interpolate', first, last)[..., 0]
