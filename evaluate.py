@@ -11,6 +11,7 @@
 
 Every result is also a line of results.jsonl. What the numbers mean is in support/measures.py.
 """
+import dataclasses
 import functools
 import math
 import os
@@ -36,12 +37,13 @@ from support.measures import METRICS, OF_FLOWS, check_counts, needs, of_samples
 from support.methods import VP
 from support.pictures import check_png, plot, strip, write_png
 from support.processes import Machine, run, setup, share_of_rank
-from support.reference import ReferenceFlags, Subjects, load_reference
+from support.reference import ReferenceFlags, Subjects, load_reference, trained_on
 from support.results import print_table, record_result
 from support.sampling_flags import SAMPLING_FLAGS, flow_flags
 from support.sets import load_images
 from support.solvers import SOLVERS
 from support.students import straightness
+from support.unused import in_evaluate, in_reference, refuse
 
 
 # ---------------------------------------------------------------- flags
@@ -123,13 +125,9 @@ def check_flags(args):
     if not asked and not args.save_stats:
         raise BadInput('no metric asked; give one or more of '
                        + ' '.join(f'--{name}' for name in METRICS) + ', or --save_stats FILE.npz')
-    if args.exact and args.compile:
-        raise BadInput('--compile: --exact has no network; leave it out')
     if args.start and (args.exact or args.samples):
         raise BadInput(f'--from {args.start}: no flow of train.py --source is measured; leave it '
                        'out')
-    if args.solvers and not args.sweep:
-        raise BadInput(f'--solvers {",".join(args.solvers)}: belongs to --sweep nfe=5,10,20')
     if args.sweep and (not of_samples(asked) or 'neighbours' in asked):
         raise BadInput('--sweep: give some of --fid --is --kid --prc --swd --judge to sweep, '
                        'and not --neighbours')
@@ -242,8 +240,7 @@ class Plan(NamedTuple):
     n_lines: int               # lines of --straightness
     repeats: int               # of --bpd
     bpd_tol: float
-    sweep: Optional[list]      # numbers of network calls
-    solvers: Optional[list]    # of the sweep; None: as is best
+    solvers: Optional[list]    # of a sweep; None: as is best
     compares: bool             # whether checkpoints are compared
     classes: Optional[list]    # words
     seed: int
@@ -258,20 +255,14 @@ class Point(NamedTuple):
     pixels: Optional[torch.Tensor]  # a few of its samples, uint8 (4, C, H, W), for --compare
 
 
-def measure(name, flow, subjects, reference, plan, machine):
-    """Measure a flow, or the given images where it is None: a list of Points, on rank 0."""
+def measure(name, flow, settings, subjects, reference, plan, machine):
+    """Measure a flow with each of the `settings`, (solver, network calls), or the given images
+    where it is None: a list of Points, on rank 0."""
     values = {}
     if flow is not None:
         values = measure_flow(name, flow, reference, plan, machine)
     if not of_samples(plan.asked):
         return []
-    if plan.sweep:
-        settings = points_of_sweep(name, flow, plan.sweep, plan.solvers)
-    elif flow is not None:
-        settings = [(flow.solver, flow.nfe)]
-    else:
-        settings = [(None, None)]
-
     points = []
     for solver, nfe in settings:
         if flow is not None:
@@ -302,6 +293,9 @@ def measure_flow(name, flow, reference, plan, machine):
         if flow.source is not None:
             n = min(n, len(flow.source))
         values['straightness'] = straightness(flow, n, machine.batch_size, machine.device)
+        if 'bpd' not in plan.asked:
+            facts = dict(method=flow.method, weights=flow.weights, step=flow.step,
+                         classes=list(flow.classes))
     measured = {key: values[key] for key in OF_FLOWS if key in values}
     for key, value in measured.items():
         if not math.isfinite(value):
@@ -315,10 +309,12 @@ def measure_flow(name, flow, reference, plan, machine):
     return measured
 
 
-def points_of_sweep(name, flow, sweep, solvers):
-    """The (solver, network calls) with which a sweep follows a flow, which it calls `name`. A
+def settings_of(name, flow, sweep, solvers):
+    """The (solver, network calls) with which a flow, called `name`, is followed. In a sweep a
     student takes the calls that it was trained for only, and a line says so. sweep: numbers of
-    calls. solvers: as given, or None."""
+    calls, or None. solvers: as given, or None."""
+    if not sweep:
+        return [(flow.solver, flow.nfe)]
     if flow.student == 'distill':
         say(f'{name}: a student of --distill, measured with the one call that it was trained for')
         return [(flow.solver, 1)]
@@ -462,10 +458,22 @@ def main(args):
     if rank == 0:
         check_places(args)
 
+    # with which solvers, and which flags have no say in that
+    settings = {name: settings_of(name, flow, args.sweep, args.solvers)
+                for name, flow in flows.items()}
+    followed = [dataclasses.replace(flows[name], solver=solver, nfe=nfe)
+                for name in flows for solver, nfe in settings[name]]
+    unused = in_evaluate(vars(args), asked, followed, args.given,
+                         trained_on=trained_on(followed[0]) if followed else None,
+                         uses_reference=bool(needs(wanted) & {'pixels', 'statistics'}),
+                         uses_inception=bool(needs(wanted) & {'features', 'statistics'}))
+    refuse(args.given, unused, vars(args))
+
     # what it is compared with
     flags = ReferenceFlags(args.ref, args.dataset, args.data_dir, args.image_size, args.classes,
                            paths[0], args.inception, args.resize, args.save_stats)
     reference = load_reference(asked, wanted, subjects, flags, machine)
+    refuse(args.given, in_reference(vars(args), asked, images, reference), vars(args))
 
     # measure, and show
     n_bpd = n_lines = args.n or 256
@@ -473,11 +481,12 @@ def main(args):
         n_bpd = min(n_bpd, 256)
     record = functools.partial(record_result, args.results, device=device, world=world,
                                seed=args.seed)
-    plan = Plan(asked, n_bpd, n_lines, args.repeats, args.bpd_tol, args.sweep, args.solvers,
+    plan = Plan(asked, n_bpd, n_lines, args.repeats, args.bpd_tol, args.solvers,
                 bool(args.compare), args.classes, args.seed, args.out, record)
     points = []
     for name, flow in (flows or {'': None}).items():
-        points += measure(name, flow, subjects, reference, plan, machine)
+        points += measure(name, flow, settings.get(name, [(None, None)]), subjects, reference, plan,
+                          machine)
     if args.sweep and rank == 0:
         show_sweep(points, n, plan)
     if rank == 0 and asked:

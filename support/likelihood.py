@@ -38,7 +38,9 @@ def likelihood(name, flow, reference, n, *, repeats, tol, machine):
     values = bits_per_dim(flow, images, min(n, len(images)), repeats=repeats, tol=tol,
                           batch_size=machine.batch_size, device=machine.device, rank=machine.rank,
                           world=machine.world)
-    facts = dataclasses.replace(flow, solver='rk45', tol=tol).facts()
+    labels = labels_for(flow, images)
+    facts = dataclasses.replace(flow, solver='rk45', tol=tol, to_data=False, z_last=None).facts()
+    facts.update(classes=[] if labels is None else labels.unique().tolist(), guidance=None)
     facts.update(reference.facts(), dataset=images.name, split=split)
     note = f'{split} images of {images.name}{reference.classes}, tol {tol:g}'
     if tol > BIASED_TOL:

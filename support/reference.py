@@ -90,7 +90,10 @@ class Reference(NamedTuple):
     def facts_for_samples(self):
         """And what it says of a comparison of samples with it."""
         n_ref = self.statistics.n if self.statistics is not None else None
-        return dict(n_ref=n_ref, **self.facts(), resize=self.resize, inception=self.weights)
+        facts = dict(n_ref=n_ref, **self.facts())
+        if self.inception is not None:
+            facts.update(resize=self.resize, inception=self.weights)
+        return facts
 
 
 def load_reference(asked, wanted, subjects, flags, machine):

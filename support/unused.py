@@ -6,7 +6,7 @@ mode do not read. refuse() ends the script where the user typed one of them: "--
 with --D 128; leave it out". What is not read is not recorded either: a checkpoint keeps None for
 it, and so does a line of results.jsonl.
 """
-import math
+import dataclasses
 import os
 
 from support.cli import BadInput, say
@@ -136,7 +136,9 @@ def of_flow(flow):
         unused['guidance'] = 'by a network that knows no classes'
     elif not flow.classes:
         unused['guidance'] = 'where no labels are followed (--classes)'
-    if flow.method not in (None, 'pfgm'):
+    if flow.method is None and flow.solver != 'rk45':
+        unused['small_z'] = 'with --exact, where v_z is exact'
+    elif flow.method not in (None, 'pfgm'):
         unused['small_z'] = f'with method {flow.method}, where v_z is exact'
     return unused
 
@@ -172,6 +174,99 @@ def in_sample(flags, flow, given):
         unused['data_dir'] = 'where no known data set is read'
     return unused
 
+
+# ---------------------------------------------------------------- evaluate.py
+
+HOW_TO_FOLLOW = ('solver', 'nfe', 'tol', 'schedule', 'to_data', 'z_min', 'small_z', 'guidance',
+                 'eta', 'bf16')
+RANDOM_METRICS = {'is', 'kid', 'swd', 'neighbours', 'judge'}  # which take subsets or directions
+
+
+def of_all(flows):
+    """{flag: why} of the flags of sampling that none of the flows uses."""
+    of_each = [of_flow(flow) for flow in flows]
+    return {name: why for name, why in of_each[0].items()
+            if all(name in others for others in of_each)}
+
+
+def in_evaluate(flags, asked, flows, given, *, trained_on, uses_reference, uses_inception):
+    """{flag: why} of the flags of evaluate.py that are not used.
+
+    asked: the names of the metrics. flows: one flow.Flow for each checkpoint, solver and number of
+    calls that is measured; none where images are given. trained_on: the data set of the first, or
+    None. uses_reference, uses_inception: whether a metric needs these."""
+    by_metrics = f'by {" and ".join(asked) or "--save_stats"}'
+    of_flows = {'bpd', 'straightness'}  # which follow the lines in ways of their own
+    unused = {}
+    if flows:
+        unused.update(of_all(flows))
+        if set(asked) <= of_flows:
+            unused.update(dict.fromkeys(HOW_TO_FOLLOW, by_metrics))
+        if 'bpd' in asked:
+            for name in ('tol', 'z_min'):
+                unused.pop(name, None)
+            by_rk45 = [dataclasses.replace(flow, solver='rk45') for flow in flows]
+            unused.pop('small_z', None)
+            unused.update({name: why for name, why in of_all(by_rk45).items() if name == 'small_z'})
+        unused.update(of_network(flags, flows[0]))
+    else:
+        why = f'with {first_given(given, ("samples", "save_stats"), "")}'
+        unused.update(dict.fromkeys(('ckpt', 'weights', 'exact', 'compile', *HOW_TO_FOLLOW), why))
+        if not uses_reference:  # whose classes are said to be those of the samples
+            unused['classes'] = why
+        if not flags['samples']:
+            unused['image_size'] = why
+    if all(flow.source is not None for flow in flows) and not RANDOM_METRICS & set(asked):
+        unused['seed'] = by_metrics
+
+    # The network, and what it is compared with.
+    if flags['compare']:
+        unused['ckpt'] = 'with --compare'
+    if flags['ref']:
+        unused.pop('image_size', None)
+    unused.pop('dataset', None)
+    is_named = flags['exact'] or any(flow.is_official() for flow in flows)
+    if flags['ref'] and not is_named:
+        unused['dataset'] = f'with {given["ref"]}'
+    elif not (is_named or uses_reference):
+        unused['dataset'] = by_metrics
+    if not uses_reference:
+        unused['ref'] = by_metrics
+    if not uses_inception:
+        unused.update(dict.fromkeys(('inception', 'resize'), f'{by_metrics}, without Inception'))
+    names = (flags['dataset'] or trained_on, flags['ref'], flags['samples'], flags['start'])
+    if 'judge' not in asked and not any(is_kept(name) for name in names):
+        unused['data_dir'] = 'where no known data set is read'
+
+    # The work, and where its results go.
+    if 'bpd' not in asked:
+        unused['repeats'] = 'without --bpd'
+    if not flags['sweep']:
+        unused['solvers'] = 'without --sweep nfe=5,10,20 (for one solver give --solver)'
+    elif flags['solvers'] == ['rk45']:
+        unused['sweep'] = 'with --solvers rk45, which makes the calls that it needs'
+    if not (flags['sweep'] or 'neighbours' in asked):
+        unused['out'] = 'without --sweep, --compare or --neighbours'
+    if not asked:
+        unused.update(dict.fromkeys(('n', 'results'), by_metrics))
+    return unused
+
+
+def in_reference(flags, asked, images, reference):
+    """{flag: why} of the flags of evaluate.py that turn out not to be used when the
+    reference.Reference is there. asked: the names of the metrics. images: of --samples, or None."""
+    unused = {}
+    read = [image_set for image_set in (images, reference.train) if image_set is not None]
+    if all(image_set.pixels is not None for image_set in read):
+        unused['workers'] = 'with images that are in memory'
+    if flags['ref'] and images is None and reference.train is None:
+        unused['image_size'] = f'with the statistics of --ref {flags["ref"]}'
+    if images is not None and set(asked) == {'neighbours'} and reference.test is None:
+        unused['seed'] = 'by neighbours without a test split'
+    return unused
+
+
+# ---------------------------------------------------------------- support/bench.py
 
 def in_bench(flags):
     """{flag: why} of the flags of the bench of solvers that are not used."""

@@ -68,9 +68,10 @@ def test_reference__of_others(tmp_path):
     assert row['precision'] == row['recall'] == 1 and row['swd'] == 0
     script([*common, ours, '--ref', song, '--kid'])
     assert rows_of(results)[-1]['n_ref'] == 9
-    refuses([*common, ours, '--ref', song, '--swd'], 'do for --fid --is --kid --prc only')
+    refuses([*common, ours, '--ref', song, '--kid', '--swd'],
+            'do for --fid --is --kid --prc only')
     refuses([*common, ours, '--ref', adm, '--swd', '--save_stats', tmp_path / 's.npz'],
             'do for --fid --is only')
     refuses([*common, wide, '--ref', ours, '--swd', '--image_size', 16],
             "--samples .*wide.png: 'wide.png' is 9x12; give an --image_size of at most 9, not 16")
-    refuses([*common, ours, '--ref', ours, '--swd', '--n', 7], '--n 7: --samples .* has 6 images')
+    refuses([*common, ours, '--ref', ours, '--kid', '--n', 7], '--n 7: --samples .* has 6 images')

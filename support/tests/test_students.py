@@ -209,8 +209,7 @@ def test_check_calls__one_call_between_draws_is_what_a_student_makes(student, he
         assert ', 1 network call an image, ' in out
 
 
-def test_points_of_sweep__measure_a_student_with_the_calls_that_it_has_learned(student, straight,
-                                                                              here):
+def test_settings_of__a_student_are_the_calls_that_it_has_learned(student, straight, here):
     out = said(['evaluate.py', '--compare', straight, student, '--device', 'cpu', '--n', 8, '--swd',
                 *'--sweep nfe=2,4 --results r.jsonl'.split()])
     assert 'student: a student of --distill, measured with the one call that it was trained' in out

@@ -9,17 +9,21 @@ import shutil
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import evaluate
+import sample
 import train
 from support import flow, students
 from support.checkpoint import save
 from support.cli import BadInput
+from support.inception import collect
 from support.methods import as_flow
 from support.networks import build
-from support.tests.common import loaded, rows_of, script, seeded
+from support.tests.common import F64, loaded, refuses, rows_of, said, script, seeded
 from support.tests.made import picture
 from support.tests.published_files import edm_file, tiny_official
 from support.unused import OF_PFGM, OF_STUDENTS, ONLY_SAID, refuse
@@ -66,6 +70,32 @@ def test_train__goes_on_from_a_checkpoint_with_and_without_constants_of_other_me
         args = loaded(folder)['args']
         assert args['D'] == 128 and args['gamma'] is None and args['sigma_data'] == 0.5
     script(['checkpoint.py', '../pp', 'pp', '--out', 'mean.pt'])
+
+
+def test_likelihood__records_what_had_a_say(at_work):
+    make_needed(['../pp'])
+    measuring = 'evaluate.py --ckpt ../pp --n 4 --device cpu --results r'.split()
+    script([*measuring, *'--bpd --tol 0.1'.split()])
+    script([*measuring, *'--bpd --tol 0.1 --classes none'.split()])
+    script([*measuring, *'--swd --nfe 2 --guidance 3'.split()])
+    refuses([*measuring, *'--bpd --tol 0.1 --guidance 3'.split()],
+            '^--guidance 3: not used by bpd; leave it out$')
+    of_labels, without, of_samples = rows_of('r')
+    assert of_labels['classes'] == [0, 1] and without['classes'] == []
+    assert of_labels['guidance'] is None and of_labels['tol'] == 0.1
+    assert of_samples['guidance'] == 3 and of_samples['tol'] is of_samples['eta'] is None
+    assert 'inception' not in of_samples and 'resize' not in of_samples
+
+
+def test_encode__follows_the_labels_of_classes(at_work):
+    make_needed(['../pp'])
+    encoding = 'sample.py --ckpt ../pp --device cpu --verbose --encode ../a --n 2 --nfe 4'.split()
+    lines = {}
+    for name, more in (('none', ''), ('dog', '--classes dog'),
+                       ('more', '--classes dog --guidance 3')):
+        lines[name] = said([*encoding, '--out', f'{name}.png', *more.split()])
+    assert 'classes []' in lines['none'] and 'classes [1]' in lines['dog']
+    assert len({zlib.crc32(Path(f'{name}.png').read_bytes()) for name in lines}) == 3
 
 
 # ---------------------------------------------------------------- the walk: what it starts from
@@ -167,6 +197,22 @@ class Traces:
             self.events.append(('compile',))
             return net
 
+        def traced_inception(path, device, rank):
+            self.events.append(('inception', path))
+            return len, torch.randn(1008, 32, dtype=F64, generator=seeded())
+
+        def traced_features(net, pixels, resize):
+            self.events.append(('features', len(pixels), resize))
+            small = torch.nn.functional.interpolate(pixels.expand(-1, 3, -1, -1).float(), (4, 4))
+            return small.flatten(1) @ torch.randn(48, 32, generator=seeded())
+
+        def traced_collect(batches, *args):
+            def noted():
+                for batch in batches:
+                    self.events.append(('batch', len(batch)))
+                    yield batch
+            return collect(noted(), *args)
+
         def traced_deterministic(mode):
             self.events.append(('deterministic', mode))
 
@@ -207,8 +253,18 @@ class Traces:
                 'torch.use_deterministic_algorithms': traced_deterministic,
                 'torch.compile': traced_compile,
                 'torch.nn.Module.compile': traced_compile,
+                'support.reference.load_inception': traced_inception,
+                'support.inception.inception_features': traced_features,
+                'evaluate.collect': traced_collect,
+                'support.reference.collect': traced_collect,
+                'support.judge.JUDGE_STEPS': 2,
+                'support.inception.POOL': 32,
+                'evaluate.check_counts': lambda *args: None,
+                'support.reference.check_counts': lambda *args: None,
                 'support.options.refuse': recorded,
-                'sample.refuse': recorded}.items():
+                'sample.refuse': recorded,
+                'evaluate.refuse': recorded,
+                'support.bench.refuse': recorded}.items():
             monkeypatch.setattr(target, value)
 
     def of(self, command, copy=None):
@@ -291,7 +347,7 @@ def walk(traces, base, modes, flags, pairs, resumed=None):
         else:
             if not outcomes:
                 faults.append(f'{mode}: {" or ".join(alternatives)}: changes nothing')
-    print(base[0], counts)
+    print(base[0], counts, *faults, sep='\n  ')
     assert not faults, '\n'.join(faults)
 
 
@@ -358,3 +414,141 @@ def test_train__each_flag_once(at_work, monkeypatch):
 @pytest.mark.parametrize('mode', TRAIN_MODES)
 def test_train__walk(mode, at_work, monkeypatch):
     walk_train(Traces(monkeypatch), [(mode, flag) for flag in TRAIN_FLAGS])
+
+
+# ---------------------------------------------------------------- the walk: sample.py
+
+SAMPLING = dict(  # the flags that sample.py and evaluate.py share
+    ckpt='--ckpt ../rf', nfe='--nfe 7', classes=('--classes dog', '--classes none'),
+    guidance='--guidance 2', seed='--seed 1', weights='--weights raw', exact='--exact',
+    dataset=('--dataset ../b', '--dataset celeba64'), data_dir='--data_dir d', start='--from ../a',
+    image_size='--image_size 4', solver=('--solver euler', '--solver heun', '--solver rk45'),
+    tol='--tol 0.01', schedule=('--schedule rho7', '--schedule log'), to_data=either('to_data'),
+    z_min=('--z_min 0.5', '--z_min 0.1'), small_z=('--small_z official', '--small_z exact'),
+    eta='--eta 0.5', device='--device cuda:7', batch_size='--batch_size 1', bf16=either('bf16'),
+    compile='--compile', deterministic='--deterministic')
+SAMPLE_MODES = {
+    'pfgm': '--ckpt ../pfgm --nfe 3',
+    'rk45': '--ckpt ../vp --solver rk45 --tol 0.3',
+    'pfgm rk45': '--ckpt ../pfgm --solver rk45 --tol 0.3',
+    'pp': '--ckpt ../pp --nfe 3',
+    'one call': '--ckpt ../pp --nfe 1',
+    'euler': '--ckpt ../pp --nfe 3 --solver euler',
+    'heun': '--ckpt ../pp --nfe 4 --solver heun',
+    'dpm3m': '--ckpt ../pp --nfe 4 --solver dpm3m',
+    'renew': '--ckpt ../pp --nfe 3 --solver renew',
+    'ddim': '--ckpt ../vp --nfe 3 --solver ddim',
+    'ddim eta': '--ckpt ../vp --nfe 3 --solver ddim --eta 1',
+    'guided': '--ckpt ../pp --nfe 3 --guidance 3',
+    'no label': '--ckpt ../pp --nfe 3 --classes none',
+    'exact': '--exact --dataset ../a --nfe 3',
+    'exact rk45': '--exact --dataset ../a --tol 0.1',
+    'across': '--ckpt ../across --nfe 3',
+    'few': '--ckpt ../few',
+    'few two': '--ckpt ../few --nfe 2',
+    'one': '--ckpt ../one',
+    'official': '--ckpt ../official.pth --nfe 4',
+    'official rk45': '--ckpt ../official.pth --solver rk45 --tol 1',
+    'edm': '--ckpt ../edm.pkl --nfe 3',
+    'folder': '--ckpt ../pp --nfe 3 --out o',
+    'npz': '--ckpt ../pp --nfe 3 --out o.npz',
+    'gif': '--ckpt ../pp --nfe 3 --gif',
+    'gif by out': '--ckpt ../rf --nfe 3 --out o.gif',
+    'interpolate': '--ckpt ../pp --nfe 3 --interpolate',
+    'rescale': '--ckpt ../pp --nfe 3 --rescale',
+    'between': '--ckpt ../pp --nfe 3 --interpolate ../x.png ../y.png',
+    'across between': '--ckpt ../across --nfe 3 --interpolate ../x.png ../y.png',
+    'encode': '--ckpt ../pp --nfe 3 --encode ../a',
+    'encode rk45': '--ckpt ../vp --tol 0.3 --encode ../a',
+    'inpaint': '--ckpt ../pp --nfe 3 --inpaint ../x.png --mask ../mask.png',
+    'inpaint by unipc': '--ckpt ../pp --nfe 3 --inpaint ../x.png --mask ../mask.png --solver unipc',
+    'colorize': '--ckpt ../pp --nfe 3 --colorize ../x.png',
+    'exact inpaint': '--exact --dataset ../a --nfe 3 --inpaint ../x.png --mask ../mask.png'}
+SAMPLE_FLAGS = dict(
+    SAMPLING, n='--n 3', out=('--out p.png', '--out p.gif'), gif='--gif',
+    interpolate=('--interpolate', '--interpolate ../y.png ../x.png'), rescale='--rescale',
+    encode='--encode ../b', inpaint='--inpaint ../y.png --mask ../mask.png',
+    colorize='--colorize ../y.png', mask='--mask ../x.png')
+
+
+def walk_sample(traces, pairs):
+    assert SAMPLE_FLAGS.keys() == dests(sample.parse_args) - {'verbose'}  # which only prints
+    modes = {mode: f'--n 2 {words}' for mode, words in SAMPLE_MODES.items()}
+    for mode in ('between', 'across between'):  # which make one row
+        modes[mode] = SAMPLE_MODES[mode]
+    walk(traces, 'sample.py --device cpu --no-bf16'.split(), modes, SAMPLE_FLAGS, pairs)
+
+
+def test_sample__each_flag_once(at_work, monkeypatch):
+    modes = ['pp', 'encode', 'exact']
+    walk_sample(Traces(monkeypatch, goes_on=False), in_turn(modes, SAMPLE_FLAGS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', SAMPLE_MODES)
+def test_sample__walk(mode, at_work, monkeypatch):
+    walk_sample(Traces(monkeypatch), [(mode, flag) for flag in SAMPLE_FLAGS])
+
+
+# ---------------------------------------------------------------- the walk: evaluate.py
+
+EVALUATE_MODES = {
+    'swd': '--ckpt ../pp --swd --nfe 3',
+    'swd rk45': '--ckpt ../vp --swd --solver rk45 --tol 0.3',
+    'neighbours': '--ckpt ../pp --neighbours --nfe 3',
+    'judge': '--ckpt ../pp --judge --nfe 3',
+    'fid': '--ckpt ../pp --fid --nfe 3',
+    'all of Inception': '--ckpt ../pp --is --kid --prc --nfe 3',
+    'bpd': '--ckpt ../pp --bpd --tol 0.3',
+    'bpd of pfgm': '--ckpt ../pfgm --bpd --tol 0.3',
+    'bpd and swd': '--ckpt ../pp --bpd --swd --nfe 3 --tol 0.3',
+    'straightness': '--ckpt ../vp --straightness',
+    'straight and bpd': '--ckpt ../vp --straightness --bpd --tol 0.3',
+    'exact': '--exact --dataset ../a --swd --nfe 3',
+    'exact bpd': '--exact --dataset ../a --bpd --tol 0.3',
+    'official': '--ckpt ../official.pth --swd --nfe 2 --ref ../a',
+    'across': '--ckpt ../across --swd --nfe 3',
+    'across fid': '--ckpt ../across --fid --nfe 3',
+    'one': '--ckpt ../one --swd',
+    'few': '--ckpt ../few --swd',
+    'ref': '--ckpt ../pp --swd --nfe 3 --ref ../b',
+    'ref stats': '--ckpt ../pp --fid --nfe 3 --ref ../s.npz',
+    'samples': '--samples ../b --swd --dataset ../a',
+    'samples fid': '--samples ../b --fid --ref ../a',
+    'samples is': '--samples ../b --is',
+    'samples stats': '--samples ../b --fid --ref ../s.npz',
+    'samples neighbours': '--samples ../b --neighbours --dataset ../a',
+    'stats': '--save_stats s.npz --dataset ../a',
+    'stats of ref': '--save_stats s.npz --ref ../a',
+    'stats and fid': '--ckpt ../pp --fid --nfe 3 --save_stats s.npz',
+    'sweep': '--ckpt ../pp --swd --sweep nfe=2,3',
+    'sweep of solvers': '--ckpt ../pp --swd --sweep nfe=2,3 --solvers euler,rk45 --tol 0.3',
+    'compare': '--compare ../pp ../vp --swd --sweep nfe=2,3',
+    'compare with bpd': '--compare ../pp ../vp --sweep nfe=2 --tol 0.3'}
+EVALUATE_FLAGS = dict(
+    SAMPLING, **{name: f'--{name}' for name in evaluate.METRICS},
+    repeats='--repeats 2', n='--n 3', samples='--samples ../b', sweep='--sweep nfe=2,4',
+    solvers=('--solvers euler', '--solvers heun'), compare='--compare ../pp ../pfgm',
+    ref='--ref ../b', save_stats='--save_stats t.npz', inception='--inception random',
+    resize='--resize pytorch', workers='--workers 1', out='--out p.png',
+    results='--results q.jsonl')
+
+
+def walk_evaluate(traces, pairs):
+    assert EVALUATE_FLAGS.keys() == dests(evaluate.parse_args) - {'bpd_tol'}  # of --tol
+    if not os.path.exists('../s.npz'):
+        np.savez('../s.npz', mu=np.zeros(32), sigma=np.eye(32))
+    modes = {mode: f'--n 4 --results r.jsonl {words}' for mode, words in EVALUATE_MODES.items()}
+    for mode in ('stats', 'stats of ref'):  # which measure nothing
+        modes[mode] = EVALUATE_MODES[mode]
+    walk(traces, 'evaluate.py --device cpu'.split(), modes, EVALUATE_FLAGS, pairs)
+
+
+def test_evaluate__each_flag_once(at_work, monkeypatch):
+    walk_evaluate(Traces(monkeypatch, goes_on=False), in_turn(['swd', 'samples'], EVALUATE_FLAGS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', EVALUATE_MODES)
+def test_evaluate__walk(mode, at_work, monkeypatch):
+    walk_evaluate(Traces(monkeypatch), [(mode, flag) for flag in EVALUATE_FLAGS])
