@@ -122,6 +122,9 @@ def ground(tmp_path_factory):
                 path = Path('..', name, 'cat' if k % 2 else 'dog', f'{k:02d}.png')
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture(seed + k).save(path)
+        for k in range(4):
+            os.makedirs('../32', exist_ok=True)
+            picture(k, 32).save(f'../32/{k}.png')
         mask = Image.new('L', (8, 8))
         mask.paste(255, (0, 0, 8, 4))
         mask.save('../mask.png')
@@ -244,7 +247,7 @@ class Traces:
                     out.write(str(error))
                 if out.getvalue():
                     self.unused.append(name)
-            if not goes_on:
+            if not goes_on or set(WRONG) & set(self.unused):
                 refuse(given, unused, flags)
 
         for target, value in {
@@ -333,7 +336,7 @@ def walk(traces, base, modes, flags, pairs, resumed=None):
             done, unused = traces.of([*command, *words.split()], copy)
             if flag in unused:
                 outcomes.add('said' if flag in ONLY_SAID else 'refused')
-                if done is not None and done != before[mode] and flag not in WRONG:
+                if done is not None and done != before[mode]:
                     faults.append(f'{mode}: {words}: said to be not used, but has a say')
             elif done is None or unused:
                 outcomes.add('refused')
@@ -506,7 +509,7 @@ EVALUATE_MODES = {
     'straight and bpd': '--ckpt ../vp --straightness --bpd --tol 0.3',
     'exact': '--exact --dataset ../a --swd --nfe 3',
     'exact bpd': '--exact --dataset ../a --bpd --tol 0.3',
-    'official': '--ckpt ../official.pth --swd --nfe 2 --ref ../a',
+    'official': '--ckpt ../official.pth --swd --nfe 2 --ref ../32',
     'across': '--ckpt ../across --swd --nfe 3',
     'across fid': '--ckpt ../across --fid --nfe 3',
     'one': '--ckpt ../one --swd',
