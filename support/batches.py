@@ -19,10 +19,11 @@ class Charges:
     """Images as the charges of a field, in [-1, 1]. They are kept as uint8, and made float a few at
     a time, as pfgm.poisson_field() asks for them by len() and split()."""
 
-    def __init__(self, pixels, mirror=False, dtype=torch.float32):
+    def __init__(self, pixels, mirror=False, dtype=torch.float32, name=None):
         self.pixels = pixels         # uint8 (n, C, H, W)
         self.mirror = mirror         # bool: whether n mirrored images follow, K = 2 n in all
         self.dtype = dtype           # of the charges
+        self.name = name             # of the data set
         self.device = pixels.device
 
     def __len__(self):
@@ -56,7 +57,7 @@ def charges_of(images, flag, device='cpu', mirror=False, dtype=torch.float32):
     if images.pixels is None:
         raise BadInput(f'{flag}: {len(images)} images of {images.name} do not fit in memory')
     images.pixels = images.pixels.to(device)
-    return Charges(images.pixels, mirror, dtype)
+    return Charges(images.pixels, mirror, dtype, images.name)
 
 
 # ---------------------------------------------------------------- the images of a training step

@@ -25,6 +25,7 @@ from support.flow import load_flow
 from support.images import to_uint8
 from support.pictures import check_png, plot, strip, write_png
 from support.processes import run, setup
+from support.unused import of_start, refuse
 
 
 def parse_args(argv=None):
@@ -214,13 +215,15 @@ def shown(x):
     return to_uint8((x / x.abs().amax((1, 2, 3), keepdim=True).clamp_min(1)).float()).cpu()
 
 
-def flow_strip(ckpt, n, seed, device, out):
+def flow_strip(ckpt, n, seed, device, out, given):
     """A PNG of n images of a network on several planes: the noise in the first row, the images in
-    the last. A student of one or two calls has no such way, which is a BadInput."""
+    the last. A student of one or two calls has no such way, which is a BadInput. given: {name:
+    words} of the flags that were typed."""
     flow = load_flow(ckpt, device, nfe=STRIP_NFE, seed=seed)
     if flow.student is not None:
         raise BadInput(f'--ckpt {ckpt}: a student of --{flow.student}, which leads from noise to '
                        'images at once; give another network')
+    refuse(given, of_start(flow), {})
     flow.schedule = 'log'  # so that all images are on one plane at a time
     planes = [(flow.z_max, flow.prior(range(n)))]
 
@@ -250,7 +253,7 @@ def main(args):
         heart(args.out)
     elif args.figure == 'flow':
         device, _, _ = setup(args.device)
-        flow_strip(args.ckpt, args.n, args.seed, device, args.out)
+        flow_strip(args.ckpt, args.n, args.seed, device, args.out, args.given)
     elif args.figure == 'half':
         right_half(args.image_size, args.out)
     else:

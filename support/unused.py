@@ -143,6 +143,11 @@ def of_flow(flow):
     return unused
 
 
+def of_start(flow):
+    """{flag: why} of the flags that have no say in where this flow.Flow starts."""
+    return {'seed': 'by a flow that starts from images'} if flow.source is not None else {}
+
+
 def of_network(flags, flow):
     """{flag: why} of the flags that say which network it is, or which data in its place."""
     unused = {}
@@ -158,9 +163,7 @@ def of_network(flags, flow):
 
 def in_sample(flags, flow, given):
     """{flag: why} of the flags of sample.py that are not used to make images of this flow.Flow."""
-    unused = {**of_flow(flow), **of_network(flags, flow)}
-    if flow.source is not None:
-        unused['seed'] = 'by a flow that starts from images'
+    unused = {**of_flow(flow), **of_start(flow), **of_network(flags, flow)}
     if flags['encode']:
         unused.update(dict.fromkeys(('seed', 'batch_size', 'start'), 'with --encode'))
     if flags['interpolate']:
@@ -170,7 +173,9 @@ def in_sample(flags, flow, given):
         unused['batch_size'] = f'with --out {flags["out"]}, whose images are made together'
     names = [flags[name] for name in ('dataset', 'encode', 'inpaint', 'colorize', 'mask', 'start')]
     names += flags['interpolate'] or []
-    if flow.source is None and not any(is_kept(name) for name in names):
+    if flow.source is not None:
+        names.append(flow.source.name)
+    if not any(is_kept(name) for name in names):
         unused['data_dir'] = 'where no known data set is read'
     return unused
 
@@ -234,7 +239,8 @@ def in_evaluate(flags, asked, flows, given, *, trained_on, uses_reference, uses_
         unused['ref'] = by_metrics
     if not uses_inception:
         unused.update(dict.fromkeys(('inception', 'resize'), f'{by_metrics}, without Inception'))
-    names = (flags['dataset'] or trained_on, flags['ref'], flags['samples'], flags['start'])
+    names = [flags['dataset'] or trained_on, flags['ref'], flags['samples']]
+    names += [flow.source.name for flow in flows if flow.source is not None]
     if 'judge' not in asked and not any(is_kept(name) for name in names):
         unused['data_dir'] = 'where no known data set is read'
 

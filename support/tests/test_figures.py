@@ -79,7 +79,7 @@ def test_flow_strip__leads_from_the_noise_to_what_sample_py_makes(trained, here,
 
 def test_flow_strip__refuses_a_student(copied, here):
     saved = loaded(copied)
-    saved['args'].update(method='pfgmpp', D=128.0, consistency=True)
+    saved['args'].update(method='pfgmpp', D=128.0, sigma_data=0.5, consistency=True)
     torch.save(saved, copied / 'ckpt.pt')
     refuses(['figures', 'flow', '--ckpt', copied], '--ckpt .*: a student of --consistency')
     refuses(['figures', 'flow', '--ckpt', 'none.pt'], '--ckpt none.pt')

@@ -17,7 +17,8 @@ from PIL import Image
 import evaluate
 import sample
 import train
-from support import flow, students
+from support import bench, checkpoint, figures, flow, students
+from support.batches import Charges
 from support.checkpoint import save
 from support.cli import BadInput
 from support.inception import collect
@@ -230,10 +231,12 @@ class Traces:
             self.events.append(('save', checkpoint['step'], sums))
             Path(path).write_bytes(b'')
             if checkpoint['step'] == flags['steps']:
-                nfe = 1 if flags['distill'] or flags['consistency'] else 3
+                nfe = 1 if flags['distill'] else 3
                 net = as_flow(build(checkpoint['net'], flags, path), flags).eval()
                 made = flow.flow_of(net, flags, solver='euler', schedule='log', nfe=nfe,
                                     to_data=nfe == 1)
+                if flags['source']:
+                    made.source = Charges(torch.arange(2 * 192).view(2, 3, 8, 8) % 256)
                 made.follow(made.prior(range(2)), torch.device('cpu'), range(2))
 
         def recorded(given, unused, flags):
@@ -267,7 +270,8 @@ class Traces:
                 'support.options.refuse': recorded,
                 'sample.refuse': recorded,
                 'evaluate.refuse': recorded,
-                'support.bench.refuse': recorded}.items():
+                'support.bench.refuse': recorded,
+                'support.figures.refuse': recorded}.items():
             monkeypatch.setattr(target, value)
 
     def of(self, command, copy=None):
@@ -354,8 +358,9 @@ def walk(traces, base, modes, flags, pairs, resumed=None):
     assert not faults, '\n'.join(faults)
 
 
-# Refused because what they would do is wrong: of a denoiser v_z is exact.
-WRONG = ('z_exp', 'small_z')
+# Refused because what they would do is wrong: of a denoiser v_z is exact, and where there are no
+# charges their number would decide on the order of the images.
+WRONG = ('z_exp', 'small_z', 'field_batch')
 
 
 def either(flag):
@@ -456,7 +461,6 @@ SAMPLE_MODES = {
     'folder': '--ckpt ../pp --nfe 3 --out o',
     'npz': '--ckpt ../pp --nfe 3 --out o.npz',
     'gif': '--ckpt ../pp --nfe 3 --gif',
-    'gif by out': '--ckpt ../rf --nfe 3 --out o.gif',
     'interpolate': '--ckpt ../pp --nfe 3 --interpolate',
     'rescale': '--ckpt ../pp --nfe 3 --rescale',
     'between': '--ckpt ../pp --nfe 3 --interpolate ../x.png ../y.png',
@@ -468,7 +472,7 @@ SAMPLE_MODES = {
     'colorize': '--ckpt ../pp --nfe 3 --colorize ../x.png',
     'exact inpaint': '--exact --dataset ../a --nfe 3 --inpaint ../x.png --mask ../mask.png'}
 SAMPLE_FLAGS = dict(
-    SAMPLING, n='--n 3', out=('--out p.png', '--out p.gif'), gif='--gif',
+    SAMPLING, n=('--n 3', '--n 17'), out=('--out p.png', '--out p.gif'), gif='--gif',
     interpolate=('--interpolate', '--interpolate ../y.png ../x.png'), rescale='--rescale',
     encode='--encode ../b', inpaint='--inpaint ../y.png --mask ../mask.png',
     colorize='--colorize ../y.png', mask='--mask ../x.png')
@@ -555,3 +559,58 @@ def test_evaluate__each_flag_once(at_work, monkeypatch):
 @pytest.mark.parametrize('mode', EVALUATE_MODES)
 def test_evaluate__walk(mode, at_work, monkeypatch):
     walk_evaluate(Traces(monkeypatch), [(mode, flag) for flag in EVALUATE_FLAGS])
+
+
+# ---------------------------------------------------------------- the walk: the other scripts
+
+BENCH_MODES = {'all': '--n 4 --sweep nfe=3 --solvers euler,rk45', 'rk45': '--n 4 --solvers rk45'}
+BENCH_FLAGS = dict(
+    seed='--seed 1', device='--device cuda:7', dataset='--dataset ../b', data_dir='--data_dir d',
+    image_size='--image_size 4', n='--n 3', batch_size='--batch_size 1', sweep='--sweep nfe=4',
+    solvers='--solvers heun', results='--results q.jsonl', out='--out q.png')
+
+
+def test_bench__has_no_other_flags():
+    assert BENCH_FLAGS.keys() == dests(bench.parse_args, 'solvers') - {'bench'}
+    refuses('bench.py solvers --device cpu --solvers rk45 --sweep nfe=3'.split(),
+            '^--sweep nfe=3: not used with --solvers rk45, which makes the calls that it needs; ')
+
+
+@pytest.mark.slow
+def test_bench__walk(at_work, monkeypatch):
+    traces = Traces(monkeypatch)
+    walk(traces, 'bench.py solvers --device cpu --dataset ../a --results r.jsonl'.split(),
+         BENCH_MODES, BENCH_FLAGS, itertools.product(BENCH_MODES, BENCH_FLAGS))
+
+
+def test_bench__of_speed_reads_its_two_flags(at_work, monkeypatch):
+    traces = Traces(monkeypatch)
+    monkeypatch.setattr(bench, 'speed', lambda device, seed: traces.events.append(('speed', seed)))
+    flags = dict(seed='--seed 1', device='--device cuda:7')
+    assert flags.keys() == dests(bench.parse_args, 'speed') - {'bench'}
+    walk(traces, 'bench.py speed --device cpu'.split(), {'': ''}, flags,
+         itertools.product([''], flags))
+
+
+OTHER_SCRIPTS = {  # {command: its flags}
+    'checkpoint.py ../pp': {}, 'figures.py curves ../pp/log.jsonl': {}, 'figures.py heart': {},
+    'figures.py half': dict(image_size='--image_size 12'),
+    'figures.py flow --ckpt ../pfgm --device cpu': dict(
+        ckpt='--ckpt ../pp', n='--n 2', seed='--seed 1', device='--device cuda:7'),
+    'figures.py flow --ckpt ../across --device cpu': dict(
+        ckpt='--ckpt ../pp', n='--n 2', seed='--seed 1', device='--device cuda:7')}
+
+
+def test_checkpoint_and_figures__each_flag(at_work, monkeypatch):
+    monkeypatch.setattr(figures, 'STRIP_NFE', 4)
+    monkeypatch.setattr(figures, 'heart', lambda out: Path(out).touch())
+    make_needed(['../pp'])
+    traces = Traces(monkeypatch)
+    for command, flags in OTHER_SCRIPTS.items():
+        flags = dict(flags, out='--out b.png')
+        script_name, *words = command.split()
+        parser_of = (checkpoint if script_name == 'checkpoint.py' else figures).parse_args
+        positional = {'figure', 'logs'} if script_name == 'figures.py' else {'ckpt'}
+        assert dests(parser_of, *words, '--out', 'a.png') - positional == flags.keys()
+        walk(traces, [script_name, *words, '--out', 'a.png'], {'': ''}, flags,
+             itertools.product([''], flags))
