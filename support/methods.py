@@ -12,7 +12,6 @@ A Gaussian path x_t = alpha (y + z eps), where y is an image, is a flow of D = i
 dx/dlog z = x - xhat, whatever alpha(t) is and whatever the network's output stands for. So each
 rival is a pfgm.Denoiser with its own time, coefficients and draws of z.
 """
-import math
 
 import torch
 

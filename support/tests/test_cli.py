@@ -192,7 +192,7 @@ REFUSALS = {  # flags of each script and words of its line
         ('--steps 0', 'above 0'),
         ('x', 'unrecogn'),
         ('--hel', 'unrecognized'),
-        ('--patch 3', 'image_size 16: patches of 3, .* of 6'),
+        ('--patch 3', 'image_size 16: patches of 3, .* of 3'),
         ('--dropout 1', 'below 1'),
         ('--lr nan', 'a number above 0'),
         ('--accum 3', 'multiple of'),

@@ -1,10 +1,8 @@
 """Images: decoding, and reading a set of them."""
 import io
-import itertools
 import os
 import re
 import signal
-import time
 import zipfile
 from unittest.mock import patch
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import foreign
+from support import foreign, waiting
 from support import images as images_module
 from support.cli import BadInput
 from support.images import chosen_indices, mean_norm, read_batches, to_float
@@ -106,13 +104,13 @@ def test_fill__large_photographs_are_decoded_by_several_threads_with_progress(
         tmp_path, monkeypatch, capsys):
     for k in range(3):
         picture(k, 300).save(tmp_path / f'{k}.jpg')
-    clock = itertools.count(step=6)
-    monkeypatch.setattr(time, 'time', lambda: next(clock))
+    monkeypatch.setattr(waiting, 'PATIENCE', 0)
+    monkeypatch.setattr(waiting.SPEAKER, 'last_line', -1e9)  # silent for long
     with patch.object(images_module, 'in_parts', side_effect=images_module.in_parts) as parts:
         load_images(tmp_path, image_size=16)
     threads = parts.call_args.args[2]
     assert threads
-    assert re.search(f'--dataset {tmp_path}: decoded: 3/3  .* img/s', capsys.readouterr().out)
+    assert re.search(f'--dataset {tmp_path}: decoded: [1-3]/3  .* img/s', capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------- a set of images

@@ -18,7 +18,7 @@ import train
 from support import checkpoint, run
 from support.cli import BadInput
 from support.run import Saver, sampling_command
-from support.tests.common import (TINY, Forked, loaded, losses, refuses, rows_of, said, same_run,
+from support.tests.common import (TINY, Forked, loaded, refuses, rows_of, said, same_run,
                                   script, until)
 from support.tests.made import picture, pictures
 

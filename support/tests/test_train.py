@@ -277,8 +277,9 @@ def test_train__on_classes_by_name_goes_on_where_the_data_moved(tmp_path):
     command = ['train.py', *TINY_PP, '--D', 2, '--classes', '--out_dir', out, '--steps']
     assert 'in 3 classes (2, 10, cat)' in said([*command, 2, '--dataset', photos])
 
+    # --ckpt takes the folder of a run.
     sampling = ['sample.py', '--ckpt', out, '--nfe', 2, '--n', 3, '--device', 'cpu',
-                '--out', tmp_path / 'a.png', '--classes']  # --ckpt takes the folder of a run
+                '--out', tmp_path / 'a.png', '--verbose', '--classes']
     for classes, labels in (('cat,2', '[2, 0]'), ('10', '[1]'), ('none', '[]')):
         assert f'classes {labels}' in said([*sampling, classes])
     refuses([*sampling, '0'], '--classes 0: the network knows .*2, 10, cat')
