@@ -203,8 +203,10 @@ def found(dataset, data_dir, flag, image_size=None, split='train'):
     if dataset in SETS and os.path.lexists(dataset):
         say(f'{flag} {dataset}: the known set, not the file or folder here that is called so; that '
             f'is ./{dataset}')
-    looking = waiting.doing(f'{flag} {dataset}: finding, or downloading, its files')
-    with looking, first_of_its_machine():  # for the others, what it downloads is then there
+    work = 'finding, or downloading, its files'
+    if dataset == 'glyphs':
+        work = 'drawing it'
+    with waiting.doing(f'{flag} {dataset}: {work}'), first_of_its_machine():  # for the others, what it downloads is then there
         try:
             return find(dataset, data_dir, image_size, split)
         except Exception as error:  # a damaged file makes the libraries raise almost anything
