@@ -206,7 +206,8 @@ def found(dataset, data_dir, flag, image_size=None, split='train'):
     work = 'finding, or downloading, its files'
     if dataset == 'glyphs':
         work = 'drawing it'
-    with waiting.doing(f'{flag} {dataset}: {work}'), first_of_its_machine():  # for the others, what it downloads is then there
+    # What the first process of a machine downloads is there for the others.
+    with waiting.doing(f'{flag} {dataset}: {work}'), first_of_its_machine():
         try:
             return find(dataset, data_dir, image_size, split)
         except Exception as error:  # a damaged file makes the libraries raise almost anything
