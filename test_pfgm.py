@@ -218,7 +218,7 @@ def test_log_likelihood__of_charges_is_the_mixture_of_their_kernels(D):
     def mixture(x, z):
         return torch.stack([pfgm.prior_logp(x - k, z, D) for k in y]).logsumexp(0) - math.log(6)
 
-    tight = dict(rtol=1e-10, atol=1e-10)
+    tight = dict(rtol=1e-8, atol=1e-8)
     exact = pfgm.log_likelihood(flow, x, z_min, z_max, 'exact', D=D, z_exp=0, **tight)
     # the lines lead to the mixture on z_max, which is not quite the prior yet
     gap = mixture(exact.latent, z_max) - pfgm.prior_logp(exact.latent, z_max, D)

@@ -140,17 +140,21 @@ def torchrun(command, processes, **flags):
 
 
 class Forked(multiprocessing.get_context('fork').Process):
-    """train.py in a process that begins as a copy of this one, so that nothing is imported again."""
+    """train.py in a process that begins as a copy of this one, so that nothing is imported again.
 
-    def __init__(self, command):
+    environment: variables that it has beside those of this process."""
+
+    def __init__(self, command, **environment):
         super().__init__()
         self.command = command
+        self.environment = environment
         reading, self.writing = os.pipe()
         self.stdout = open(reading)  # what it prints
         self.start()
         os.close(self.writing)
 
     def run(self):
+        os.environ.update(self.environment)
         os.dup2(self.writing, 1)
         sys.stdout = open(1, 'w', buffering=1, closefd=False)
         script(['train.py', *self.command])

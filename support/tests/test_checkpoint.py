@@ -150,7 +150,7 @@ def test_check_alike__says_where_weights_began_differently(trained, here):
 
 # ---------------------------------------------------------------- damaged files
 
-@pytest.mark.parametrize('count', [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('count', [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_load_checkpoint__damage_ends_in_one_line_or_changes_nothing(trained, here, count):
     """Damage under new checksums can change a weight; a file that was compressed is never read."""
     tiny_official('official.pth')

@@ -70,12 +70,29 @@ def test_share_of_rank__shares_out_everything_evenly(n, world):
     assert max(lengths) - min(lengths) <= 1
 
 
+def two_processes(command):
+    """Run train.py in two processes with the environment that torchrun gives them."""
+    port = free_port()
+    ranks = []
+    for rank in '01':
+        ranks.append(Forked(command, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2',
+                            LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port))
+    printed = [process.stdout.read() for process in ranks]
+    assert [process.wait() for process in ranks] == [0, 0], printed
+    assert 'saved' in printed[0]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+
 def test_setup__two_processes_then_one_and_two_micro_batches_follow_the_loss_of_one(tmp_path):
     command = [*TINY, '--dropout', 0, '--steps', 4, '--out_dir']
     script(['train.py', *command, tmp_path / 'one'])
     script(['train.py', *command, tmp_path / 'half', '--accum', 2])
-    process = torchrun([*command, tmp_path / 'two', '--steps', 2], 2)
-    assert 'saved' in process.communicate()[0]
+    two_processes([*command, tmp_path / 'two', '--steps', 2])
     script(['train.py', *command, tmp_path / 'two'])
     one, two, half = (losses(tmp_path / name) for name in ('one', 'two', 'half'))
     assert len(one) == len(two) == len(half) == 4
@@ -91,10 +108,7 @@ def test_agree__two_machines_with_one_folder_or_with_copies(tmp_path):
 
     def run_two(*folders, steps):
         """(exit codes, what they print) of two machines, each with its folder."""
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        where = dict(nnodes=2, master_addr='127.0.0.1', master_port=port)
+        where = dict(nnodes=2, master_addr='127.0.0.1', master_port=free_port())
         running = [torchrun([*command, steps, '--timeout', 60, '--out_dir', folder], 1, node_rank=k,
                          **where) for k, folder in enumerate(folders)]
         texts = [process.communicate(timeout=300)[0] for process in running]

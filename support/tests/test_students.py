@@ -224,7 +224,9 @@ def test_settings_of__a_student_are_the_calls_that_it_has_learned(student, strai
 
 # ---------------------------------------------------------------- consistency training
 
-@pytest.mark.parametrize('flags', ['--D 2', '--D inf --classes', '--method vp'])
+@pytest.mark.parametrize('flags', [
+    '--D inf --classes', pytest.param('--D 2', marks=pytest.mark.slow),
+    pytest.param('--method vp', marks=pytest.mark.slow)])
 def test_at_lower_level__is_what_the_stopped_network_makes_of_the_same_noise(flags, here,
                                                                              monkeypatch):
     script(['train.py', *TINY_PP, *flags.split(), *'--steps 2 --lr 1e-2 --out_dir a'.split()])
