@@ -239,7 +239,9 @@ def in_evaluate(flags, asked, flows, given, *, trained_on, uses_reference, uses_
         unused['ref'] = by_metrics
     if not uses_inception:
         unused.update(dict.fromkeys(('inception', 'resize'), f'{by_metrics}, without Inception'))
-    names = [flags['dataset'] or trained_on, flags['ref'], flags['samples']]
+    names = [flags['samples'], flags['ref'] or flags['dataset'] or trained_on]
+    if is_named:
+        names.append(flags['dataset'])
     names += [flow.source.name for flow in flows if flow.source is not None]
     if 'judge' not in asked and not any(is_kept(name) for name in names):
         unused['data_dir'] = 'where no known data set is read'

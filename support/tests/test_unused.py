@@ -192,6 +192,7 @@ class Traces:
         self.events = []
         self.unused = []  # the names of flags that were found to be not used
         follow = flow.Flow.follow
+        bends = students.bends_of_lines
 
         def traced_follow(this, x, *args, **options):
             end, nfe = follow(this, x, *args, **options)
@@ -217,6 +218,10 @@ class Traces:
                     self.events.append(('batch', len(batch)))
                     yield batch
             return collect(noted(), *args)
+
+        def traced_bends(net, x, *args, **options):
+            self.events.append(('bends', len(x)))
+            return bends(net, x, *args, **options)
 
         def traced_deterministic(mode):
             self.events.append(('deterministic', mode))
@@ -257,6 +262,7 @@ class Traces:
 
         for target, value in {
                 'support.flow.Flow.follow': traced_follow,
+                'support.students.bends_of_lines': traced_bends,
                 'support.run.save': traced_save,
                 'torch.use_deterministic_algorithms': traced_deterministic,
                 'torch.compile': traced_compile,
@@ -286,7 +292,7 @@ class Traces:
             shutil.copytree(copy, 'o')
         self.events.clear()
         self.unused.clear()
-        with contextlib.redirect_stdout(io.StringIO()), \
+        with contextlib.redirect_stdout(io.StringIO()) as stdout, \
                 contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
                 script(command)
@@ -296,6 +302,8 @@ class Traces:
                 return None, list(self.unused)
         files = {str(path): content(path) for path in sorted(Path('.').rglob('*'))
                  if path.is_file()}
+        if 'so it has no flow' in stdout.getvalue():  # of a student, asked for --bpd
+            self.events.append(('has no flow',))
         events = sorted(self.events, key=repr)  # checkpoints are written by a thread
         return (events, files), list(self.unused)
 
@@ -513,12 +521,12 @@ EVALUATE_MODES = {
     'all of Inception': '--ckpt ../pp --is --kid --prc --nfe 3',
     'bpd': '--ckpt ../pp --bpd --tol 0.3',
     'bpd of pfgm': '--ckpt ../pfgm --bpd --tol 0.3',
-    'bpd and swd': '--ckpt ../pp --bpd --swd --nfe 3 --tol 0.3',
+    'bpd and swd': '--ckpt ../pp --bpd --tol 0.3 --swd --nfe 3',
     'straightness': '--ckpt ../vp --straightness',
     'straight and bpd': '--ckpt ../vp --straightness --bpd --tol 0.3',
     'exact': '--exact --dataset ../a --swd --nfe 3',
     'exact bpd': '--exact --dataset ../a --bpd --tol 0.3',
-    'official': '--ckpt ../official.pth --swd --nfe 2 --ref ../32',
+    'official': '--ckpt ../official.pth --swd --nfe 4 --ref ../32',
     'across': '--ckpt ../across --swd --nfe 3',
     'across fid': '--ckpt ../across --fid --nfe 3',
     'one': '--ckpt ../one --swd',
