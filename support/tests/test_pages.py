@@ -248,10 +248,10 @@ class Cosine(VP):
     t_train, t_sample, t_max = 1e-3, 1e-3, 0.99
 
     def z_of(self, t):
-        return torch.tan(math.pi / 2 * t)
+        return torch.tan(torch.pi / 2 * t)
 
     def t_of(self, z):
-        return torch.atan(z) * 2 / math.pi
+        return torch.atan(z) * 2 / torch.pi
 
     def weight(self, x, z):
         return torch.zeros_like(z)
