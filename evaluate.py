@@ -139,7 +139,8 @@ def check_flags(args):
     if args.samples and (args.sweep or args.exact or of_flows):
         raise BadInput(f'--samples {args.samples}: images without their flow; leave --sweep, '
                        '--bpd, --straightness and --exact out')
-    if args.samples and asked != ['is'] and not (args.ref or args.dataset):
+    needs_reference = asked != ['is'] or args.save_stats
+    if args.samples and needs_reference and not (args.ref or args.dataset):
         raise BadInput(f'--samples {args.samples}: compared with what? give --dataset or --ref')
     if args.out:
         check_png('--out', args.out)

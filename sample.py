@@ -24,7 +24,7 @@ import torch
 import pfgm
 from support.cli import BadInput, Parser, above, say, watch, write
 from support.flow import Kept, exact_flow, load_flow
-from support.images import to_float, to_uint8
+from support.images import GREY_LEVEL, to_float, to_uint8
 from support.masks import load_masks
 from support.pictures import grid_of, write_grid
 from support.processes import everywhere, run, setup, share_of_rank, wait
@@ -335,9 +335,6 @@ def write_gif(flow, n, out, device):
     print(f'{out}: {n} images, {len(grids)} frames, {flow.in_words(nfe)}')
 
 
-GREY_LEVEL = 1 / 128
-
-
 def encode(flow, pictures, out, device):
     """Follow the Pictures up to z_max and back, by the labels of --classes in turn, and print the
     norms of their latents and the errors of what comes back. --out is a PNG with one image a row:
@@ -352,9 +349,9 @@ def encode(flow, pictures, out, device):
     if pictures.total > len(x):
         counted += f', the first of {pictures.total}'
     print(f'{counted}: mean error {error.mean():.2e} of a range of 2 '
-          f'(one grey level is 7.8e-3), {nfe_up} network calls up, {nfe_down} down')
+          f'(one grey level is {GREY_LEVEL:.1e}), {nfe_up} network calls up, {nfe_down} down')
     if flow.solver != 'rk45' and error.mean() > GREY_LEVEL:
-        print(f'this error comes of few network calls: without --nfe and --solver, rk45 makes as '
+        print('this error comes of few network calls: without --nfe and --solver, rk45 makes as '
               'many as it takes')
     shown = latent / latent.abs().amax((1, 2, 3), keepdim=True)
     row = torch.stack([x, shown.to(x), back.to(x), error * 20 - 1], dim=1)

@@ -34,7 +34,7 @@ from support.flow import flow_of, load_flow
 from support.images import Images, to_uint8
 from support.methods import METHODS, VP, as_flow
 from support.networks import ARCHITECTURE, build, for_classes
-from support.optim import Muon
+from support.optim import Muon, warm_decay
 from support.pictures import write_grid
 from support.processes import AT_THE_END, agree, everywhere, fast_bf16, heard, listen, run, setup
 from support.run import (Meter, Origin, Saver, check_data, claim, open_log, open_run, progress,
@@ -501,7 +501,7 @@ def main(args):
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        ema_decay = min(args.ema_decay, (1 + step) / (10 + step))
+        ema_decay = min(args.ema_decay, warm_decay(step))
         with torch.no_grad():  # else every step would hang one more graph on the average
             torch._foreach_lerp_(list(ema.parameters()), list(raw.parameters()), 1 - ema_decay)
         meter.observe(step, z, torch.cat(losses), norm)

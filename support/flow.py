@@ -68,7 +68,7 @@ def following(z_from, z_to, callback=None):
 
     def noted(z, x):
         nonlocal reached
-        reached = z
+        reached = z.cpu()  # another thread reads it, from which MPS would not take a command
         if callback is not None:
             callback(z, x)
 

@@ -528,6 +528,9 @@ def to_shared_memory(batch):
     return batch.share_memory_()
 
 
+GREY_LEVEL = 1 / 128  # in [-1, 1], the distance of two of the 256 levels, dequantised
+
+
 def to_float(pixels):
     """uint8 -> float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1

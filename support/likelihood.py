@@ -9,13 +9,12 @@ import torch
 import pfgm
 from support.cli import BadInput, watch
 from support.flow import DIVERGED, following
-from support.images import chosen_indices, part_of_rank
+from support.images import GREY_LEVEL, chosen_indices, part_of_rank
 from support.processes import everywhere
 from support.seeds import step_seed
 
 BPD_TOL = 1e-5     # of --bpd, where --tol does not say
 BIASED_TOL = 1e-4  # above it bits/dim come out too low
-GREY_LEVEL = 1 / 128
 
 
 class SetLikelihood(NamedTuple):

@@ -1,4 +1,5 @@
-"""The Muon optimizer. Read it if you want to know what --muon does; the papers train with Adam.
+"""The Muon optimizer, and how the average of the weights warms up. Read it if you want to know what
+--muon does; the papers train with Adam.
 """
 import torch
 
@@ -61,3 +62,9 @@ class Muon(torch.optim.Adam):
             turned = orthogonal(torch.stack(list(of_shape.values())))
             for p, move in zip(of_shape, turned):
                 p.sub_(move.view(p.shape), alpha=0.2 * max(shape) ** 0.5 * lr)
+
+
+def warm_decay(step):
+    """What the decay of the averaged weights is at most in this step, counted from 1, so that they
+    soon forget the first weights. As the authors of PFGM and score_sde have it."""
+    return (1 + step) / (10 + step)

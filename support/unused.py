@@ -7,19 +7,19 @@ with --D 128; leave it out". What is not read is not recorded either: a checkpoi
 it, and so does a line of results.jsonl.
 """
 import dataclasses
+import math
 import os
 
 from support.cli import BadInput, say
+from support.optim import warm_decay
 from support.sets import SETS
 
 # Flags of place and speed, which commands give out of habit, and values that a network of this size
 # or a run of this length does not reach: a line says that they are not used, and nothing ends.
 ONLY_SAID = ('data_dir', 'workers', 'timeout', 'attn', 'ema_decay')
 
-
 # Values that ask for what is done anyway where the flag is not used.
-ASKS_NOTHING = dict(guidance=1.0, eta=0.0, bf16=False, classes=[], z_exp=0.0,
-                    field_batch=1)
+ASKS_NOTHING = dict(guidance=1.0, eta=0.0, bf16=False, classes=[], z_exp=0.0, field_batch=1)
 
 
 def refuse(given, unused, flags):
@@ -108,10 +108,10 @@ def in_training(flags, given, images, origin):
     sizes = [largest >> level for level in range(len(flags['ch_mult']))]
     if flags['attn'] and not set(sizes) & set(flags['attn']):
         unused['attn'] = f'by images of {", ".join(map(str, sizes))} pixels a side'
-    steps = flags['steps']
-    warm = (1 + steps) / (10 + steps)
-    if flags['ema_decay'] >= warm:
-        unused['ema_decay'] = f'in {steps} steps, in which the average warms up to {warm:.4g}'
+    warmest = warm_decay(flags['steps'])
+    if flags['ema_decay'] >= warmest:
+        unused['ema_decay'] = (f'in {flags["steps"]} steps, in which the average warms up to '
+                               f'{warmest:.4g}')
     return unused
 
 
@@ -127,9 +127,14 @@ def of_flow(flow):
         unused['bf16'] = with_solver
     else:
         unused['tol'] = with_solver
-        leads_to_data = flow.to_data is None or flow.to_data
-        if flow.nfe == 1 and leads_to_data:  # it is made on z_max, and leads straight to z = 0
+        leads_to_data, _ = flow.ending()
+        calls = flow.nfe - leads_to_data  # before the one that leads straight to z = 0
+        steps = (calls + 1) // 2 if flow.solver == 'heun' else calls
+        first_is_free = flow.solver == 'unipc' and leads_to_data
+        if steps == 0:
             unused.update(dict.fromkeys(('schedule', 'z_min', 'eta'), 'with one network call'))
+        elif steps == 1 and flow.D == math.inf and not first_is_free:
+            unused['schedule'] = f'by {flow.solver} with {flow.nfe} calls, which is one step'
     if flow.solver != 'ddim':
         unused['eta'] = f'{with_solver}; it belongs to --solver ddim'
     if not flow.class_count:
@@ -166,6 +171,9 @@ def in_sample(flags, flow, given):
     unused = {**of_flow(flow), **of_start(flow), **of_network(flags, flow)}
     if flags['encode']:
         unused.update(dict.fromkeys(('seed', 'batch_size', 'start'), 'with --encode'))
+        if flow.solver != 'rk45':  # on the way up no call leads to z = 0
+            unused.pop('schedule', None)
+            unused.pop('z_min', None)
     if flags['interpolate']:
         with_two = f'with {given["interpolate"]}, one row of 8'
         unused.update(dict.fromkeys(('seed', 'n', 'start'), with_two))

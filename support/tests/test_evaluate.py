@@ -27,6 +27,7 @@ from support.tests.made import pictures
     ('--compare a b --exact', '--compare: of checkpoints'),
     ('--samples a --bpd --ref b', '--samples a: images without their flow'),
     ('--samples a --swd', '--samples a: compared with what'),
+    ('--samples a --is --save_stats s.npz', '--samples a: compared with what'),
     ('--swd --out a.gif', '--out a.gif: a picture; must end in .png'),
     ('--fid --save_stats no/s.npz', '--save_stats no/s.npz: no folder no; make it with: mkdir -p'),
 ])

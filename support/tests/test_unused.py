@@ -28,7 +28,7 @@ from support.networks import build
 from support.tests.common import F64, loaded, refuses, rows_of, said, script, seeded
 from support.tests.made import picture
 from support.tests.published_files import edm_file, tiny_official
-from support.unused import OF_ONE_METHOD, OF_PFGM, OF_STUDENTS, ONLY_SAID, refuse
+from support.unused import OF_ONE_METHOD, OF_PFGM, OF_STUDENTS, ONLY_SAID, of_flow, refuse
 
 
 # ---------------------------------------------------------------- refused, or said
@@ -41,6 +41,22 @@ def test_refuse__names_what_was_typed(capsys):
     refuse(dict(workers='--workers 2'), unused, {})
     assert capsys.readouterr().out == '--workers 2: not used with images that are in memory\n'
     refuse(dict(guidance='--guidance 1'), dict(guidance='by it'), dict(guidance=1.0))
+
+
+@pytest.mark.parametrize('solver, nfe, to_data, has_a_say', [
+    ('euler', 1, False, False), ('euler', 2, True, False), ('euler', 2, False, True),
+    ('heun', 2, False, False), ('heun', 3, True, False), ('heun', 3, False, True),
+    ('unipc', 1, True, False), ('unipc', 2, True, True), ('unipc', 1, False, False)])
+def test_of_flow__between_two_planes_there_is_no_schedule(straight, solver, nfe, to_data,
+                                                          has_a_say):
+    cpu = torch.device('cpu')
+    ends = []
+    for schedule in ('rho7', 'log'):
+        lines = flow.load_flow(straight / 'ckpt.pt', cpu, solver=solver, nfe=nfe, to_data=to_data,
+                               schedule=schedule, bf16=False)
+        ends.append(lines.follow(lines.prior(range(2)), cpu, range(2))[0])
+    assert torch.equal(*ends) != has_a_say
+    assert ('schedule' in of_flow(lines)) != has_a_say
 
 
 # ---------------------------------------------------------------- what is not recorded
@@ -210,7 +226,8 @@ class Traces:
         def traced_features(net, pixels, resize):
             self.events.append(('features', len(pixels), resize))
             small = torch.nn.functional.interpolate(pixels.expand(-1, 3, -1, -1).float(), (4, 4))
-            return small.flatten(1) @ torch.randn(48, 32, generator=seeded())
+            # of logits far apart the largest alone decides on IS
+            return small.flatten(1) / 2550 @ torch.randn(48, 32, generator=seeded())
 
         def traced_collect(batches, *args):
             def noted():
@@ -310,7 +327,8 @@ class Traces:
 
 ITS_OWN = ('command', 'time', 'git', 'torch', 'hardware', 'seconds', 'img_per_s', 'memory_gb',
            'seed', 'D', 'to_data', 'z_last', 'schedule', 'solver', 'small_z', 'z_min', 'z_exp',
-           'guidance', 'eta', 'classes', 'bf16', 'tol', 'weights', 'resize', 'inception', 'run')
+           'guidance', 'eta', 'classes', 'bf16', 'tol', 'weights', 'resize', 'inception', 'run',
+           'reference', 'reference_classes', 'reference_pixels', 'n_ref')
 
 
 def content(path):
@@ -535,7 +553,7 @@ EVALUATE_MODES = {
     'ref stats': '--ckpt ../pp --fid --nfe 3 --ref ../s.npz',
     'samples': '--samples ../b --swd --dataset ../a',
     'samples fid': '--samples ../b --fid --ref ../a',
-    'samples is': '--samples ../b --is',
+    'samples is': '--samples ../b --is --n 16',  # ten splits of one image each have an IS of 1
     'samples stats': '--samples ../b --fid --ref ../s.npz',
     'samples neighbours': '--samples ../b --neighbours --dataset ../a',
     'stats': '--save_stats s.npz --dataset ../a',
