@@ -208,7 +208,8 @@ def watch(batches, count, label, rank, briefly=False):
         for batch in batches:
             yield batch
             done += len(batch)
-            waiting.SPEAKER.speak()
+            if done < count or briefly:  # else the last line follows
+                waiting.SPEAKER.speak()
     if done and not briefly:
         print(words(), flush=True)
 
