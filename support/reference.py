@@ -201,6 +201,8 @@ def images_beside_statistics(wanted, statistics, flags):
 
 def images_to_compare(images, wanted, statistics, subjects, flags):
     """The Compared: those of the Images, or None, that are of the classes of the samples."""
+    if images is None and statistics is None:
+        return Compared(None, None, None, None, '')
     # Statistics are of all their images, and so is then what stands beside them.
     can_be_part = images if statistics is None else None
     labels, in_words = classes_to_compare(flags.classes, subjects.flows, subjects.images,

@@ -328,7 +328,7 @@ class Traces:
 ITS_OWN = ('command', 'time', 'git', 'torch', 'hardware', 'seconds', 'img_per_s', 'memory_gb',
            'seed', 'D', 'to_data', 'z_last', 'schedule', 'solver', 'small_z', 'z_min', 'z_exp',
            'guidance', 'eta', 'classes', 'bf16', 'tol', 'weights', 'resize', 'inception', 'run',
-           'reference', 'reference_classes', 'reference_pixels', 'n_ref')
+           'reference', 'reference_pixels', 'n_ref')
 
 
 def content(path):
