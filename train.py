@@ -36,7 +36,8 @@ from support.methods import METHODS, VP, as_flow
 from support.networks import ARCHITECTURE, build, for_classes
 from support.optim import Muon, warm_decay
 from support.pictures import write_grid
-from support.processes import AT_THE_END, agree, everywhere, fast_bf16, heard, listen, run, setup
+from support.processes import (AT_THE_END, agree, everywhere, fast_bf16, heard, listen, run, setup,
+                               wait)
 from support.run import (Meter, Origin, Saver, check_data, claim, open_log, open_run, progress,
                          restore_optimizer, sampling_command, stop_if_bad)
 from support.seeds import fingerprint, rng_state, step_seed
@@ -538,6 +539,7 @@ def main(args):
         if stop:
             break
     saver.wait()
+    wait()  # so that where it could not be saved, no other process has left already
     line = f'saved {path} at step {step}'
     if step < args.steps:
         line += ', from which the same command goes on'

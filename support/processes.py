@@ -32,19 +32,18 @@ AT_THE_END = contextlib.ExitStack()  # what run() does when main has ended, howe
 def run(main, args):
     """Call main(args). What the user can mend ends in one line on stderr and exit code 2, the end
     of another process in one line and exit code 1."""
-    try:
-        with waiting.working(), printable_output():
-            main(args)
-    except (BadInput, KeyboardInterrupt, RuntimeError) as error:
-        last_words = explain(error)
-        if last_words is None:
-            raise
-        line, code = last_words
-        if line:
-            print(printable(line), file=sys.stderr, flush=True)
-        sys.exit(code)
-    finally:
-        AT_THE_END.close()
+    with AT_THE_END:  # after the last words, since to leave the other processes may take a while
+        try:
+            with waiting.working(), printable_output():
+                main(args)
+        except (BadInput, KeyboardInterrupt, RuntimeError) as error:
+            last_words = explain(error)
+            if last_words is None:
+                raise
+            line, code = last_words
+            if line:
+                print(printable(line), file=sys.stderr, flush=True)
+            sys.exit(code)
 
 
 def explain(error):
@@ -150,13 +149,26 @@ def join(device, rank, world, timeout):
     # What is named last here is done first. The threads of the patient group must not outlive the
     # group of all. That one holds the GIL while it waits for its threads, and they may want the GIL
     # themselves to let their tensors go: the pause gives them time to.
-    AT_THE_END.callback(dist.destroy_process_group)
+    AT_THE_END.push(leave)
     AT_THE_END.callback(time.sleep, 0.1)
     AT_THE_END.callback(patient.cache_clear)
     try:
         patient()
     except RuntimeError as error:
         raise not_joined('the group of all processes by gloo', error) from error
+
+
+def leave(failure, *_):
+    """Leave the other processes of torchrun. failure: the type of the exception with which this one
+    ends, or None; ExitStack gives it, and the exception itself.
+
+    To destroy a group of NCCL is a collective: it waits for all processes. Where this one fails the
+    others do not come, since they wait for it in their next step. It then gives up its connections
+    without a word, and torchrun ends the others."""
+    if failure is not None and dist.get_backend() == 'nccl':
+        dist.distributed_c10d._abort_process_group()  # there is no public name for it
+    else:
+        dist.destroy_process_group()
 
 
 def not_joined(group, error):

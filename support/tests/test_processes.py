@@ -1,4 +1,5 @@
 """Scripts as people run them: in several processes, on other devices, stopped, killed, misused."""
+import contextlib
 import functools
 import os
 import re
@@ -371,6 +372,33 @@ def test_join__says_what_failed_and_which_variable_names_the_network(monkeypatch
     with pytest.raises(BadInput, match='by gloo could not be made .connectFullMesh failed: Conn.*'
                                        'GLOO_SOCKET_IFNAME'):
         processes.join(torch.device('cpu'), 0, 2, 5.0)
+
+
+@pytest.mark.parametrize('backend, error, ends_by', [
+    ('nccl', None, 'destroy'), ('nccl', BadInput('full'), 'abort'),
+    ('nccl', ValueError('a mistake'), 'abort'), ('gloo', BadInput('full'), 'destroy')])
+def test_leave__where_a_process_fails_nothing_waits_for_the_others(backend, error, ends_by,
+                                                                   monkeypatch):
+    """To destroy a group of NCCL does. That of gloo is this process's own affair."""
+    dist = processes.dist
+    done = []
+    monkeypatch.setattr(dist, 'rendezvous', lambda *args, **options: iter(
+        [(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, 'init_process_group', lambda *args, **options: None)
+    monkeypatch.setattr(dist, 'get_backend', lambda: backend)
+    monkeypatch.setattr(dist, 'destroy_process_group', lambda: done.append('destroy'))
+    monkeypatch.setattr(dist.distributed_c10d, '_abort_process_group',
+                        lambda: done.append('abort'))
+    monkeypatch.setattr(processes, 'patient', functools.cache(lambda: None))
+
+    def main(args):
+        processes.join(torch.device('cpu'), 0, 2, 5.0)
+        if error is not None:
+            raise error
+
+    with contextlib.suppress(SystemExit, ValueError):
+        processes.run(main, None)
+    assert done == [ends_by]
 
 
 # ---------------------------------------------------------------- on a GPU
