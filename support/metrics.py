@@ -71,16 +71,21 @@ def precision_recall(made, real, device='cpu', k=3):
     out to the k-th nearest other point."""
     made = made.to(device, torch.float64)
     real = real.to(device, torch.float64)
-    return part_inside(made, real, k), part_inside(real, made, k)
+    radius2_made = radius2(made, k)
+    radius2_real = radius2(real, k)
+    made_inside = []
+    real_inside = torch.zeros(len(real), dtype=torch.bool, device=device)
+    for part, radius2_part in zip(made.split(256), radius2_made.split(256)):
+        d2 = squared_distances(part, real)
+        made_inside.append((d2 <= radius2_real).any(1))
+        real_inside |= (d2 <= radius2_part[:, None]).any(0)
+    return torch.cat(made_inside).double().mean().item(), real_inside.double().mean().item()
 
 
-def part_inside(x, points, k):
-    """Which part of the rows x is inside the manifold of `points`."""
-    radius2 = torch.cat([squared_distances(part, points).kthvalue(k + 1).values  # the 1st is itself
-                         for part in points.split(1024)])
-    inside = torch.cat([(squared_distances(part, points) <= radius2).any(1)
-                        for part in x.split(1024)])
-    return inside.double().mean().item()
+def radius2(points, k):
+    """The squared distance (n,) from each of `points` to its k-th nearest other one."""
+    return torch.cat([squared_distances(part, points).kthvalue(k + 1).values  # the 1st is itself
+                      for part in points.split(256)])
 
 
 def squared_distances(x, y):

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from support.cli import BadInput, check_folder, write
@@ -21,18 +20,28 @@ def write_png(flag, path, picture):
     write(flag, path, lambda file: picture.save(file, 'PNG'))
 
 
+def to_picture(pixels):
+    """uint8 (C, H, W) as a PIL image, grey or RGB."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
+
+
 # ---------------------------------------------------------------- images side by side
 
 def grid_of(pixels, nrow=None):
     """uint8 images (n, C, H, W) as one PIL image, each enlarged to 64 pixels or more.
 
     nrow: images a row; None makes the grid as square as it can be."""
-    from torchvision.utils import make_grid  # here, because importing torchvision takes a second
     if nrow is None:
         nrow = math.ceil(len(pixels) ** 0.5)
-    larger = F.interpolate(pixels.cpu(), scale_factor=math.ceil(64 / pixels.shape[-1]))
-    grid = make_grid(larger, nrow, padding=4, pad_value=128)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+    size = math.ceil(64 / pixels.shape[-1]) * pixels.shape[-1]
+    columns = min(nrow, len(pixels))
+    rows = math.ceil(len(pixels) / nrow)
+    step = size + 4  # with the grey line between two images
+    grid = Image.new('RGB', (columns * step + 4, rows * step + 4), (128, 128, 128))
+    for i, image in enumerate(pixels.cpu()):
+        enlarged = to_picture(image).resize((size, size), Image.Resampling.NEAREST)
+        grid.paste(enlarged, (i % nrow * step + 4, i // nrow * step + 4))
+    return grid
 
 
 def write_grid(flag, path, pixels, nrow=None):

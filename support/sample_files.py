@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from support.cli import BadInput, write
+from support.pictures import to_picture
 
 ENDINGS = ('.png', '.gif', '.npz')  # of an --out that is one file; anything else is a folder
 MARK = '.made_by.json'              # in a folder of samples: what made them
@@ -78,7 +79,7 @@ def claim(folder, flag, made_by):
 
 def save_png(path, pixels):
     """uint8 (C, H, W) as a file, whole or not at all."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
+    image = to_picture(pixels)
     write('--out', path, lambda file: image.save(file, 'PNG'))
 
 

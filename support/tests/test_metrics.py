@@ -72,6 +72,19 @@ def test_precision_recall__reaches_to_the_third_nearest_neighbour():
     assert precision_recall(made, far)[0] == 0.5
 
 
+def test_precision_recall__of_many_rows_are_those_of_all_distances():
+    made = torch.randn(600, 3, generator=seeded(0))
+    real = torch.randn(700, 3, generator=seeded(1)) + 1
+
+    def part_inside(x, points):
+        radii = torch.cdist(points, points).sort(1).values[:, 3]
+        return (torch.cdist(x, points) <= radii).any(1).double().mean().item()
+
+    expected = part_inside(made, real), part_inside(real, made)
+    assert precision_recall(made, real) == pytest.approx(expected, abs=1e-3)
+    assert abs(expected[0] - expected[1]) > 0.01
+
+
 def test_squared_distances__are_exactly_0_between_equal_rows():
     x = randn(5, 700) * 1e3
     d2 = squared_distances(x, x)

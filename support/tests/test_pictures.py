@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 from support.cli import BadInput
 from support.pictures import Axis, check_png, grid_of, plot, strip, write_grid
@@ -17,6 +18,14 @@ def test_grid_of__enlarges_small_images_by_whole_factors():
     assert np.array_equal(first, pixels[0, 0].numpy().repeat(3, 0).repeat(3, 1))
     assert grid_of(pixels, nrow=5).size == (5 * 76 + 4, 76 + 4)
     assert grid_of(torch.zeros(2, 3, 100, 100, dtype=torch.uint8)).size == (2 * 104 + 4, 108)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_grid_of__is_the_grid_of_torchvision(channels):
+    pixels = torch.randint(0, 256, (7, channels, 64, 64), generator=seeded()).to(torch.uint8)
+    for nrow in (3, 7, 9):
+        grid = make_grid(pixels, nrow, padding=4, pad_value=128)
+        assert np.array_equal(grid_of(pixels, nrow), grid.permute(1, 2, 0))
 
 
 def test_write_grid__writes_that_picture(here):
