@@ -47,9 +47,18 @@ def float64(x):
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
+def sent(x, device):
+    """x on the device. From the CPU to a GPU it goes by way of pinned memory, since a copy from
+    other memory would wait until the GPU has done all that it was given before."""
+    if x.device.type == 'cpu' and torch.device(device).type == 'cuda':
+        pinned = torch.empty_like(x, memory_format=torch.contiguous_format, pin_memory=True)
+        return pinned.copy_(x).to(device, non_blocking=True)
+    return x.to(device)
+
+
 def like(values, x):
     """values in the type of x and on its device. In this order, since MPS cannot hold float64."""
-    return values.to(x.dtype).to(x.device)
+    return sent(values.to(x.dtype), x.device)
 
 
 def column(values, x):
@@ -461,7 +470,7 @@ def sample_ode(net, x, z_from, z_to, solver='rk45', nfe=None, *, D=1, gamma=5.0,
     if to_data:
         x = x - f(x, like(z, x))
         if callback:
-            callback(x.new_zeros(len(x)), x)
+            callback(torch.zeros_like(z), x)
     return x, calls
 
 

@@ -451,7 +451,7 @@ def main(args):
     signals = listen()
     meter = Meter(device, flow.unit)
     last_logged = start
-    saver = Saver(path, start, args.keep)  # writes while the next steps are made
+    saver = Saver(path, start, args.keep, device)  # writes while the next steps are made
     clock = time.time()
     step = start
     AT_THE_END.enter_context(waiting.doing(lambda: f'step {step}/{args.steps}'))
@@ -508,7 +508,7 @@ def main(args):
         meter.observe(step, z, torch.cat(losses), norm)
 
         # Log, sample, save.
-        asked = heard(signals, step, device, world)
+        asked = heard(signals, step, world)
         stop = step == args.steps or asked == 'leave'
         logs = stop or step % args.log_every == 0
         samples = args.sample_every > 0 and step % args.sample_every == 0

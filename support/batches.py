@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pfgm import sent
 from support.cli import BadInput
 from support.images import read_batches, to_float
 from support.seeds import step_seed
@@ -114,7 +115,7 @@ def shuffled_images(images, count, seed, step, flip, labelled, workers, device, 
         if flip:
             flipped = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
             x = torch.where(flipped, x.flip(-1), x)
-        labels = images.labels[order].to(device) if labelled else None
+        labels = sent(images.labels[order], device) if labelled else None
         yield x, labels, generator, None
 
 
@@ -125,9 +126,9 @@ def shuffled_pairs(pairs, count, seed, step, classes, device):
     orders = image_order(len(pairs), count, seed, step)
     for step, order in enumerate(orders, step):
         rows = torch.from_numpy(np.stack([pairs[k] for k in order.tolist()]))
-        eps, y = (part.to(device) for part in rows.unbind(1))
+        eps, y = sent(rows, device).unbind(1)
         generator = torch.Generator(device).manual_seed(step_seed(seed, step))
-        labels = (order % classes).to(device) if classes else None
+        labels = sent(order % classes, device) if classes else None
         yield y, labels, generator, eps
 
 

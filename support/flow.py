@@ -152,7 +152,7 @@ class Flow:
         if len(indices) == 0 or len(self.classes) == 0:
             return None
         turns = len(self.classes)
-        return torch.tensor([self.classes[i % turns] for i in indices], device=device)
+        return pfgm.sent(torch.tensor([self.classes[i % turns] for i in indices]), device)
 
     # ------------------------------------------------------------ on which planes, by which solver
 
@@ -220,7 +220,7 @@ class Flow:
         to_data, z_last = self.ending()
         z_from, z_to = (self.z_min, self.z_max) if up else (self.z_max, z_last)
         wide = isinstance(self.net, (pfgm.ExactField, PublishedDenoiser)) and device.type != 'mps'
-        x = x.to(torch.float64 if wide else torch.float32).to(device)
+        x = pfgm.sent(x.to(torch.float64 if wide else torch.float32), device)
         net = self.net
         options = dict(gamma=self.gamma, z_exp=self.z_exp, small_z=self.small_z,
                        guidance=self.guidance)

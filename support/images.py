@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from pfgm import sent
 from support.cli import BadInput, CLASS_LIMIT, listed, own_rank, watch
 from support.foreign import read_bytes
 from support.processes import deaf, reader_lost, share_of_rank
@@ -474,7 +475,7 @@ def read_batches(images, indices, device='cpu', workers=0):
     if images.pixels is not None:
         images.pixels = images.pixels.to(device)
         for index in indices:
-            yield images.pixels[index.to(device)]
+            yield images.pixels[sent(index, device)]
         return
     pin = torch.device(device).type == 'cuda'
     loader = torch.utils.data.DataLoader(

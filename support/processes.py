@@ -141,7 +141,8 @@ def join(device, rank, world, timeout):
     machines = os.environ.get('GROUP_WORLD_SIZE', '1')
     if machines == '1':
         store = dist.PrefixStore(f'restart {restarts}', store)
-    backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    # What is asked of the CPU of each process must not wait for its GPU, so both have a way.
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except RuntimeError as error:
@@ -165,7 +166,7 @@ def leave(failure, *_):
     To destroy a group of NCCL is a collective: it waits for all processes. Where this one fails the
     others do not come, since they wait for it in their next step. It then gives up its connections
     without a word, and torchrun ends the others."""
-    if failure is not None and dist.get_backend() == 'nccl':
+    if failure is not None and 'nccl' in dist.get_backend_config():
         dist.distributed_c10d._abort_process_group()  # there is no public name for it
     else:
         dist.destroy_process_group()
@@ -342,7 +343,7 @@ def deaf(worker):
     signal.set_wakeup_fd(-1)
 
 
-def heard(signals, step, device, world):
+def heard(signals, step, world):
     """What the signals since the last call ask for: '', 'save' (and go on), or 'leave' (after
     saving). signals: the list of listen().
 
@@ -358,7 +359,7 @@ def heard(signals, step, device, world):
     elif SAVE in arrived:
         wish = 'save'
     if world > 1:
-        strongest = torch.tensor(WISHES.index(wish), device=device)
+        strongest = torch.tensor(WISHES.index(wish))  # on the CPU: no GPU is waited for
         dist.all_reduce(strongest, dist.ReduceOp.MAX)
         wish = WISHES[int(strongest)]
     return wish

@@ -261,7 +261,8 @@ def keep_older(path, step, keep):
 
 def copied(value):
     """A copy of what a checkpoint holds, with all tensors in main memory, also those in dicts,
-    lists and tuples. Those of a GPU go to pinned memory, which it can write to fastest."""
+    lists and tuples. Those of a GPU go to pinned memory, and have not arrived yet: the GPU copies
+    them after all that it was given before, and nobody waits for it."""
     if isinstance(value, dict):
         return {key: copied(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -269,20 +270,22 @@ def copied(value):
     if not isinstance(value, torch.Tensor):
         return value
     place = torch.empty_like(value, device='cpu', pin_memory=value.is_cuda)
-    return place.copy_(value)
+    return place.copy_(value, non_blocking=value.is_cuda)
 
 
 class Saver:
     """Writes the checkpoints of a run in a thread, while training goes on.
 
-    save() copies the state before it returns, so that later steps do not change what is written. A
-    checkpoint is written when the one before it is on the disk."""
+    save() has the state copied before later steps change it. The thread waits until the copy is
+    there, and writes it. A checkpoint is written when the one before it is on the disk."""
 
-    def __init__(self, path, step, keep):
-        """path: of ckpt.pt, which is of `step` if it is there. keep: of keep_older()."""
+    def __init__(self, path, step, keep, device):
+        """path: of ckpt.pt, which is of `step` if it is there. keep: of keep_older(). device: where
+        the state is."""
         self.path = path
         self.step = step
         self.keep = keep
+        self.device = device
         self.thread = ThreadPoolExecutor(1)
         self.writing = None  # the future of the checkpoint that is being written
         AT_THE_END.callback(self.thread.shutdown)  # however the run ends, it ends writing
@@ -294,6 +297,8 @@ class Saver:
         self.writing = self.thread.submit(self.write, copied(checkpoint))
 
     def write(self, checkpoint):
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)  # this thread waits, and training goes on
         keep_older(self.path, self.step, self.keep)
         save(self.path, checkpoint)
         self.step = checkpoint['step']

@@ -235,7 +235,7 @@ def test_heard__asks_to_leave_rather_than_to_save_and_knows_no_other_signal():
                           ([signal.SIGUSR1, signal.SIGTERM], 'leave'),
                           ([signal.SIGINT, signal.SIGUSR1], 'leave'), ([], '')):
         signals += numbers
-        assert processes.heard(signals, 7, torch.device('cpu'), 1) == wish
+        assert processes.heard(signals, 7, 1) == wish
         assert signals == []
 
 
@@ -248,8 +248,8 @@ def test_heard__several_ranks_agree_on_every_10th_step_and_lose_no_signal(monkey
         signals.append(signal.SIGTERM)  # this one is, in the meantime
 
     monkeypatch.setattr(processes.dist, 'all_reduce', all_reduce)
-    assert processes.heard(signals, 19, torch.device('cpu'), 2) == ''
-    assert processes.heard(signals, 20, torch.device('cpu'), 2) == 'leave'
+    assert processes.heard(signals, 19, 2) == ''
+    assert processes.heard(signals, 20, 2) == 'leave'
     assert signals == [signal.SIGTERM]
 
 
@@ -374,9 +374,12 @@ def test_join__says_what_failed_and_which_variable_names_the_network(monkeypatch
         processes.join(torch.device('cpu'), 0, 2, 5.0)
 
 
+BOTH = 'cpu:gloo,cuda:nccl'
+
+
 @pytest.mark.parametrize('backend, error, ends_by', [
-    ('nccl', None, 'destroy'), ('nccl', BadInput('full'), 'abort'),
-    ('nccl', ValueError('a mistake'), 'abort'), ('gloo', BadInput('full'), 'destroy')])
+    (BOTH, None, 'destroy'), (BOTH, BadInput('full'), 'abort'),
+    (BOTH, ValueError('a mistake'), 'abort'), ('cpu:gloo', BadInput('full'), 'destroy')])
 def test_leave__where_a_process_fails_nothing_waits_for_the_others(backend, error, ends_by,
                                                                    monkeypatch):
     """To destroy a group of NCCL does. That of gloo is this process's own affair."""
@@ -385,7 +388,7 @@ def test_leave__where_a_process_fails_nothing_waits_for_the_others(backend, erro
     monkeypatch.setattr(dist, 'rendezvous', lambda *args, **options: iter(
         [(dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(dist, 'init_process_group', lambda *args, **options: None)
-    monkeypatch.setattr(dist, 'get_backend', lambda: backend)
+    monkeypatch.setattr(dist, 'get_backend_config', lambda: backend)
     monkeypatch.setattr(dist, 'destroy_process_group', lambda: done.append('destroy'))
     monkeypatch.setattr(dist.distributed_c10d, '_abort_process_group',
                         lambda: done.append('abort'))

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -238,7 +239,7 @@ def test_saver__writes_the_state_of_its_step_while_training_goes_on(here, monkey
 
     monkeypatch.setattr(run, 'save', slow)
     weight = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    saver = Saver('ckpt.pt', 0, keep=2)
+    saver = Saver('ckpt.pt', 0, 2, torch.device('cpu'))
     saver.save(dict(step=1, net={'w': weight}, opt=[(weight,)]))
     weight.zero_()  # the next step, before the file is written
     saver.check()
@@ -259,8 +260,38 @@ def test_saver__an_error_of_its_thread_ends_the_run_in_one_line(method, here, mo
         raise BadInput('checkpoint ckpt.pt: cannot be written')
 
     monkeypatch.setattr(run, 'save', full)
-    saver = Saver('ckpt.pt', 0, keep=2)
+    saver = Saver('ckpt.pt', 0, 2, torch.device('cpu'))
     saver.save(dict(step=1))
     saver.thread.submit(str).result()  # by now it has failed
     with pytest.raises(BadInput, match='cannot be written'):
         saver.save(dict(step=2)) if method == 'save' else getattr(saver, method)()
+
+
+def test_saver__of_a_gpu_only_its_thread_waits_for_the_copy(here, monkeypatch):
+    main_thread = threading.get_ident()
+    done = []
+    may_arrive = threading.Event()
+
+    def synchronize(device):
+        assert threading.get_ident() != main_thread and may_arrive.wait(10)
+        done.append('arrived')
+
+    monkeypatch.setattr(torch.cuda, 'synchronize', synchronize)
+    monkeypatch.setattr(run, 'save', lambda path, checkpoint: done.append('written'))
+    saver = Saver('ckpt.pt', 0, 2, torch.device('cuda'))
+    saver.save(dict(step=1))
+    done.append('the next step')
+    may_arrive.set()
+    saver.wait()
+    assert done == ['the next step', 'arrived', 'written']
+
+
+def test_copied__a_gpu_is_told_to_copy_and_not_waited_for():
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    weight = torch.ones(2).as_subclass(OnGPU)
+    with patch.object(torch, 'empty_like') as empty_like:
+        run.copied(dict(opt=[(weight, 7)]))
+    empty_like.assert_called_once_with(weight, device='cpu', pin_memory=True)
+    empty_like.return_value.copy_.assert_called_once_with(weight, non_blocking=True)
