@@ -1,7 +1,8 @@
-"""Two benches: how fast the field and the network are, and how well solvers do in an exact field,
-without a network. You need not read it to understand the method.
+"""Three benches: how fast the field and the network are, what they would ask of a GPU, and how well
+solvers do in an exact field, without a network. You need not read it to understand the method.
 
     python -m support.bench speed
+    python -m support.bench count
     python -m support.bench solvers --dataset images.zip --sweep nfe=5,10,20
 """
 import copy
@@ -19,14 +20,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pfgm
-from support.batches import charges_of
+from support.batches import charges_of, training_batches
 from support.cli import BadInput, Parser, above, check_writable, one_of, several
+from support.count import Counts, pretended_gpu
 from support.cpu import speed_up
+from support.flow import Flow
 from support.methods import flow_constants
 from support.metrics import squared_distances
 from support.pictures import check_png, plot
 from support.processes import peak_memory, run, setup
 from support.results import record_result
+from support.run import Meter
 from support.sets import load_images
 from support.solvers import SOLVERS, deciding_z
 from support.unused import in_bench, refuse
@@ -37,6 +41,8 @@ def parse_args(argv=None):
     p = Parser(prog='python -m support.bench', description=__doc__)
     benches = p.add_subparsers(dest='bench', required=True, metavar='BENCH')
     speed = benches.add_parser('speed', help='the field and the CIFAR-10 network, in seconds')
+    benches.add_parser('count', help='what a training step and a network call of sampling on '
+                       'CIFAR-10 ask of a GPU: operations and bytes, on a machine without one')
     solvers = benches.add_parser('solvers', help='solvers in the exact field of --dataset: which '
                                  'part of the starts they lead to the right image')
     for bench in (speed, solvers):
@@ -278,11 +284,101 @@ def peak(device):
     return peak_memory(device) or math.nan
 
 
+# ---------------------------------------------------------------- what a GPU has to do
+
+class BlankImages:
+    """A data set of n images like CIFAR-10's, for training_batches()."""
+    labels = None
+
+    def __init__(self, n):
+        self.pixels = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
+
+    def __len__(self):
+        return len(self.pixels)
+
+
+def count():
+    """Print what one training step and one network call of sampling ask of a GPU, of 128 images and
+    the CIFAR-10 network in bfloat16."""
+    with pretended_gpu() as gpu:
+        columns = {'training step': training_counts(gpu, BlankImages(50000), 128, 4096),
+                   'call of sampling': sampling_counts(gpu, 128)}
+    rows = [('TFLOP', lambda c: f'{c.flops / 1e12:.2f}'),
+            ('GB moved', lambda c: f'{c.bytes / 1e9:.1f}'),
+            ('  for another order, and biases', lambda c: f'{c.hidden_bytes / 1e9:.1f}'),
+            ('  float32, but for products', lambda c: f'{c.float32_bytes / 1e9:.1f}'),
+            ('casts of activations', lambda c: f'{c.activation_casts}'),
+            ('casts of weights', lambda c: f'{c.weight_casts}'),
+            ('kernels', lambda c: f'{c.kernels}'),
+            ('copies between CPU and GPU', lambda c: f'{c.copies}'),
+            ('waits of the CPU for the GPU', lambda c: f'{len(c.syncs)}'),
+            ('ms on an H100, at least', lambda c: f'{c.seconds * 1e3:.1f}')]
+    print(f'{"128 images of CIFAR-10":32}' + ''.join(f'{name:>18}' for name in columns))
+    for words, value in rows:
+        print(f'{words:32}' + ''.join(f'{value(counts):>18}' for counts in columns.values()))
+    for name, counts in columns.items():
+        for words in sorted(set(counts.syncs)):
+            print(f'{name}: waits in {words}')
+
+
+def training_counts(gpu, images, batch_size, field_batch):
+    """The Counts of a training step as train.py makes it, the second, on a PretendedGPU."""
+    device = torch.device('cuda', 0)
+    net = speed_up(UNet())
+    ema = copy.deepcopy(net).to(device, memory_format=torch.channels_last)
+    ema.eval().requires_grad_(False)
+    net = net.to(device, memory_format=torch.channels_last).train()
+    flow = pfgm.PFGM(net)
+    opt = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
+    meter = Meter(device, flow.unit)
+    batches = training_batches(images, batch_size, field_batch, 0, 0, flip=True, classes=0,
+                               workers=0, device=device, rank=0, world=1)
+    for step in (1, 2):
+        with gpu.counting() as counts:
+            batch = next(batches)
+            moved, z = flow.perturb(batch.clean, batch.generator)
+            weight = flow.weight(moved, z)
+            target = flow.target(moved, z, batch.clean, batch.charges)
+            with torch.autocast('cuda', torch.bfloat16):
+                loss = pfgm.field_loss(flow(moved, z), target, weight)
+                loss.mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1e-4)
+            meter.observe(step, z, loss.detach(), norm)
+    return counts
+
+
+def sampling_counts(gpu, batch_size):
+    """The Counts of the fifth network call of Flow.follow(), and of the solver's part after it, on
+    a PretendedGPU."""
+    device = torch.device('cuda', 0)
+    net = speed_up(UNet()).eval().requires_grad_(False)
+    net = net.to(device, memory_format=torch.channels_last)
+    flow = Flow(pfgm.PFGM(net).eval(), (3, 32, 32), 1.0, 1e-3, 40.0, 3e3, 5.0, 5.0, nfe=7,
+                bf16=True)
+    x = flow.prior(range(batch_size))
+    parts = []
+
+    def next_part(module, inputs):
+        gpu.counts = Counts()
+        parts.append(gpu.counts)
+
+    net.register_forward_pre_hook(next_part)
+    flow.follow(x, device, range(batch_size))
+    return parts[4]
+
+
 # ---------------------------------------------------------------- the run
 
 def main(args):
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise BadInput(f'{args.bench}: a bench of one process; run it without torchrun')
+    if args.bench == 'count':
+        count()
+        return
     device, _, _ = setup(args.device, float64=args.bench == 'solvers')
     if args.bench == 'speed':
         speed(device, args.seed)

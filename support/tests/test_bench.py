@@ -10,6 +10,7 @@ import torch
 import pfgm
 from support import bench
 from support.bench import forward_work, median_seconds, nearest_charge, training_work
+from support.count import Counts, pretended_gpu
 from support.solvers import SOLVERS
 from support.tests.common import close, refuses, rows_of, said, seeded, spied
 from unet import UNet
@@ -117,6 +118,35 @@ def test_speed__says_seconds_memory_and_ratios(networks, monkeypatch):
                     f'{number} s, ratio {number}; {number} GB; ', lines[2])
     assert re.match(f'RK45, 16 images: {number} ms a call beside the network', lines[3])
     assert lines[4].startswith('training step, 8 images of CIFAR-10: ')
+
+
+def test_count__prints_a_table_and_where_the_cpu_waits(monkeypatch):
+    step = Counts(flops=8e12, bytes=10 ** 11, kernels=5000, weight_casts=7, copies=2, busy=0.03,
+                  syncs=['aten.copy_ at train.py:1'] * 2)
+    monkeypatch.setattr(bench, 'training_counts', lambda gpu, images, *sizes: step)
+    monkeypatch.setattr(bench, 'sampling_counts', lambda gpu, batch_size: Counts(kernels=2000))
+    first, *rows, last = said(['bench', 'count']).splitlines()
+    assert first.split() == '128 images of CIFAR-10 training step call of sampling'.split()
+    values = {row[:32].strip(): row[32:].split() for row in rows}
+    assert values['TFLOP'] == ['8.00', '0.00'] and values['GB moved'] == ['100.0', '0.0']
+    assert values['casts of weights'] == ['7', '0']
+    assert values['waits of the CPU for the GPU'] == ['2', '0']
+    assert values['ms on an H100, at least'] == ['30.0', '10.0']  # 5 us a kernel
+    assert last == 'training step: waits in aten.copy_ at train.py:1'
+
+
+@pytest.mark.slow
+def test_counts__are_those_of_a_whole_step_and_of_one_call(networks):
+    with pretended_gpu() as gpu:
+        step = bench.training_counts(gpu, bench.BlankImages(64), 8, 16)
+        call = bench.sampling_counts(gpu, 8)
+    parameters = len(list(networks[0].parameters()))
+    assert step.operations['_fused_adam_'][0] == step.operations['_foreach_lerp_'][0] == 1
+    assert step.operations['convolution'] == call.operations['convolution']
+    norms = [layer for layer in networks[0].modules() if isinstance(layer, torch.nn.GroupNorm)]
+    assert step.operations['native_group_norm_backward'][0] == len(norms)
+    assert step.flops > 2.9 * call.flops > 0
+    assert 0 < step.weight_casts <= 2 * parameters
 
 
 def test_training_work__makes_one_update_of_the_network_and_its_average(networks, monkeypatch):
