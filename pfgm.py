@@ -139,14 +139,21 @@ def kernel(shape, z, D=1, generator=None):
     """Draw x of `shape` (B, ...) with the density p(x) ~ (|x|^2 + z^2)^(-(N+D)/2). PFGM++ Eq. 4.
 
     z (B,). A draw is x = z eps / sqrt(chi2_D), a Student-t with D degrees of freedom; for D = inf
-    it is z eps."""
-    x = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)
+    it is z eps. generator: one for all, or on the CPU a list of one for each x, which then depends
+    on its own alone."""
+    x = torch.empty(shape, device=z.device, dtype=z.dtype)
+    generators = [generator]
+    if isinstance(generator, list):
+        generators = generator
+    for part, own in zip(x.chunk(len(generators)), generators):
+        part.normal_(generator=own)
     if D != math.inf:
         if z.device.type == 'mps':  # which has no draws of the gamma law: make them on the CPU
             seed = int(torch.randint(2 ** 31, (), generator=generator, device=z.device))
-            generator = torch.Generator().manual_seed(seed)
+            generators = [torch.Generator().manual_seed(seed)]
         half = torch.full_like(float64(z), D / 2)
-        chi2 = 2 * torch._standard_gamma(half, generator=generator)
+        parts = zip(half.chunk(len(generators)), generators)
+        chi2 = 2 * torch.cat([torch._standard_gamma(part, generator=own) for part, own in parts])
         # Below 1e-60 (a draw of probability 1e-30) the quotient would leave float32's range.
         z = float64(z) / chi2.clamp_min(1e-60).sqrt()
     return column(z, x) * x
@@ -238,11 +245,12 @@ def sample_prior(shape, z_max, upper_norm=None, D=1, generator=None, device='cpu
     shape (B, ...) -> x of that shape, from kernel(). It is drawn in float64 on the CPU, so that a
     seed means the same noise on every device. For D = 1 it is the uniform hemisphere, seen from the
     data. upper_norm clips |x| to [1, upper_norm], as published; on CIFAR-10 it clips 54 % of the
-    draws."""
+    draws. generator: as of kernel()."""
     z = torch.full(shape[:1], z_max, dtype=torch.float64)
     x = kernel(shape, z, D, generator)
     if upper_norm is not None:
-        radius = x.flatten(1).norm(dim=1)
+        alone = 1 if isinstance(generator, list) else len(x)  # how an image is summed depends on it
+        radius = torch.cat([part.flatten(1).norm(dim=1) for part in x.split(alone)])
         x = x * column(radius.clamp(1.0, upper_norm) / radius, x)
     return x.to(dtype).to(device)
 

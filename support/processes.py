@@ -272,6 +272,20 @@ def share_of_rank(n, rank, world):
     return range(n * rank // world, n * (rank + 1) // world)
 
 
+def ranks_here():
+    """How many processes of torchrun this machine has; 1 without torchrun."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
+
+
+def cores_of_rank():
+    """How many cores there are for this process, 1 to 8."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        cores = os.cpu_count() or 1
+    return min(max(cores // ranks_here(), 1), 8)
+
+
 class Machine(NamedTuple):
     """On what images are made or read, and in how large batches."""
     device: torch.device

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from scipy import optimize
 
 import pfgm
 from pfgm import ExactField
+from support import flow as flow_module
 from support.flow import Flow, load_flow
 from support.images import to_float
+from support.seeds import step_seed
 from support.solvers import ancestral
 from support.tests.common import (F64, TINY_PP, close, loaded, refuses, said, sampled, script,
                                   seeded, spied)
@@ -51,6 +54,21 @@ def test_noise_of__is_other_noise_than_that_of_the_prior():
     fresh = flow.noise_of([0, 1])
     assert not torch.isclose(fresh(0), start).any() and not torch.isclose(fresh(1), start).any()
     assert not torch.isclose(start[0], start[1]).any()  # images have noise of their own
+
+
+@pytest.mark.parametrize('D', [1, 128, math.inf])
+@pytest.mark.parametrize('cores', [1, 3])
+def test_noise_of__an_image_is_drawn_alone_or_by_several_threads(D, cores, monkeypatch):
+    monkeypatch.setattr(flow_module, 'cores_of_rank', lambda: cores)
+    monkeypatch.setattr(flow_module, 'THREAD_DRAWS', 64)
+    flow = flow_without_network(D=D, shape=(1, 8, 8))
+    with patch.object(pfgm, 'sample_prior', side_effect=pfgm.sample_prior) as sample_prior:
+        together = flow.prior(range(10))
+    assert sample_prior.call_count == cores
+    for i in range(10):
+        generator = seeded(step_seed(flow.seed, i))
+        alone = pfgm.sample_prior((1, 1, 8, 8), flow.z_max, flow.upper_norm, D, generator)
+        assert torch.equal(together[i:i + 1], alone)
 
 
 def test_ending__is_the_plane_of_the_last_call_before_z_0():
