@@ -204,15 +204,19 @@ def load_flows(paths, options, device):
     return flows
 
 
+SAMPLES = 1000
+SAMPLES_OF_INCEPTION = 50_000  # with which FID is published
+
+
 def number_of_samples(n, wanted, images, flows):
     """How many samples are measured of each flow, or of the given images. n: of --n, or None.
     wanted: names of metrics. BadInput for more images than are given."""
     if n is None:
-        n = 1000
+        n = SAMPLES
         if images is not None:
             n = len(images)
         elif needs(wanted) & {'features', 'statistics'}:
-            n = 50000
+            n = SAMPLES_OF_INCEPTION
     if images is not None and n > len(images):
         raise BadInput(f'--n {n}: {images.given} has {len(images)} images')
     for name, flow in flows.items():

@@ -5,7 +5,7 @@ import math
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from support.cli import BadInput, check_folder, write
+from support.cli import BadInput, check_folder, say, write
 
 
 def check_png(flag, path):
@@ -119,7 +119,15 @@ def plot(curves, title, xlabel, ylabel, path):
     """Write to --out a PNG 640 pixels high, with a title, marks on both axes and a legend on the
     right of the frame, where it hides no curve.
 
-    curves: {name: [(x, y), ...]}."""
+    curves: {name: [(x, y), ...]}. Points that are not finite are left out, and a line says so."""
+    finite = {name: [point for point in points if all(map(math.isfinite, point))]
+              for name, points in curves.items()}
+    left_out = [name for name in curves if len(finite[name]) < len(curves[name])]
+    curves = {name: points for name, points in finite.items() if points}
+    if left_out:
+        say(f'{path}: leaves out what is no finite number, of {", ".join(left_out)}')
+    if not curves:
+        return
     left, top, right, bottom = 110, 50, 930, 560
     font = ImageFont.load_default(size=20)
     names_width = math.ceil(max(font.getlength(name) for name in curves))

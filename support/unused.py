@@ -264,7 +264,7 @@ def in_evaluate(flags, asked, flows, given, *, trained_on, uses_reference, uses_
     if not (flags['sweep'] or 'neighbours' in asked):
         unused['out'] = 'without --sweep, --compare or --neighbours'
     if not asked:
-        unused.update(dict.fromkeys(('n', 'results'), by_metrics))
+        unused.update(dict.fromkeys(('samples', 'start', 'n', 'results'), by_metrics))
     return unused
 
 

@@ -1,4 +1,7 @@
 """Grids, strips and plots."""
+import math
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,16 @@ def test_plot__draws_each_curve_through_its_points(here, capsys):
         # The legend is outside the frame, where no curve can be.
         assert (image[:, 950:] == colour).all(2).any()
     assert (image[10:40, 400:600] == 0).any()  # the title
+
+
+def test_plot__leaves_out_what_is_not_finite_and_says_so(here, capsys):
+    plot({'a': [(1, 2), (2, math.nan), (3, 4)], 'b': [(1, math.inf)]}, 'A', 'x', 'y', 'a.png')
+    assert capsys.readouterr().out.splitlines() == [
+        'a.png: leaves out what is no finite number, of a, b', 'wrote a.png']
+    plot({'a': [(1, 2), (3, 4)]}, 'A', 'x', 'y', 'b.png')
+    assert np.array_equal(Image.open('a.png'), Image.open('b.png'))
+    plot({'a': [(1, math.nan)]}, 'A', 'x', 'y', 'c.png')
+    assert not os.path.exists('c.png')
 
 
 def test_strip__has_a_row_of_samples_for_each_name(here):

@@ -287,6 +287,8 @@ class Traces:
                 'support.reference.load_inception': traced_inception,
                 'support.inception.inception_features': traced_features,
                 'evaluate.collect': traced_collect,
+                'evaluate.SAMPLES': 5,
+                'evaluate.SAMPLES_OF_INCEPTION': 5,
                 'support.reference.collect': traced_collect,
                 'support.judge.JUDGE_STEPS': 2,
                 'support.inception.POOL': 32,
