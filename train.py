@@ -434,6 +434,8 @@ def main(args):
     pairs = None
     if args.reflow or args.distill:
         pairs = pairs_for_student(args, start, device, rank, world)
+    else:
+        images.hold()
 
     # the loop
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)

@@ -55,9 +55,11 @@ class Charges:
 def charges_of(images, flag, device='cpu', mirror=False, dtype=torch.float32):
     """All of the Images as Charges on the device, to which they move. Raises BadInput, in the name
     of `flag`, where they do not fit in memory."""
-    if images.pixels is None:
+    images.hold()
+    if images.pixels is not None:
+        images.move_to(device)
+    if images.pixels is None or images.pixels.device.type != torch.device(device).type:
         raise BadInput(f'{flag}: {len(images)} images of {images.name} do not fit in memory')
-    images.pixels = images.pixels.to(device)
     return Charges(images.pixels, mirror, dtype, images.name)
 
 

@@ -4,6 +4,7 @@ read it to understand the method; what a training step is given is in support/ba
 import copy
 import hashlib
 import io
+import math
 import multiprocessing
 import os
 import re
@@ -19,14 +20,16 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from pfgm import sent
-from support.cli import BadInput, CLASS_LIMIT, listed, own_rank, watch
+from support.cli import BadInput, CLASS_LIMIT, listed, own_rank, say, watch
 from support.foreign import read_bytes
-from support.processes import deaf, reader_lost, share_of_rank
+from support.processes import (deaf, everywhere, free_memory, ranks_here, reader_lost,
+                               share_of_rank)
 from support.seeds import fingerprint
 
 FORMATS = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()  # not EPS, for which Pillow runs Ghostscript
 
-MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access instead
+MEMORY_LIMIT = 2 << 30  # bytes of decoded pixels; a larger set is decoded at each access, unless
+                        # hold() finds that there is memory for it
 
 
 # ---------------------------------------------------------------- one image
@@ -176,7 +179,7 @@ def probe(root, entries, channels=None, least=None):
         channels = 1
         if any(has_colour(picture.image) for picture in pictures):
             channels = 3
-        else:
+        elif root is not None or entries.ndim == 4:  # other arrays are grey
             parts = in_parts(lambda entry: entry_has_colour(root, entry, least), entries,
                              threads_help(size))
             if any(map(any, watch(parts, len(entries), 'looked for colour', own_rank(),
@@ -202,9 +205,10 @@ class Images(torch.utils.data.Dataset):
         images[[k, ...]]   several: uint8 (b, C, S, S)
         images.labels      their classes: int64 (n,), or None
 
-    Where they fit in memory, fill() decodes all of them into `pixels`, (n, C, S, S). The images of
-    a larger set are decoded at each access, and its `pixels` are None. Training takes its batches
-    from training_batches(), and everything else from read_batches(). sets.load_images() makes it.
+    fill() decodes all of them into `pixels`, (n, C, S, S). The images of a set of more than
+    MEMORY_LIMIT are decoded at each access, and its `pixels` are None until hold() decodes all of
+    them, too. Training takes its batches from training_batches(), and everything else from
+    read_batches(). sets.load_images() makes it.
     """
 
     def __init__(self, name, flag, raw, image_size, channels, flip, is_known_set=False,
@@ -247,6 +251,8 @@ class Images(torch.utils.data.Dataset):
         if self.pixels is not None:
             return self.pixels[index]
         if isinstance(index, list):
+            if self.is_as_wanted():
+                return torch.from_numpy(self.rows(index))
             return torch.stack([self[k] for k in index])
         first = range(len(self))[index]  # IndexError beyond the end, which ends an iteration
         for k in range(first, first + len(self)):
@@ -349,8 +355,9 @@ class Images(torch.utils.data.Dataset):
         pixels = np.zeros((len(indices), self.channels, size, size), np.uint8)
         problems = {}  # by row of pixels
         changes = Counter()
-        if not is_large and self.is_as_wanted():
-            pixels[:] = self.entries.reshape(n, size, size, -1).transpose(0, 3, 1, 2)
+        if self.is_as_wanted():
+            for first in range(0, len(indices), 1024):
+                pixels[first:first + 1024] = self.rows(indices[first:first + 1024])
         else:
             row = 0
             parts = self.decode_many(indices)
@@ -384,6 +391,64 @@ class Images(torch.utils.data.Dataset):
             notes.append(f'nearly black, no value above {pixels.max()} of 255')
         self.identify(pixels)
         return notes
+
+    def hold(self):
+        """Decode a set of more than MEMORY_LIMIT into `pixels` too, as it is served otherwise: the
+        next image replaces each that cannot be read. Where the processes of this machine would take
+        more than half of its free memory for it, a line says so, and nothing is done.
+
+        All processes must call it: they decide together."""
+        if self.pixels is not None:
+            return
+        shape = (len(self), self.channels, self.image_size, self.image_size)
+        size = math.prod(shape) * ranks_here()
+        free = min(everywhere(free_memory()))
+        if size > free / 2:
+            say(f'{self.given}: read from disk in each step, since {size / 2 ** 30:.3g} GB of '
+                f'pixels are more than half of the free memory, {free / 2 ** 30:.3g} GB')
+            return
+        pixels = np.empty(shape, np.uint8)
+        broken = []
+        if self.is_as_wanted():
+            parts = (range(len(self))[first:first + 1024] for first in range(0, len(self), 1024))
+            for part in parts:
+                pixels[part.start:part.stop] = self.rows(part)
+        else:
+            parts = self.decode_many(range(len(self)))
+            row = 0
+            for part in watch(parts, len(self), f'{self.given}: decoded', own_rank(),
+                              briefly=True):
+                for decoded in part:
+                    if decoded.pixels is None:
+                        broken.append((row, decoded.problem))
+                    else:
+                        pixels[row] = decoded.pixels
+                    row += 1
+        if broken:
+            print(f'{self.given}: the next image replaces each of {len(broken)} that cannot be '
+                  f'read (first: {broken[0][1]})', file=sys.stderr)
+        for row, _ in 2 * broken[::-1]:  # twice, for the first images may replace the last
+            pixels[row] = pixels[(row + 1) % len(pixels)]
+        self.pixels = torch.from_numpy(pixels)
+        self.entries = None
+
+    def move_to(self, device):
+        """Let the `pixels` that are in memory go to the device and stay there, but for those that
+        would take more than half of what a GPU has free."""
+        device = torch.device(device)
+        size = self.pixels.numel()
+        if self.pixels.device.type == 'cpu' and device.type == 'cuda' and size > MEMORY_LIMIT:
+            free, _ = torch.cuda.mem_get_info(device)
+            if size > free / 2:
+                return
+        self.pixels = self.pixels.to(device)
+
+    def rows(self, indices):
+        """uint8 (b, C, S, S), the images `indices` of an array that is_as_wanted(), without a
+        decoder."""
+        size = self.image_size
+        rows = self.entries[np.asarray(indices)].reshape(len(indices), size, size, -1)
+        return np.ascontiguousarray(rows.transpose(0, 3, 1, 2))
 
     def identify(self, pixels):
         """Set `identity`, from the pixels (., C, S, S) that were decoded. It is kept in
@@ -469,13 +534,14 @@ class Images(torch.utils.data.Dataset):
 def read_batches(images, indices, device='cpu', workers=0):
     """Yields uint8 (b, C, S, S) on `device` for each 1-D int64 CPU tensor of `indices`, in order.
 
-    A set that is in memory moves to the device and stays there. A large one is decoded by `workers`
-    processes, or in this one if there are 0. Raises BadInput as Images.decode() does, and where
-    such a process ends."""
+    A set that is in memory moves to the device and stays there, if it fits. A large one is decoded
+    by `workers` processes, or in this one if there are 0. Raises BadInput as Images.decode() does,
+    and where such a process ends."""
     if images.pixels is not None:
-        images.pixels = images.pixels.to(device)
+        images.move_to(device)
+        place = images.pixels.device
         for index in indices:
-            yield images.pixels[sent(index, device)]
+            yield sent(images.pixels[sent(index, place)], device)
         return
     pin = torch.device(device).type == 'cuda'
     loader = torch.utils.data.DataLoader(

@@ -216,6 +216,63 @@ def peak_memory(device):
     return peak / 2 ** 20
 
 
+def free_memory():
+    """The bytes of main memory that this machine, or the container that this process is in, has
+    left. On macOS all that it has, and 0 where the system does not say."""
+    if os.path.exists('/proc/meminfo'):
+        return min([number_in('/proc/meminfo', 'MemAvailable:') * 1024, *free_of_groups()])
+    try:
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf()
+        return 0
+
+
+def free_of_groups(root='/sys/fs/cgroup', own='/proc/self/cgroup'):
+    """Yields the bytes that are left of each limit of a control group of Linux, which is how
+    containers are limited: of version 2 or, with the second names, of version 1.
+
+    root: where the groups are. own: the file that names the group of this process."""
+    if not os.path.exists(own):
+        return
+    with open(own) as file:
+        lines = file.read().splitlines()
+    for line in lines:
+        _, kinds, group = line.split(':', 2)
+        if kinds == '':
+            top = root
+            names = ('memory.max', 'memory.current', 'inactive_file')
+        elif 'memory' in kinds.split(','):
+            top = f'{root}/memory'
+            names = ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+        else:
+            continue
+        # The groups above count too. In a container the path may be that of the outside, and its
+        # own group then is the top.
+        parts = [part for part in group.split('/') if part]
+        for depth in range(len(parts) + 1):
+            folder = '/'.join([top, *parts[:depth]])
+            try:
+                limit = number_in(f'{folder}/{names[0]}')
+                used = number_in(f'{folder}/{names[1]}')
+                cached = number_in(f'{folder}/memory.stat', names[2])  # of files; it can be freed
+            except (OSError, ValueError):  # no such group here, or a limit of "max"
+                continue
+            yield max(limit - used + cached, 0)
+
+
+def number_in(path, name=None):
+    """The whole number in a file or, where a name is given, in the line that begins with it. Raises
+    ValueError where there is none."""
+    with open(path) as file:
+        if name is None:
+            return int(file.read())
+        for line in file:
+            words = line.split()
+            if words[:1] == [name]:
+                return int(words[1])
+    raise ValueError(f'{path} has no {name}')
+
+
 # ---------------------------------------------------------------- several processes
 
 @functools.cache  # setup() makes it, in every process at once

@@ -13,6 +13,7 @@ from PIL import Image
 
 from support import foreign, waiting
 from support import images as images_module
+from support.batches import charges_of
 from support.cli import BadInput
 from support.images import chosen_indices, mean_norm, read_batches, to_float
 from support.sets import load_images
@@ -186,6 +187,67 @@ def test_read_batches__large_sets_pass_over_what_cannot_be_read(folder, monkeypa
     with pytest.raises(BadInput, match='^--dataset .*9.png.* is 4x4') as caught:
         list(read_batches(large, [torch.tensor([9])], workers=workers))
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('is_array', [False, True])
+def test_hold__a_large_set_in_memory_is_what_is_served_from_disk(folder, tmp_path, monkeypatch,
+                                                                 capfd, is_array):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
+    path = folder
+    if is_array:
+        path = tmp_path / 'a.npy'
+        np.save(path, [np.asarray(picture(k)) for k in range(10)])
+    else:
+        for k in (0, 4, 5, 9):
+            (folder / f'{k}.png').write_text('broken')
+    images = load_images(path)
+    identity = images.identity
+    served = torch.stack(list(images))
+    capfd.readouterr()
+    images.hold()
+    assert torch.equal(images.pixels, served) and images.identity == identity
+    out, err = capfd.readouterr()
+    assert ('replaces each of 4 ' in err) != is_array and len(images) == 10
+
+
+def test_hold__a_set_of_more_than_half_of_the_free_memory_stays_on_disk_and_a_line_says_so(
+        folder, monkeypatch, capsys):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
+    images = load_images(folder)
+    size = 10 * 3 * 8 * 8
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')  # each of two processes would hold it
+    monkeypatch.setattr(images_module, 'free_memory', lambda: 4 * size - 1)
+    images.hold()
+    assert images.pixels is None
+    assert re.fullmatch(f'--dataset {folder}: read from disk in each step, since .* GB of pixels '
+                        'are more than half of the free memory, .* GB\n', capsys.readouterr().out)
+    with pytest.raises(BadInput, match='^--exact: 10 images of .* do not fit in memory'):
+        charges_of(images, '--exact')
+    monkeypatch.setattr(images_module, 'free_memory', lambda: 4 * size)
+    assert len(charges_of(images, '--exact')) == 10
+
+
+@pytest.mark.parametrize('free, moves', [(3839, False), (3840, True)])
+def test_move_to__a_gpu_takes_what_fills_half_of_its_free_memory(folder, monkeypatch, free, moves):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, 2 * free))
+    images = load_images(folder)
+    images.hold()
+    with patch.object(torch.Tensor, 'to') as to:
+        images.move_to('cuda')
+    assert to.called == moves
+
+
+@pytest.mark.parametrize('limit', [0, 2 << 30])
+def test_rows__of_an_array_no_image_is_decoded(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, 'MEMORY_LIMIT', limit)
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 3), np.uint8)
+    np.save(tmp_path / 'a.npy', pixels)
+    with patch.object(images_module.Images, 'decode', side_effect=AssertionError):
+        images = load_images(tmp_path / 'a.npy')
+        assert np.array_equal(images[[3, 69]], pixels[[3, 69]].transpose(0, 3, 1, 2))
+        images.hold()
+    assert np.array_equal(images.pixels, pixels.transpose(0, 3, 1, 2))
 
 
 def kill_this_process():

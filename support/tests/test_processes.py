@@ -319,6 +319,7 @@ from support.tests import common
 judge.JUDGE_STEPS = 2
 for line in open('modes'):
     images.MEMORY_LIMIT = 1 if '--workers' in line else 2 << 30
+    images.free_memory = lambda: 0
     print(line)
     common.script(line.split())
 print('all modes ran')
@@ -343,6 +344,26 @@ def test_setup__every_mode_runs_on_a_pretended_device_and_on_a_real_one(device, 
     launcher = [] if device == 'real cuda' else [PRETEND]
     out = python(DRIVER, tmp_path, *launcher, PRETEND=device)
     assert out.endswith('all modes ran\n') and f'1 x {device.split()[-1]}' in out
+
+
+@pytest.mark.parametrize('version, group, files', [
+    (2, '0::/a/b', {'a/memory.max': 'max', 'a/memory.current': 7, 'a/b/memory.max': 1000,
+                    'a/b/memory.current': 700, 'a/b/memory.stat': 'anon 500\ninactive_file 100'}),
+    (1, '4:cpu,memory:/of/outside', {
+        'memory/memory.limit_in_bytes': 1000, 'memory/memory.usage_in_bytes': 700,
+        'memory/memory.stat': 'inactive_file 5\ntotal_inactive_file 100'})])
+def test_free_memory__is_what_a_container_has_left(version, group, files, tmp_path):
+    own = tmp_path / 'cgroup'
+    own.write_text(f'1:name=systemd:/\n{group}\n')
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'{content}\n')
+    assert list(processes.free_of_groups(str(tmp_path), str(own))) == [400]
+    assert list(processes.free_of_groups(str(tmp_path), str(tmp_path / 'none'))) == []
+
+
+def test_free_memory__is_half_a_gigabyte_at_least_where_tests_run():
+    assert processes.free_memory() > 2 ** 29
 
 
 def test_setup__deterministic_kernels_are_asked_for_until_the_run_ends(monkeypatch):
