@@ -40,7 +40,27 @@ def norm(c):
     if groups < 1 or c % groups:
         raise ValueError(f'nf: {c} channels do not split into {groups} groups; take a multiple of '
                          '32 (small networks: of 4)')
-    return nn.GroupNorm(groups, c, eps=1e-6)
+    return GroupNorm(groups, c, eps=1e-6)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm whose input and output have the same type, and whose statistics are float32.
+
+    Autocast for GPUs would make the input float32, and so all that follows up to the next
+    convolution."""
+
+    def forward(self, x):
+        if x.device.type == 'cpu':  # whose autocast leaves group norm alone
+            return super().forward(x)
+        with no_autocast(x):
+            weight = self.weight.to(x.dtype)
+            bias = self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def no_autocast(x):
+    """Inside, operations on the device of x keep the type of their input."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def blur(h, padding=1):
@@ -77,7 +97,8 @@ class ResBlock(nn.Module):
         if self.resample == 'down':
             return F.avg_pool2d(blur(h) if self.fir else h, 2)
         if self.resample == 'up':
-            h = F.interpolate(h, scale_factor=2)  # nearest
+            with no_autocast(h):  # which on a GPU would make it float32
+                h = F.interpolate(h, scale_factor=2)  # nearest
             return blur(h) if self.fir else h
         return h
 
@@ -104,7 +125,8 @@ class Attention(nn.Module):
         self.out = linear(c, c, scale=0)
 
     def forward(self, x, emb):
-        h = self.norm(x).flatten(2).mT[:, None]  # (B, 1, HW, c): fused kernels want a heads axis
+        # (B, 1, HW, c), since fused kernels want an axis of heads. Copied once, not by q, k and v.
+        h = self.norm(x).flatten(2).mT[:, None].contiguous()
         h = self.attend(self.q(h), self.k(h), self.v(h))
         return (x + self.out(h).mT.reshape(x.shape)) * math.sqrt(0.5)
 
@@ -220,7 +242,7 @@ class UNet(nn.Module):
         return self.embed[1](F.silu(emb))
 
     def forward(self, x, z, labels=None):
-        x = x.to(self.conv_in.weight.dtype)  # which may have come in float64
+        x = x.to(self.conv_out.weight.dtype)  # which may have come in float64
         emb = self.embedding(z, labels, x.dtype)                     # (B, 4 nf)
         x = F.pixel_unshuffle(x, self.patch)
         above = x
@@ -240,7 +262,9 @@ class UNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             for layer in stage:
                 h = layer(h, emb)
-        with torch.autocast(x.device.type, enabled=False):  # the field itself in float32
+        # The field itself is float32. On a GPU its convolution is in TF32, unless the caller says
+        # otherwise, as pfgm.full_float32() does for RK45.
+        with no_autocast(x):
             h = self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))
             h = F.pixel_shuffle(h, self.patch)                       # (B, C + 1, S, S)
         return h[:, :-1], h[:, -1].mean((1, 2))

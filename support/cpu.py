@@ -26,7 +26,7 @@ def speed_up(net):
     return net
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(unet.GroupNorm):
     """Group norm on channels-first copies, where those are faster.
 
     The convolutions want the channels last (contiguous over the channels of a pixel). On a CPU
@@ -89,7 +89,7 @@ class Attention(unet.Attention):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-FASTER = {nn.GroupNorm: GroupNorm, nn.Dropout: Dropout, unet.Attention: Attention}
+FASTER = {unet.GroupNorm: GroupNorm, nn.Dropout: Dropout, unet.Attention: Attention}
 
 
 def keep_freed_memory():

@@ -23,6 +23,7 @@ from support.classes import class_numbers
 from support.cli import BadInput, say, watch
 from support.cpu import keep_freed_memory
 from support.methods import VP, PublishedDenoiser, flow_constants
+from support.networks import in_bfloat16
 from support.processes import cores_of_rank, fast_bf16
 from support.published import OFFICIAL, OFFICIAL_BY_SIZE
 from support.seeds import step_seed
@@ -123,6 +124,7 @@ class Flow:
     eta: float = 0.0                  # fresh noise of ddim
     seed: int = 0
     bf16: bool = False                # autocast to bfloat16, but never under rk45
+    compiled: bool = False            # by torch.compile
     classes: tuple = ()               # the labels of images 0, 1, ..., in turn; () for none
 
     # ------------------------------------------------------------ where the images start
@@ -220,6 +222,14 @@ class Flow:
 
     # ------------------------------------------------------------ following it
 
+    @functools.cached_property
+    def net_in_bf16(self):
+        """The network for calls in bfloat16, whose weights are cast once for all images."""
+        net = in_bfloat16(self.net)
+        if self.compiled:
+            net.compile()
+        return net
+
     @torch.no_grad()
     def follow(self, x, device, indices=(), up=False, callback=None, kept=None):
         """x (b, C, H, W) from z_max down to z_min (and z = 0), or up -> (x, network calls).
@@ -233,13 +243,14 @@ class Flow:
         z_from, z_to = (self.z_min, self.z_max) if up else (self.z_max, z_last)
         wide = isinstance(self.net, (pfgm.ExactField, PublishedDenoiser)) and device.type != 'mps'
         x = pfgm.sent(x.to(torch.float64 if wide else torch.float32), device)
-        net = self.net
+        fixed = self.solver != 'rk45'
+        bf16 = self.bf16 and fixed  # the tolerance of rk45 is finer than bfloat16
+        net = self.net_in_bf16 if bf16 else self.net
         options = dict(gamma=self.gamma, z_exp=self.z_exp, small_z=self.small_z,
                        guidance=self.guidance)
         if kept is not None:
             net = restoring(net, options, kept, x / self.z_max)
             options = dict(z_exp=0.0)
-        fixed = self.solver != 'rk45'
         if not fixed:
             schedule = None
         elif up:
@@ -248,7 +259,6 @@ class Flow:
             schedule = self.net.planes
         else:
             schedule = self.chosen_schedule()
-        bf16 = self.bf16 and fixed  # the tolerance of rk45 is finer than bfloat16
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         try:
             with autocast, following(z_from, z_to, callback) as noted:
@@ -298,7 +308,7 @@ class Flow:
         """All that its images depend on but for the network's weights and the images of `source`: a
         dict that json can write."""
         names = [field.name for field in dataclasses.fields(self)]
-        left_out = ('net', 'source', 'data')
+        left_out = ('net', 'source', 'data', 'compiled')
         values = {name: getattr(self, name) for name in names if name not in left_out}
         values.update(schedule=self.chosen_schedule(), classes=list(self.classes))
         return self.without_unused(values)
@@ -373,7 +383,8 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
                    dataset=flags.get('dataset'), data=flags.get('data'),
                    class_names=flags.get('class_names'),
                    solver=solver, nfe=nfe, tol=tol, schedule=schedule, to_data=to_data,
-                   z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16)
+                   z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16,
+                   compiled=compiled)
     flow.z_min = z_min or flow.z_min
     if flags.get('source'):
         flow.source = charges_of(images_to_start_from(flags, source, source_flag, data_dir),

@@ -1,11 +1,14 @@
 """A UNet from the flags and the tensors of a checkpoint, which are checked before anything is
 built. You need not read it to understand the method.
 """
+import copy
+
 import torch
+import torch.nn as nn
 
 from support.cli import BadInput, CLASS_LIMIT, SIZE_LIMIT
 from support.cpu import speed_up
-from unet import UNet
+from unet import GroupNorm, UNet
 
 ARCHITECTURE = ('image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'dropout',
                 'classes', 'patch', 'ncsnpp', 'label_first')  # the flags that UNet() takes
@@ -71,6 +74,27 @@ def build(state, flags, path):
     check_shapes(net.state_dict(), state, path)
     net.load_state_dict(state, assign=True)
     return speed_up(net).eval()
+
+
+def in_bfloat16(net):
+    """A copy of a network, for calls under autocast to bfloat16, whose UNet has its weights cast
+    already. Autocast itself casts weights without a gradient anew in every call.
+
+    The last layers of a UNet stay float32, and so do the group norms on a CPU, whose kernel takes
+    them beside an input in bfloat16."""
+    shared = {id(t): t for t in (*net.parameters(), *net.buffers())}  # of both, until cast
+    net = copy.deepcopy(net, shared)
+    for whole in net.modules():
+        if not isinstance(whole, UNet):
+            continue
+        for layer in whole.modules():
+            is_product = isinstance(layer, (nn.Conv2d, nn.Linear))
+            is_norm = isinstance(layer, GroupNorm) and layer.weight.device.type != 'cpu'
+            if layer in (whole.norm_out, whole.conv_out) or not (is_product or is_norm):
+                continue
+            for name, p in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(p.to(torch.bfloat16), requires_grad=False))
+    return net
 
 
 def for_classes(saved, count):

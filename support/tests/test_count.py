@@ -4,9 +4,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import pfgm
 from support import count
 from support.count import pretended_gpu
+from support.flow import Flow
 from support.tests.common import close, randn, seeded
+from unet import UNet
 
 
 @pytest.fixture(scope='module')
@@ -147,3 +150,32 @@ def test_backward__has_the_gradients_of_pytorch():
     count.backward(loss())
     for p, gradient in zip(net.parameters(), expected):
         close(p.grad, gradient, rtol=1e-12)
+
+
+# ---------------------------------------------------------------- of the network
+
+@pytest.fixture(scope='module')
+def small(gpu):
+    """A UNet with all its kinds of layers, on the GPU."""
+    net = UNet(16, 3, 32, (1, 2), 1, (8,)).eval()
+    return net.to('cuda', memory_format=torch.channels_last)
+
+
+def test_unet__in_bfloat16_moves_hardly_any_float32(gpu, small):
+    x, z = on_gpu(8, 3, 16, 16), on_gpu(8)
+    with gpu.counting() as counts, torch.autocast('cuda', torch.bfloat16), torch.no_grad():
+        v_x, _ = small(x, z)
+    assert v_x.dtype == torch.float32
+    assert counts.activation_casts == 3  # x and the embedding at the beginning, h at the end
+    weights = 6 * sum(p.numel() for p in small.parameters())  # are read and written once
+    assert counts.float32_bytes - weights < 0.05 * (counts.bytes - weights)
+
+
+def test_follow__in_bfloat16_casts_each_weight_once(gpu, small):
+    flow = Flow(pfgm.PFGM(small).eval(), (3, 16, 16), 1.0, 1e-3, 40.0, 3e3, 5.0, 5.0, nfe=3,
+                solver='euler', bf16=True)
+    x = flow.prior(range(8))
+    with gpu.counting() as counts:
+        _, calls = flow.follow(x, torch.device('cuda', 0), range(8))
+    weights = len(list(small.parameters())) - 4  # the last two layers are float32
+    assert (calls, counts.weight_casts) == (3, weights)

@@ -33,6 +33,20 @@ def test_build__gives_the_network_of_the_tensors():
         close(ours.detach(), wanted.detach(), atol=1e-5)
 
 
+def test_in_bfloat16__gives_the_numbers_of_autocast_which_casts_the_weights_itself():
+    net = networks.speed_up(random_net(attn=[8])).requires_grad_(False)
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    cast = networks.in_bfloat16(net)
+    x, z = torch.randn(2, 1, 8, 8, generator=seeded()), torch.tensor([1.0, 2.0])
+    with torch.autocast('cpu', torch.bfloat16):
+        for ours, wanted in zip(cast(x, z), net(x, z)):
+            assert torch.equal(ours, wanted) and ours.dtype == torch.float32
+    assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
+    float32 = {name.split('.')[-2] for name, p in cast.named_parameters()
+               if p.dtype == torch.float32}
+    assert float32 == {'norm', 'norm1', 'norm2', 'norm_out', 'conv_out'}  # on a CPU
+
+
 def test_build__names_the_tensors_that_do_not_fit():
     state = random_net().state_dict()
     state['other'] = state.pop('conv_in.weight')
