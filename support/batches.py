@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pfgm import sent
 from support.cli import BadInput
-from support.images import read_batches, to_float
+from support.images import move, read_batches, to_float
 from support.seeds import step_seed
 
 
@@ -57,7 +57,7 @@ def charges_of(images, flag, device='cpu', mirror=False, dtype=torch.float32):
     of `flag`, where they do not fit in memory."""
     images.hold()
     if images.pixels is not None:
-        images.move_to(device)
+        move(images, device)
     if images.pixels is None or images.pixels.device.type != torch.device(device).type:
         raise BadInput(f'{flag}: {len(images)} images of {images.name} do not fit in memory')
     return Charges(images.pixels, mirror, dtype, images.name)

@@ -432,17 +432,6 @@ class Images(torch.utils.data.Dataset):
         self.pixels = torch.from_numpy(pixels)
         self.entries = None
 
-    def move_to(self, device):
-        """Let the `pixels` that are in memory go to the device and stay there, but for those that
-        would take more than half of what a GPU has free."""
-        device = torch.device(device)
-        size = self.pixels.numel()
-        if self.pixels.device.type == 'cpu' and device.type == 'cuda' and size > MEMORY_LIMIT:
-            free, _ = torch.cuda.mem_get_info(device)
-            if size > free / 2:
-                return
-        self.pixels = self.pixels.to(device)
-
     def rows(self, indices):
         """uint8 (b, C, S, S), the images `indices` of an array that is_as_wanted(), without a
         decoder."""
@@ -531,6 +520,18 @@ class Images(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------- reading a set
 
+def move(images, device):
+    """Let the pixels of Images that are in memory go to the device and stay there, but for those
+    that would take more than half of what a GPU has free."""
+    device = torch.device(device)
+    size = images.pixels.numel()
+    if images.pixels.device.type == 'cpu' and device.type == 'cuda' and size > MEMORY_LIMIT:
+        free, _ = torch.cuda.mem_get_info(device)
+        if size > free / 2:
+            return
+    images.pixels = images.pixels.to(device)
+
+
 def read_batches(images, indices, device='cpu', workers=0):
     """Yields uint8 (b, C, S, S) on `device` for each 1-D int64 CPU tensor of `indices`, in order.
 
@@ -538,7 +539,7 @@ def read_batches(images, indices, device='cpu', workers=0):
     by `workers` processes, or in this one if there are 0. Raises BadInput as Images.decode() does,
     and where such a process ends."""
     if images.pixels is not None:
-        images.move_to(device)
+        move(images, device)
         place = images.pixels.device
         for index in indices:
             yield sent(images.pixels[sent(index, place)], device)

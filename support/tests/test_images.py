@@ -15,7 +15,7 @@ from support import foreign, waiting
 from support import images as images_module
 from support.batches import charges_of
 from support.cli import BadInput
-from support.images import chosen_indices, mean_norm, read_batches, to_float
+from support.images import chosen_indices, mean_norm, move, read_batches, to_float
 from support.sets import load_images
 from support.tests.common import close, seeded
 from support.tests.made import encoded, encrypted, picture, shows, zipped
@@ -228,13 +228,13 @@ def test_hold__a_set_of_more_than_half_of_the_free_memory_stays_on_disk_and_a_li
 
 
 @pytest.mark.parametrize('free, moves', [(3839, False), (3840, True)])
-def test_move_to__a_gpu_takes_what_fills_half_of_its_free_memory(folder, monkeypatch, free, moves):
+def test_move__a_gpu_takes_what_fills_half_of_its_free_memory(folder, monkeypatch, free, moves):
     monkeypatch.setattr(images_module, 'MEMORY_LIMIT', 0)
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, 2 * free))
     images = load_images(folder)
     images.hold()
     with patch.object(torch.Tensor, 'to') as to:
-        images.move_to('cuda')
+        move(images, 'cuda')
     assert to.called == moves
 
 
