@@ -1,4 +1,6 @@
 """What the counts of a GPU's work count."""
+import math
+
 import pytest
 import torch
 import torch.nn as nn
@@ -6,8 +8,11 @@ import torch.nn.functional as F
 
 import pfgm
 from support import count
+from support.batches import training_batches
+from support.bench import BlankImages
 from support.count import pretended_gpu
 from support.flow import Flow
+from support.run import Meter
 from support.tests.common import close, randn, seeded
 from unet import UNet
 
@@ -179,3 +184,41 @@ def test_follow__in_bfloat16_casts_each_weight_once(gpu, small):
         _, calls = flow.follow(x, torch.device('cuda', 0), range(8))
     weights = len(list(small.parameters())) - 4  # the last two layers are float32
     assert (calls, counts.weight_casts) == (3, weights)
+
+
+# ---------------------------------------------------------------- what must not wait
+
+@pytest.mark.parametrize('classes', [0, 10])
+def test_training_batches__and_meter_make_no_step_wait_for_a_gpu(gpu, classes):
+    images = BlankImages(40)
+    images.labels = torch.arange(40) % 10
+    device = torch.device('cuda', 0)
+    flow = pfgm.PFGM(nn.Identity())
+    meter = Meter(device)
+    batches = training_batches(images, 8, 16, 0, 0, flip=True, classes=classes, workers=0,
+                               device=device, rank=0, world=1)
+    for step in range(1, 5):  # of which the second begins an epoch
+        with gpu.counting() as counts:
+            batch = next(batches)
+            moved, z = flow.perturb(batch.clean, batch.generator)
+            target, _ = flow.target(moved, z, batch.clean, batch.charges, batch.among)
+            meter.observe(step, z, (moved - target).square().flatten(1).mean(1), z.mean())
+        assert step == 1 or counts.syncs == []
+        assert step == 1 or counts.copies == 1 + bool(classes)  # indices, and labels
+
+
+@pytest.mark.parametrize('solver, eta', [('unipc', 0), ('dpm3m', 0), ('euler', 0), ('heun', 0),
+                                         ('ddim', 1), ('renew', 0)])
+def test_follow__makes_no_step_of_a_solver_wait_for_a_gpu(gpu, solver, eta):
+    waits = []
+
+    def net(x, z, labels):
+        waits.append(gpu.counts.syncs)
+        gpu.counts = count.Counts()
+        return -x, -z
+
+    flow = Flow(net, (1, 4, 4), math.inf, 1e-3, 80.0, None, 0.0, None, solver=solver, eta=eta,
+                nfe=6, classes=(0, 1))
+    with gpu.counting():
+        flow.follow(flow.prior(range(4)), torch.device('cuda', 0), range(4))
+    assert waits[1:] == [[], [], [], [], []]
