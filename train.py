@@ -2,7 +2,7 @@
 
     python train.py                                # digits drawn on the spot, 3 minutes on 2 cores
     python train.py --dataset photos/              # a folder, .zip, .npy or .npz of images
-    torchrun --nproc_per_node=8 train.py --dataset cifar10         # the published CIFAR-10 run
+    torchrun --nproc_per_node=8 train.py --dataset cifar10 --compile   # the published CIFAR-10 run
 
 Writes ckpt.pt, log.jsonl and sample grids to --out_dir; the same command again goes on from there.
 The equations of PFGM, arXiv 2209.11178, are in pfgm.py and the network is in unet.py; the step that
@@ -167,8 +167,10 @@ def parse_args(argv=None):
                           help='on a GPU the same numbers each time, by slower kernels')
     training.add_argument('--bf16', action=yes_or_no,
                           help='bfloat16 autocast (default: where it is fast)')
-    training.add_argument('--compile', action=yes_or_no, default=False,
-                          help='torch.compile the network')
+    training.add_argument('--compile', nargs='?', const='default',
+                          choices=('default', 'reduce-overhead'),
+                          help='torch.compile the network, in this mode of it: reduce-overhead '
+                          'makes CUDA graphs, for few images a GPU (default: off)')
     training.add_argument('--timeout', type=above(0), default=600.0,
                           help='seconds after which a silent process ends the job')
 
@@ -409,9 +411,11 @@ def main(args):
 
     # the network, as the flow that it stands for
     raw, ema = networks(flags, origin, device)
-    flow = as_flow(torch.compile(raw) if args.compile else raw, flags)
+    flow = as_flow(raw, flags)
     net = flow
-    if world > 1:
+    if args.compile:
+        flow.compile(mode=args.compile)
+    if world > 1:  # a compiled flow is split where gradients are sent, which goes on beside it
         net = torch.nn.parallel.DistributedDataParallel(flow)
 
     # the optimizer, and the random state of dropout
@@ -479,7 +483,8 @@ def main(args):
         weight = flow.weight(moved, z)                               # (b,)
         if args.consistency:
             stage = 1 + 8 * (step - 1) // args.steps                 # the levels come closer
-            clean, share = students.at_lower_level(flow, clean, moved, z, labels, stage)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                clean, share = students.at_lower_level(flow, clean, moved, z, labels, stage)
             charges = None
             weight = weight / (1 - share)
 

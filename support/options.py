@@ -207,6 +207,9 @@ def check_batches(flags, given, world):
         raise BadInput(f'{given["z_min"]}: must be below z_max, {z_max:.4g}')
     if z_min >= z_max:
         raise BadInput(f'{given["z_max"]}: must be above z_min, {z_min:.4g}')
+    if flags['compile'] == 'reduce-overhead' and flags['accum'] > 1:
+        raise BadInput(f'{given["compile"]}: its CUDA graphs write each gradient over the last, so '
+                       'that they cannot add up; leave out --accum, or give --compile alone')
     batch_size = flags['batch_size']
     if batch_size % (world * flags['accum']):
         typed = given.get('batch_size', given.get('accum', f'{world} processes'))

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 
+import pfgm
 import unet
 from support import networks
 from support.cli import BadInput
@@ -45,6 +46,25 @@ def test_in_bfloat16__gives_the_numbers_of_autocast_which_casts_the_weights_itse
     float32 = {name.split('.')[-2] for name, p in cast.named_parameters()
                if p.dtype == torch.float32}
     assert float32 == {'norm', 'norm1', 'norm2', 'norm_out', 'conv_out'}  # on a CPU
+
+
+@pytest.mark.slow  # TorchDynamo's import alone takes seconds
+def test_flow__compiled_is_one_graph_in_training_and_one_in_sampling():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net = networks.speed_up(random_net(attn=[8], dropout=0.1))
+    flow = pfgm.PFGM(net.to(memory_format=torch.channels_last), skip=True)
+    flow.compile(backend=backend, fullgraph=True)  # an error where the graph would break
+    for training in (True, False):
+        flow.train(training)
+        for _ in range(2):
+            with torch.autocast('cpu', torch.bfloat16), torch.set_grad_enabled(training):
+                flow(torch.ones(2, 1, 8, 8), torch.ones(2))
+        assert len(graphs) == 2 - training
 
 
 def test_build__names_the_tensors_that_do_not_fit():

@@ -110,6 +110,7 @@ def test_fill__takes_all_images_as_charges_where_field_batch_would_not_be_fewer(
     ('--z_min 41', '--z_min 41: must be below z_max, 40'),
     ('--z_max 1e-4', '--z_max 1e-4: must be above z_min, 0.001'),
     ('--accum 3', '--accum 3: the 128 points of a step must be a multiple of 2 processes x 3 pa'),
+    ('--compile reduce-overhead --accum 2', '--compile reduce-overhead: its CUDA graphs write each'),
     ('--batch_size 3', '--batch_size 3: the 3 points of a step must be a multiple of 2 processes'),
     ('--field_batch 127', '--field_batch 127: the 128 points of a step are among its 127 charges'),
     ('--batch_size 8192', '--batch_size 8192: the 8192 points of a step are among its 4096 charge'),

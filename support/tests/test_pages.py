@@ -107,6 +107,7 @@ def newcomer(here, few_glyphs, monkeypatch):
             'support.bench.FLOAT64_SIDE': 64,
             'support.bench.BFLOAT16_SIDE': 64,  # minutes where a CPU has no bfloat16
             'support.bench.median_seconds': functools.partial(bench.median_seconds, repeats=1),
+            'torch.nn.Module.compile': lambda net, mode: None,  # a minute each
             'support.judge.JUDGE_STEPS': 2,
             'support.inception.POOL': 32,
             'support.inception.inception_features': tiny_features,

@@ -8,7 +8,7 @@ import torch
 
 import pfgm
 import train
-from support import checkpoint
+from support import checkpoint, methods
 from support.batches import image_order
 from support.images import to_float
 from support.methods import as_flow
@@ -18,6 +18,7 @@ from support.sets import load_images
 from support.tests.common import (TINY, TINY_PP, close, loaded, losses, refuses, rows_of, said,
                                   script)
 from support.tests.made import classes_of, picture
+from unet import UNet
 
 
 # ---------------------------------------------------------------- presets
@@ -270,6 +271,26 @@ def test_step__of_a_denoiser_weighs_the_error_as_edm(tmp_path):
 
 
 # ---------------------------------------------------------------- runs on labels
+
+def test_step__calls_the_network_in_autocast_and_compiled_as_a_whole(straight, tmp_path,
+                                                                     monkeypatch):
+    calls = []
+    compiled = []
+    forward = UNet.forward
+
+    def noted(net, x, z, *labels):
+        calls.append((net.training, torch.is_autocast_enabled('cpu')))
+        return forward(net, x, z, *labels)
+
+    monkeypatch.setattr(UNet, 'forward', noted)
+    monkeypatch.setattr(torch.nn.Module, 'compile',
+                        lambda module, mode: compiled.append((type(module), mode)))
+    command = [word for word in TINY_PP if word not in ('--no-bf16', '--no-classes')]
+    script(['train.py', *command, '--bf16', '--classes', '--consistency', '--init_from', straight,
+            '--compile', 'reduce-overhead', '--steps', 1, '--out_dir', tmp_path])
+    assert calls == [(False, True), (True, True)]  # for the target of consistency, and to learn
+    assert compiled == [(methods.RectifiedFlow, 'reduce-overhead')]
+
 
 def test_train__on_classes_by_name_goes_on_where_the_data_moved(tmp_path):
     photos = classes_of(tmp_path / 'photos', '2', '10', 'cat')
