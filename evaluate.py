@@ -227,13 +227,13 @@ def number_of_samples(n, wanted, images, flows):
     return n
 
 
-def generated(flow, n, machine, calls):
-    """This rank's share of n samples of a flow, uint8 (b, C, H, W) a batch. How many network calls
-    each batch took is appended to the list `calls`."""
+def generated(flow, n, machine, calls, batch_size):
+    """This rank's share of n samples of a flow, uint8 (b, C, H, W) a batch, made batch_size at a
+    time. How many network calls that took is appended to the list `calls`."""
     indices = list(share_of_rank(n, machine.rank, machine.world))
-    for _, x, nfe in flow.images(indices, machine.batch_size, machine.device, machine.rank):
+    for _, x, nfe in flow.images(indices, batch_size, machine.device, machine.rank):
         calls.append(nfe)
-        yield to_uint8(x)
+        yield from to_uint8(x).split(machine.batch_size)
 
 
 # ---------------------------------------------------------------- measure
@@ -243,6 +243,7 @@ class Plan(NamedTuple):
     asked: list                # names of metrics
     n_bpd: int                 # images of --bpd
     n_lines: int               # lines of --straightness
+    batch_size: Optional[int]  # of samples; None: as is best
     repeats: int               # of --bpd
     bpd_tol: float
     solvers: Optional[list]    # of a sweep; None: as is best
@@ -342,7 +343,10 @@ def measure_point(name, flow, subjects, reference, plan, machine):
     if flow is None:
         batches = read_chosen(subjects.images, subjects.n, machine, 'samples')
     else:
-        batches = generated(flow, subjects.n, machine, calls)
+        batch_size = machine.batch_size
+        if plan.batch_size is None and flow.solver != 'rk45':  # whose calls are those of its batch
+            batch_size = flow.batch_size(machine.device)
+        batches = generated(flow, subjects.n, machine, calls, batch_size)
     keep = needs(of_samples(plan.asked))
     if plan.compares:
         keep.add('pixels')
@@ -438,7 +442,7 @@ def main(args):
     fill_output(args)
     device, rank, world = setup(args.device, float64=args.exact,
                                 deterministic=args.deterministic)
-    machine = Machine(device, rank, world, args.batch_size, args.workers)
+    machine = Machine(device, rank, world, args.batch_size or 64, args.workers)
 
     # what is measured: images that are given, or those of flows
     flows = {}
@@ -486,7 +490,7 @@ def main(args):
         n_bpd = min(n_bpd, 256)
     record = functools.partial(record_result, args.results, device=device, world=world,
                                seed=args.seed)
-    plan = Plan(asked, n_bpd, n_lines, args.repeats, args.bpd_tol, args.solvers,
+    plan = Plan(asked, n_bpd, n_lines, args.batch_size, args.repeats, args.bpd_tol, args.solvers,
                 bool(args.compare), args.classes, args.seed, args.out, record)
     points = []
     for name, flow in (flows or {'': None}).items():

@@ -437,9 +437,11 @@ def main(args):
         n = min(64, len(flow.source))
     elif flow.source is not None and n > len(flow.source):
         say(f'--n {n}: there are {len(flow.source)} images to start from, so these come again')
+    batch_size = args.batch_size or flow.batch_size(device)
     say(flow.headline())
     if args.verbose:
-        say('  '.join(f'{name} {value}' for name, value in flow.settings().items()
+        settings = dict(flow.settings(), batch_size=batch_size)
+        say('  '.join(f'{name} {value}' for name, value in settings.items()
                       if value is not None))
 
     if args.encode:
@@ -449,14 +451,14 @@ def main(args):
         pictures = load_pictures(args.inpaint, args.data_dir, size, C, RESTORED, flag='--inpaint')
         masks = load_masks(args.mask, pictures, args.data_dir).to(device)
         parts = [outside_mask(kept) for kept in masks]
-        return restore(flow, pictures, parts, args.n or 8, args.out, args.batch_size, device)
+        return restore(flow, pictures, parts, args.n or 8, args.out, batch_size, device)
     if args.colorize:
         if C == 1:
             raise BadInput(f'--colorize {args.colorize}: the images of this network are grey')
         pictures = load_pictures(args.colorize, args.data_dir, size, C, RESTORED,
                                  flag='--colorize')
         parts = [grey for _ in pictures.places]
-        return restore(flow, pictures, parts, args.n or 8, args.out, args.batch_size, device)
+        return restore(flow, pictures, parts, args.n or 8, args.out, batch_size, device)
     if mode == 'gif':
         return write_gif(flow, n, args.out, device)
 
@@ -469,7 +471,7 @@ def main(args):
         rows = between_draws(flow, n)
     if rows is not None:
         n = len(rows.starts)
-    write_images(flow, n, args.out, args.batch_size, device, rank, world, rows, data)
+    write_images(flow, n, args.out, batch_size, device, rank, world, rows, data)
 
 
 if __name__ == '__main__':

@@ -126,6 +126,7 @@ class Flow:
     bf16: bool = False                # autocast to bfloat16, but never under rk45
     compiled: bool = False            # by torch.compile
     classes: tuple = ()               # the labels of images 0, 1, ..., in turn; () for none
+    image_bytes: int = 32 << 20       # about what the network takes of memory for an image
 
     # ------------------------------------------------------------ where the images start
 
@@ -275,6 +276,21 @@ class Flow:
             raise BadInput(f'--ckpt: the network leads to images that are not finite; {DIVERGED}')
         return x, nfe
 
+    def batch_size(self, device):
+        """How many images to make at a time: a power of 2, as many as take 2 GB or, of a GPU, half
+        of what is free. Beyond 256, or on a GPU 1024, no more is gained. But for rounding images do
+        not depend on it, except by the published RK45, whose steps the whole batch shares."""
+        if self.solver == 'rk45' and self.small_z == 'official':
+            return 64
+        memory = 2 << 30
+        most = 256
+        if device.type == 'cuda':
+            free, _ = torch.cuda.mem_get_info(device)
+            memory = free // 2
+            most = 1024
+        fits = min(max(memory // self.image_bytes, 1), most)
+        return 2 ** (fits.bit_length() - 1)
+
     def images(self, indices, batch_size, device, rank=0):
         """Make the images `indices`, and yield (indices, x (b, C, H, W), network calls) a batch at
         a time. Rank 0 says how far it has come."""
@@ -308,7 +324,7 @@ class Flow:
         """All that its images depend on but for the network's weights and the images of `source`: a
         dict that json can write."""
         names = [field.name for field in dataclasses.fields(self)]
-        left_out = ('net', 'source', 'data', 'compiled')
+        left_out = ('net', 'source', 'data', 'compiled', 'image_bytes')
         values = {name: getattr(self, name) for name in names if name not in left_out}
         values.update(schedule=self.chosen_schedule(), classes=list(self.classes))
         return self.without_unused(values)
@@ -335,6 +351,10 @@ def flow_of(net, flags, **more):
     """The Flow of a network with the mapping of train.py's flags that it was trained with, or
     constants that stand for them; more: other fields of Flow."""
     size = flags['image_size']
+    if 'nf' in flags:  # of a U-Net, whose first level is the largest in memory
+        channels = flags['nf'] * flags['ch_mult'][0]
+        pixels = (size // flags.get('patch', 1)) ** 2
+        more.update(image_bytes=80 * channels * pixels)  # measured: 20 activations in float32
     return Flow(net, (flags['channels'], size, size), flags['D'], flags['z_min'], flags['z_max'],
                 flags['upper_norm'], flags['z_exp'], flags['gamma'], method=flags.get('method'),
                 class_count=flags['classes'], classes=tuple(range(flags['classes'])), **more)

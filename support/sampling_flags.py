@@ -79,8 +79,10 @@ def flow_flags(p):
     machine = p.add_argument_group('the machine')
     machine.add_argument('--device', default='auto',
                          help='auto, cpu, cuda, cuda:1 or mps (default: auto)')
-    machine.add_argument('--batch_size', type=above(0, int), default=64,
-                         help='images at a time (default: 64)')
+    machine.add_argument('--batch_size', type=above(0, int), default=None,
+                         help='images at a time (default: as many as fit in 2 GB, or in half of '
+                         'the free memory of a GPU, up to 256, or 1024; of what is not sampled, '
+                         'and of rk45 in evaluate.py, 64)')
     machine.add_argument('--bf16', action=yes_or_no, default=None,
                          help='bfloat16 autocast (default: where it is fast, not for official '
                          'checkpoints; never with rk45)')

@@ -71,6 +71,17 @@ def test_noise_of__an_image_is_drawn_alone_or_by_several_threads(D, cores, monke
         assert torch.equal(together[i:i + 1], alone)
 
 
+@pytest.mark.parametrize('device, free, fields, batch_size', [
+    ('cpu', 0, dict(image_bytes=1 << 20), 256), ('cpu', 0, dict(image_bytes=32 << 20), 64),
+    ('cpu', 0, dict(image_bytes=3 << 30), 1),
+    ('cuda', 80 << 30, dict(image_bytes=10 << 20), 1024),
+    ('cuda', 8 << 30, dict(image_bytes=10 << 20), 256),
+    ('cuda', 80 << 30, dict(solver='rk45', small_z='official'), 64)])
+def test_batch_size__is_what_fits_in_memory(device, free, fields, batch_size, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, 80 << 30))
+    assert flow_without_network(**fields).batch_size(torch.device(device)) == batch_size
+
+
 def test_ending__is_the_plane_of_the_last_call_before_z_0():
     flow = flow_without_network(solver='unipc', nfe=10)
     assert flow.ending() == (True, 25 / 10 ** 3)  # solvers.last_plane()

@@ -282,7 +282,8 @@ def test_restore__refuses_flags_that_do_not_fit(ambiguous):
 def test_main__says_the_flow_in_one_line_and_the_rest_with_verbose(trained, here):
     command = ['sample.py', '--ckpt', trained, *'--device cpu --n 1 --nfe 3'.split()]
     assert said(command).splitlines()[0] == 'pfgm, D 1, unipc, 3 network calls an image, seed 0'
-    assert 'z_max 3' in said([*command, '--verbose']).splitlines()[1]
+    words = said([*command, '--verbose']).splitlines()[1]
+    assert 'z_max 3' in words and 'batch_size 256' in words
 
 
 def test_encode__says_that_its_error_comes_of_few_calls(trained, here):
