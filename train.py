@@ -498,10 +498,11 @@ def main(args):
             part = slice(first, first + part_size)
             is_last = part.stop == len(z)                            # ranks add up gradients then
             sync = contextlib.nullcontext() if is_last or world == 1 else net.no_sync()
-            with sync, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                field = net(moved[part], z[part], *[label[part] for label in labels])
-                target = (target_x[part], target_z[part])
-                loss = pfgm.field_loss(field, target, weight[part], args.loss)
+            with sync:
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                    field = net(moved[part], z[part], *[label[part] for label in labels])
+                    target = (target_x[part], target_z[part])
+                    loss = pfgm.field_loss(field, target, weight[part], args.loss)
                 (loss.mean() / args.accum).backward()
             losses.append(loss.detach())
 

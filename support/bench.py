@@ -341,7 +341,7 @@ def training_counts(gpu, images, batch_size, field_batch):
             target = flow.target(moved, z, batch.clean, batch.charges)
             with torch.autocast('cuda', torch.bfloat16):
                 loss = pfgm.field_loss(flow(moved, z), target, weight)
-                loss.mean().backward()
+            loss.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             opt.step()
             opt.zero_grad(set_to_none=True)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -347,8 +348,11 @@ def pretended_gpu():
         _lazy_init=nothing, set_device=nothing, synchronize=nothing, manual_seed=nothing,
         manual_seed_all=nothing, set_rng_state=nothing, empty_cache=nothing,
         reset_peak_memory_stats=nothing)
-    with gpu.fake, patch.multiple(torch.cuda, **replaced), gpu, Functions(gpu), \
-            patch.object(torch, 'Generator', generator):
+    with (gpu.fake, patch.multiple(torch.cuda, **replaced), gpu, Functions(gpu),
+          patch.object(torch, 'Generator', generator),
+          # PyTorch clips all gradients by one operation where they are of these types.
+          patch.object(_foreach_utils, '_foreach_supported_types',
+                       [*_foreach_utils._foreach_supported_types, FakeTensor])):
         try:
             yield gpu
         finally:

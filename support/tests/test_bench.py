@@ -146,7 +146,10 @@ def test_counts__are_those_of_a_whole_step_and_of_one_call(networks):
     norms = [layer for layer in networks[0].modules() if isinstance(layer, torch.nn.GroupNorm)]
     assert step.operations['native_group_norm_backward'][0] == len(norms)
     assert step.flops > 2.9 * call.flops > 0
-    assert 0 < step.weight_casts <= 2 * parameters
+    assert 0 < step.weight_casts <= 2 * parameters  # their gradients are cast, too
+    assert call.weight_casts == 0
+    assert step.syncs == call.syncs == []
+    assert step.activation_casts < 20
 
 
 def test_training_work__makes_one_update_of_the_network_and_its_average(networks, monkeypatch):

@@ -96,6 +96,14 @@ def test_counts__of_a_convolution_include_copies_to_channels_last_and_its_bias(g
         assert counts.hidden_bytes == copied + 2 * size and y.stride() == last(x).stride()
 
 
+def test_counts__of_many_gradients_are_those_of_one_operation(gpu):
+    layers = nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]).to('cuda')
+    layers(on_gpu(1, 2)).sum().backward()
+    with gpu.counting() as counts:
+        nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
+    assert counts.operations['_foreach_norm'][0] == counts.operations['_foreach_mul_'][0] == 1
+
+
 # ---------------------------------------------------------------- copies, and where the CPU waits
 
 def test_counts__name_where_the_cpu_waits(gpu):

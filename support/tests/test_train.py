@@ -277,18 +277,26 @@ def test_step__calls_the_network_in_autocast_and_compiled_as_a_whole(straight, t
     calls = []
     compiled = []
     forward = UNet.forward
+    backward = torch.Tensor.backward
 
     def noted(net, x, z, *labels):
         calls.append((net.training, torch.is_autocast_enabled('cpu')))
         return forward(net, x, z, *labels)
 
+    def noted_backward(loss):
+        calls.append(('backward', torch.is_autocast_enabled('cpu')))
+        backward(loss)
+
     monkeypatch.setattr(UNet, 'forward', noted)
+    monkeypatch.setattr(torch.Tensor, 'backward', noted_backward)
     monkeypatch.setattr(torch.nn.Module, 'compile',
                         lambda module, mode: compiled.append((type(module), mode)))
     command = [word for word in TINY_PP if word not in ('--no-bf16', '--no-classes')]
     script(['train.py', *command, '--bf16', '--classes', '--consistency', '--init_from', straight,
             '--compile', 'reduce-overhead', '--steps', 1, '--out_dir', tmp_path])
-    assert calls == [(False, True), (True, True)]  # for the target of consistency, and to learn
+    # The target of consistency, and what is learned. A sum is float32 in a GPU's autocast, so that
+    # gradients would be cast there.
+    assert calls == [(False, True), (True, True), ('backward', False)]
     assert compiled == [(methods.RectifiedFlow, 'reduce-overhead')]
 
 
