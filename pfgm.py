@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.integrate
+import scipy.special
 import torch
 
 
@@ -604,14 +605,17 @@ class Denoiser(torch.nn.Module):
 
     The noise level is sigma = z / sqrt(D), and z for D = inf. At small D the noise has heavy tails,
     |x| can have any size, and no c_in of sigma alone bounds the input. So where |x| shows that the
-    noise is larger than z says, sigma is what |x| shows: sqrt((|x|^2 - N + z^2) / (N + D)), since
-    no data in [-1, 1] have |y|^2 > N. Then |c_in x|^2 < max(N / sigma_data^2, N + D). At D = inf
-    sigma is always EDM's own.
+    noise is larger than z says, sigma is what |x| shows: sqrt((|x|^2 - |y|^2 + z^2) / (N + D)) for
+    data of the mean norm |y| = `data_norm`. That must not be taken for noise which is the data's
+    own, where an image is brighter than the others. So sigma is at most the level that one draw in
+    a million has on this z, which for large D is hardly above z / sqrt(D).
 
-    mean, std: of ln sigma in training. only_z: every training step is made at this z, if given."""
+    data_norm: None means sqrt(N), the most that data in [-1, 1] have. mean, std: of ln sigma in
+    training. only_z: every training step is made at this z, if given."""
     low, high = 0.002, 80.0  # the noise levels where sampling ends and starts
 
-    def __init__(self, net, D=math.inf, sigma_data=0.5, mean=-1.2, std=1.2, only_z=None):
+    def __init__(self, net, D=math.inf, sigma_data=0.5, mean=-1.2, std=1.2, only_z=None,
+                 data_norm=None):
         super().__init__()
         self.net = net
         self.D = D
@@ -620,14 +624,19 @@ class Denoiser(torch.nn.Module):
         self.std = std
         self.only_z = only_z
         self.unit = unit(D)
+        self.data_norm = data_norm
 
     def sigma(self, x, z):
         """The noise level (B,) at (x, z)."""
         if self.D == math.inf:
             return z
         N = x[0].numel()
+        y2 = N if self.data_norm is None else self.data_norm ** 2
         r2 = x.flatten(1).square().sum(1) + z * z
-        return torch.maximum(z / self.unit, ((r2 - N) / (N + self.D)).clamp_min(0).sqrt())
+        shown = ((r2 - y2) / (N + self.D)).clamp_min(0).sqrt()
+        # x - y = z eps / sqrt(chi2_D), as in kernel(): a small chi2 is a large noise level.
+        chi2 = 2 * scipy.special.gammaincinv(self.D / 2, 1e-6)
+        return shown.clamp(z / self.unit, z / math.sqrt(chi2))
 
     def coefficients(self, sigma):
         """c_skip, c_out, c_in, c_noise, each (B,). EDM Table 1."""

@@ -454,6 +454,23 @@ def test_Denoiser__inputs_stay_bounded_under_heavy_tails(D):
     assert inputs[0].flatten(1).square().sum(1).max() <= 1.01 * max(4 * N, N + D)
 
 
+@pytest.mark.parametrize('D', [1, 2, 8, 128])
+def test_Denoiser__sigma_is_what_the_norm_shows(D):
+    y = torch.rand(4000, 3, 16, 16, generator=seeded(), dtype=F64) * 2 - 1  # all of about one norm
+    N = y[0].numel()
+    z = torch.full((4000,), 3.0, dtype=F64)
+    chi2 = 2 * torch._standard_gamma(torch.full_like(z, D / 2), generator=seeded(1))
+    true = z / chi2.sqrt()
+    x = y + pfgm.column(true, y) * torch.randn(y.shape, generator=seeded(2), dtype=F64)
+    flow = pfgm.Denoiser(Linear(), D, data_norm=(N / 3) ** 0.5)
+    close(flow.sigma(x, z), true.clamp_min(3 / D ** 0.5), rtol=0.35)
+    # An image that is much brighter than the others shows less noise than z may have, at most.
+    white, small = y.new_ones(1, 3, 16, 16), z[:1] / 3000
+    likely = 1e-3 / stats.chi2(D).ppf(1e-6) ** 0.5
+    shown = ((N - N / 3) / (N + D)) ** 0.5
+    close(flow.sigma(white, small), [min(likely, shown)], rtol=1e-5)
+
+
 @pytest.mark.parametrize('D', [4, math.inf])
 def test_Denoiser__draws_the_published_noise_levels(D):
     """EDM Table 1: ln sigma is normal, of mean -1.2 and deviation 1.2; sampling from 80 to 0.002."""

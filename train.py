@@ -217,6 +217,8 @@ def parse_args(argv=None):
                         help='added to the norm of the field (default: 5)')
     fields.add_argument('--sigma_data', type=above(0, below=1e3),
                         help='spread of the data, of pfgmpp (default: 0.5)')
+    fields.add_argument('--data_norm', type=above(0),
+                        help='mean norm of the images, of pfgmpp with a finite D')
     show_defaults(p, PRESETS.get(chosen.preset or chosen.dataset, {}))
     return p.parse_args(argv)
 

@@ -26,7 +26,7 @@ from support.networks import build, check_shapes, check_tensors
 from support.processes import run
 from support.published import NUMPY_NUMBERS, convert_official, holds_objects, read_edm
 from support.sets import is_same_set
-from support.unused import OF_ONE_METHOD, OF_PFGM, OF_PFGMPP
+from support.unused import OF_ONE_METHOD, OF_PFGM
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -169,8 +169,9 @@ RUN_FLAGS = dict(
     warmup=whole_number(0, 2 ** 31), ema_decay=number(0, 1),
     loss=lambda value: value in ('sum', 'mean'))
 
-# What only a run from a source, or of a student, needs to say.
-MODE_FLAGS = dict(source_data=optional(is_identity), guidance=optional(number(0, 1e3)))
+# What only a run from a source, of a student, or of a denoiser with a finite D needs to say.
+MODE_FLAGS = dict(source_data=optional(is_identity), guidance=optional(number(0, 1e3)),
+                  data_norm=optional(number(0, 1e9)))
 
 
 def check_contents(saved):
@@ -217,7 +218,7 @@ def check_flags(flags):
     if method == 'pfgm' and not official:
         needed = OF_PFGM
     elif method == 'pfgmpp':
-        needed = OF_PFGMPP
+        needed = ('sigma_data',)
     for key in needed:
         if flags.get(key) is None:
             raise ValueError(f'{key} is missing from its args')
@@ -231,8 +232,9 @@ def check_flags(flags):
 # What a network is, and what it stands for: the flags in which checkpoints that are averaged must
 # agree. Where some of them differ the tensors have the same shapes nevertheless.
 ALIKE = ('method', 'D', 'image_size', 'channels', 'nf', 'ch_mult', 'num_blocks', 'attn', 'classes',
-         'class_names', 'patch', 'ncsnpp', 'label_first', 'skip', 'sigma_data', 'gamma', 'M',
-         'sigma', 'tau', 'm_draws', 'z_max', 'upper_norm', 'z_exp', 'z_min', 'consistency')
+         'class_names', 'patch', 'ncsnpp', 'label_first', 'skip', 'sigma_data', 'data_norm',
+         'gamma', 'M', 'sigma', 'tau', 'm_draws', 'z_max', 'upper_norm', 'z_exp', 'z_min',
+         'consistency')
 
 
 def check_alike(flags, other, path, other_path):

@@ -156,7 +156,7 @@ def as_flow(net, flags):
     mean, std = -1.2, 1.2
     if flags.get('consistency'):  # which needs the high levels more
         mean, std = -1.1, 2.0
-    return kind(net, flags['D'], flags['sigma_data'], mean, std, only_z)
+    return kind(net, flags['D'], flags['sigma_data'], mean, std, only_z, flags.get('data_norm'))
 
 
 def flow_constants(images, name, sigma=0.01, tau=0.03, gamma=5.0, z_min=1e-3):

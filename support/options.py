@@ -8,6 +8,7 @@ import math
 import os
 
 from support.cli import BadInput, say
+from support.images import mean_norm
 from support.methods import as_flow, flow_constants
 from support.networks import ARCHITECTURE
 from support.published import OFFICIAL_BY_SIZE
@@ -15,7 +16,8 @@ from support.sets import is_same_set
 from support.students import method_of_student
 from support.unused import OF_ONE_METHOD, in_training, refuse
 
-BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp')  # the constants of methods.flow_constants()
+# The constants of methods.flow_constants(), and that of a Denoiser.
+BY_DATA = ('M', 'z_max', 'upper_norm', 'z_exp', 'data_norm')
 OF_FLOW = dict(sigma_data=0.5, sigma=0.01, tau=0.03, gamma=5.0)  # constants of any data
 
 # Flags that may change when a run is resumed. Of the first a line says that they have changed.
@@ -68,6 +70,8 @@ def fill(flags, preset, has_preset, images, origin):
         flow = as_flow(None, flags)
         default.update(field_batch=1, M=None, upper_norm=None, z_exp=0.0,
                        z_min=flow.low * flow.unit, z_max=flow.high * flow.unit)
+        if flags['method'] == 'pfgmpp' and flags['D'] != math.inf:
+            default['data_norm'] = mean_norm(images)
     if taken.get('D') == flags['D'] and taken['method'] in (flags['method'], 'pfgm'):
         default.update(constants_of(taken))
     if flags['method'] != 'pfgm':
@@ -171,7 +175,7 @@ def constants_of(taken):
     """The constants of the flow of a checkpoint with these flags."""
     if taken.get('official') and taken['image_size'] in OFFICIAL_BY_SIZE:
         return flow_constants(None, OFFICIAL_BY_SIZE[taken['image_size']])
-    return {key: taken[key] for key in (*BY_DATA, 'z_min') if key in taken}
+    return {key: taken[key] for key in (*BY_DATA, 'z_min') if taken.get(key) is not None}
 
 
 def class_count(flags, default, has_preset, images, origin):

@@ -54,7 +54,7 @@ def is_kept(dataset):
 
 # What one method or mode alone reads. Elsewhere a checkpoint keeps None for it.
 OF_PFGM = ('M', 'sigma', 'tau', 'gamma', 'skip', 'm_draws')
-OF_PFGMPP = ('sigma_data',)
+OF_PFGMPP = ('sigma_data', 'data_norm')
 OF_STUDENTS = ('pairs', 'guidance')
 OF_ONE_METHOD = (*OF_PFGM, *OF_PFGMPP, *OF_STUDENTS, 'flip')  # flip: not of students
 
@@ -74,6 +74,8 @@ def in_training(flags, given, images, origin):
         unused['z_exp'] = f'{with_method}, where v_z is exact'
     if method != 'pfgmpp':
         unused.update(dict.fromkeys(OF_PFGMPP, with_method))
+    elif flags['D'] == math.inf or flags['edm']:
+        unused['data_norm'] = 'where sigma is EDM\'s own'
     if flags['source']:
         unused['upper_norm'] = 'by a flow that starts from images'
 

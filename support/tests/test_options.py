@@ -15,7 +15,7 @@ from support.tests.made import classes_of, pictures
 
 
 class FakeImages:
-    """A data set that says of itself what options asks, and has no pixels."""
+    """A data set that says of itself what options asks, all black."""
     name = 'fake'
     labels = None
     pixels = None
@@ -28,6 +28,9 @@ class FakeImages:
 
     def __len__(self):
         return self.count
+
+    def __getitem__(self, indices):
+        return torch.zeros(len(indices), self.channels, *[self.image_size] * 2, dtype=torch.uint8)
 
 
 def filled(images, *words, preset='cifar10', world=1):
@@ -62,12 +65,13 @@ def test_fill__gives_pfgmpp_the_noise_levels_of_edm_and_no_charges(preset):
     assert flags['field_batch'] == 1 and flags['M'] is None and flags['upper_norm'] is None
     assert flags['z_min'] == pytest.approx(0.002 * 2048 ** 0.5)
     assert flags['z_max'] == pytest.approx(80 * 2048 ** 0.5)
+    assert flags['data_norm'] == pytest.approx(3072 ** 0.5)  # of images that are all black
 
 
 def test_fill__leaves_no_flag_open_but_those_that_say_no():
     flags = filled(FakeImages(32))
-    may_be_none = {'source', 'reflow', 'distill', 'init_from', 'bf16'}  # bf16: by the device
-    may_be_none |= {'sigma_data', 'pairs', 'guidance'}                  # of other methods
+    may_be_none = {'source', 'reflow', 'distill', 'init_from', 'bf16', 'compile'}  # by the device
+    may_be_none |= {'sigma_data', 'data_norm', 'pairs', 'guidance'}  # of other methods
     assert {key for key, value in flags.items() if value is None} == may_be_none
 
 

@@ -435,7 +435,7 @@ TRAIN_FLAGS = dict(
     patch='--patch 2', label_first=either('label_first'), skip=either('skip'), muon=either('muon'),
     decay='--decay 0.5', loss='--loss mean', m_draws='--m_draws 2', M='--M 20', z_max='--z_max 30',
     upper_norm='--upper_norm 7', z_exp='--z_exp 0.5', z_min='--z_min 0.1', sigma='--sigma 0.1',
-    tau='--tau 0.1', gamma='--gamma 2', sigma_data='--sigma_data 0.3')
+    tau='--tau 0.1', gamma='--gamma 2', sigma_data='--sigma_data 0.3', data_norm='--data_norm 3')
 
 
 def walk_train(traces, pairs):
