@@ -28,7 +28,7 @@ from support.processes import cores_of_rank, fast_bf16
 from support.published import OFFICIAL, OFFICIAL_BY_SIZE
 from support.seeds import step_seed
 from support.sets import load_images
-from support.solvers import SOLVERS, ancestral, deciding_z, last_plane
+from support.solvers import SOLVERS, ancestral, deciding_z, last_plane, unipc_order
 from support.unused import of_flow
 from unet import UNet
 
@@ -191,6 +191,11 @@ class Flow:
         """Of an exact field: the z below which its lines are straight."""
         return deciding_z(self.net.charges)
 
+    def first_step_is_free(self):
+        """Whether the first step down to data needs no call of the network, as from far away with
+        unipc."""
+        return self.solver == 'unipc' and self.z_max > 10
+
     def ending(self):
         """(whether the last call leads straight to z = 0, the plane on which that call is made or,
         where there is none, the flow ends)."""
@@ -204,7 +209,8 @@ class Flow:
             return to_data, self.z_decides
         if self.is_edm():
             return to_data, self.z_min
-        return to_data, last_plane(self.z_min, self.nfe, self.D)
+        N = math.prod(self.shape) if self.first_step_is_free() else None
+        return to_data, last_plane(self.z_min, self.nfe, self.D, N)
 
     def solver_for(self, indices, up, to_data):
         """The solver as pfgm.sample_ode() takes it, for the images `indices`."""
@@ -212,9 +218,12 @@ class Flow:
             if self.small_z == 'official':
                 return 'rk45'
             return functools.partial(SOLVERS['rk45'], rtol=self.tol, atol=self.tol)
-        if self.solver == 'unipc':  # from far away its first step needs no call
-            free = to_data and not up and self.z_max > 10
-            return functools.partial(SOLVERS['unipc'], free_first_step=free)
+        if self.solver == 'unipc':
+            free = to_data and not up and self.first_step_is_free()
+            order = unipc_order(self.nfe)
+            if up or isinstance(self.net, pfgm.ExactField):
+                order = 3
+            return functools.partial(SOLVERS['unipc'], order=order, free_first_step=free)
         if self.solver == 'renew':
             return ancestral(None, self.noise_of(indices))
         if self.solver == 'ddim' and self.eta:

@@ -16,15 +16,28 @@ from pfgm import CALL_LIMIT, SolverError, column, float64, like, log_planes
 
 # ---------------------------------------------------------------- where the planes lie
 
-def last_plane(z_min, nfe, D=1):
+def last_plane(z_min, nfe, D=1, N=None):
     """The plane z on which the last of `nfe` calls of a trained network is made, before x = xhat.
 
-    5 sqrt(D) / nfe^2; for D = 1, from 5 calls on, 25 / nfe^3. This was near the best on our own
-    networks. It is never below z_min."""
+    5 sqrt(D) / nfe^2; for D = 1, from 5 calls on, 25 / nfe^3. N, for images of N numbers and a
+    solver whose first step is free: then also no higher than sqrt(D) sqrt(N) / (40 (nfe - 1)),
+    which tells for few calls of small images. Images lie farther apart the larger N is, and a
+    network that sees several of them at once from the last plane gives a blur of them. All this
+    was near the best on our own networks. It is never below z_min."""
     last = 5 * pfgm.unit(D) / nfe ** 2
     if D == 1:
         last *= min(1, 5 / nfe)
+    if N is not None and nfe > 1:
+        last = min(last, pfgm.unit(D) * math.sqrt(N) / (40 * (nfe - 1)))
     return max(z_min, last)
+
+
+def unipc_order(nfe):
+    """The order of unipc for `nfe` calls of a trained network: 2 up to 10 calls, 3 beyond.
+
+    Where planes are far apart, a parabola through three xhats of a network overshoots the next one.
+    In an exact field, whose xhat has no errors, order 3 is the better one at 5 calls too."""
+    return 2 if nfe <= 10 else 3
 
 
 def deciding_z(charges, D=1, nats=0.02, points=128):

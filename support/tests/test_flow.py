@@ -83,12 +83,22 @@ def test_batch_size__is_what_fits_in_memory(device, free, fields, batch_size, mo
 
 
 def test_ending__is_the_plane_of_the_last_call_before_z_0():
-    flow = flow_without_network(solver='unipc', nfe=10)
+    flow = flow_without_network(solver='unipc', nfe=10, shape=(3, 32, 32))
     assert flow.ending() == (True, 25 / 10 ** 3)  # solvers.last_plane()
+    assert flow_without_network(solver='euler', nfe=2).ending() == (True, 5 / 4)
+    assert flow_without_network(solver='unipc', nfe=2).ending() == (True, 16 ** 0.5 / 40)
+    assert flow_without_network(solver='unipc', nfe=2, z_max=9.0).ending() == (True, 5 / 4)
     assert flow_without_network(solver='unipc', nfe=100).ending() == (True, 1e-3)
     assert flow_without_network(solver='heun', nfe=10, z_last=0.5).ending() == (True, 0.5)
     assert flow_without_network(solver='rk45').ending() == (False, 1e-3)
     assert flow_without_network(solver='heun', nfe=10, to_data=False).ending() == (False, 1e-3)
+
+
+def test_solver_for__unipc_has_order_2_for_few_calls_of_a_network():
+    field = ExactField(torch.zeros(1, 1, 4, 4))
+    for net, nfe, order in [(None, 10, 2), (None, 11, 3), (field, 10, 3)]:
+        solver = flow_without_network(net=net, nfe=nfe).solver_for([0], up=False, to_data=True)
+        assert solver.keywords == dict(correct=True, order=order, free_first_step=True)
 
 
 def test_ancestral__renews_the_noise_on_every_plane():

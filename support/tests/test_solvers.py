@@ -7,7 +7,8 @@ import torch
 
 import pfgm
 from pfgm import ExactField
-from support.solvers import SOLVERS, ancestral, deciding_z, last_plane, rk45_each
+from support.solvers import (SOLVERS, ancestral, deciding_z, last_plane, rk45_each,
+                             unipc_order)
 from support.tests.common import F64, Linear, close, randn, seeded
 from support.tests.test_methods import gaussian_flow
 
@@ -121,6 +122,21 @@ def test_ancestral__a_step_renews_what_eta_says_of_the_noise(eta, fresh):
 def test_last_plane__is_5_sqrt_D_over_nfe_squared_and_for_pfgm_25_over_nfe_cubed(D, nfe, expected):
     close(last_plane(1e-3, nfe, D), expected, rtol=1e-12)
     assert last_plane(9.0, nfe, D) == 9.0  # never below z_min
+
+
+@pytest.mark.parametrize('D, unit', [(1, 1.0), (100, 10.0), (math.inf, 1.0)])
+def test_last_plane__after_a_free_first_step_lies_lower_for_few_calls_of_small_images(D, unit):
+    small = [last_plane(1e-3, nfe, D, N=256) for nfe in range(1, 101)]
+    close(small[:5], [5 * unit, 0.4 * unit, 0.2 * unit, 0.4 / 3 * unit, 0.1 * unit], rtol=1e-12)
+    assert all(lower <= higher for lower, higher in zip(small[1:], small))
+    anywhere = [last_plane(1e-3, nfe, D) for nfe in range(1, 101)]
+    assert small[19:] == anywhere[19:]  # many calls
+    assert [last_plane(1e-3, nfe, D, N=3072) for nfe in range(1, 101)] == anywhere
+    assert last_plane(0.5 * unit, 3, D, N=256) == 0.5 * unit  # never below z_min
+
+
+def test_unipc_order__is_2_up_to_10_calls():
+    assert [unipc_order(nfe) for nfe in (1, 5, 10, 11, 20, 100)] == [2, 2, 2, 3, 3, 3]
 
 
 def test_deciding_z__is_where_the_weights_of_two_charges_separate():
