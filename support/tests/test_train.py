@@ -3,16 +3,19 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import pfgm
 import train
-from support import checkpoint, methods
+from support import bench, checkpoint, methods
 from support.batches import image_order
+from support.count import Counts, pretended_gpu
 from support.images import to_float
 from support.methods import as_flow
 from support.networks import build
+from support.run import Meter
 from support.seeds import step_seed
 from support.sets import load_images
 from support.tests.common import (TINY, TINY_PP, close, loaded, losses, refuses, rows_of, said,
@@ -298,6 +301,35 @@ def test_step__calls_the_network_in_autocast_and_compiled_as_a_whole(straight, t
     # gradients would be cast there.
     assert calls == [(False, True), (True, True), ('backward', False)]
     assert compiled == [(methods.RectifiedFlow, 'reduce-overhead')]
+
+
+@pytest.mark.slow
+def test_step__asks_of_a_gpu_what_the_bench_counts(here, monkeypatch):
+    """A run on a pretended GPU, whose second step waits for nothing."""
+    small = dict(nf=8, ch_mult=(1, 1), num_blocks=1, dropout=0)
+    np.save('x.npy', np.zeros((64, 32, 32, 3), np.uint8))
+    steps = []
+    observe = Meter.observe
+
+    def noted(meter, *measured):
+        observe(meter, *measured)
+        steps.append(gpu.counts)
+        gpu.counts = Counts()
+
+    monkeypatch.setattr(Meter, 'observe', noted)
+    monkeypatch.setattr(train, 'stop_if_bad', lambda *of_the_run: None)  # every number is 1
+    monkeypatch.setattr(train.Saver, 'save', lambda saver, checkpoint: None)
+    monkeypatch.setitem(train.PRESETS, 'cifar10', dict(train.CIFAR10, **small))
+    monkeypatch.setattr(bench, 'UNet', lambda: UNet(**small))
+    with pretended_gpu() as gpu:
+        script(['train.py', *'--device cuda --dataset x.npy --channels 3 --preset cifar10'.split(),
+                *'--batch_size 8 --field_batch 16 --steps 3 --sample_every 0'.split()])
+        counted = bench.training_counts(gpu, bench.BlankImages(64), 8, 16)
+    _, second, third, *_ = steps  # and those of the bench
+    assert second == third and second.syncs == counted.syncs == []
+    for name in ('flops', 'activation_casts', 'weight_casts', 'copies'):
+        assert getattr(second, name) == getattr(counted, name), name
+    assert abs(second.kernels - counted.kernels) < 10  # --accum and losses that are joined
 
 
 def test_train__on_classes_by_name_goes_on_where_the_data_moved(tmp_path):
