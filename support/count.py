@@ -332,6 +332,7 @@ def pretended_gpu():
     """Inside, this machine has one CUDA device, which computes no numbers -> its PretendedGPU."""
     gpu = PretendedGPU()
     precision = torch.get_float32_matmul_precision()
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
 
     def generator(device='cpu'):
         return Generator()
@@ -353,7 +354,10 @@ def pretended_gpu():
           # PyTorch clips all gradients by one operation where they are of these types.
           patch.object(_foreach_utils, '_foreach_supported_types',
                        [*_foreach_utils._foreach_supported_types, FakeTensor])):
+        # A module that moves there gets new parameters, since fake memory cannot replace real one.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             yield gpu
         finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
             torch.set_float32_matmul_precision(precision)
