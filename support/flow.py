@@ -24,7 +24,7 @@ from support.cli import BadInput, say, watch
 from support.cpu import keep_freed_memory
 from support.methods import VP, PublishedDenoiser, flow_constants
 from support.networks import in_bfloat16
-from support.processes import cores_of_rank, fast_bf16
+from support.processes import cores_of_rank, fast_bf16, free_gpu_memory
 from support.published import OFFICIAL, OFFICIAL_BY_SIZE
 from support.seeds import step_seed
 from support.sets import load_images
@@ -254,8 +254,12 @@ class Flow:
         wide = isinstance(self.net, (pfgm.ExactField, PublishedDenoiser)) and device.type != 'mps'
         x = pfgm.sent(x.to(torch.float64 if wide else torch.float32), device)
         fixed = self.solver != 'rk45'
-        bf16 = self.bf16 and fixed  # the tolerance of rk45 is finer than bfloat16
-        net = self.net_in_bf16 if bf16 else self.net
+        net = self.net
+        # The tolerance of rk45 is finer than bfloat16.
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16 and fixed)
+        with autocast:
+            if torch.is_autocast_enabled(device.type):  # it is not where the device has no bfloat16
+                net = self.net_in_bf16
         options = dict(gamma=self.gamma, z_exp=self.z_exp, small_z=self.small_z,
                        guidance=self.guidance)
         if kept is not None:
@@ -269,7 +273,6 @@ class Flow:
             schedule = self.net.planes
         else:
             schedule = self.chosen_schedule()
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         try:
             with autocast, following(z_from, z_to, callback) as noted:
                 x, nfe = pfgm.sample_ode(
@@ -293,8 +296,8 @@ class Flow:
             return 64
         memory = 2 << 30
         most = 256
-        if device.type == 'cuda':
-            free, _ = torch.cuda.mem_get_info(device)
+        free = free_gpu_memory(device) if device.type == 'cuda' else 0
+        if free:
             memory = free // 2
             most = 1024
         fits = min(max(memory // self.image_bytes, 1), most)

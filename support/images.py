@@ -22,8 +22,8 @@ from PIL import ExifTags, Image, ImageOps
 from pfgm import sent
 from support.cli import BadInput, CLASS_LIMIT, listed, own_rank, say, watch
 from support.foreign import read_bytes
-from support.processes import (deaf, everywhere, free_memory, ranks_here, reader_lost,
-                               share_of_rank)
+from support.processes import (deaf, everywhere, free_gpu_memory, free_memory, ranks_here,
+                               reader_lost, share_of_rank)
 from support.seeds import fingerprint
 
 FORMATS = 'PNG JPEG WEBP BMP GIF TIFF PPM'.split()  # not EPS, for which Pillow runs Ghostscript
@@ -526,8 +526,7 @@ def move(images, device):
     device = torch.device(device)
     size = images.pixels.numel()
     if images.pixels.device.type == 'cpu' and device.type == 'cuda' and size > MEMORY_LIMIT:
-        free, _ = torch.cuda.mem_get_info(device)
-        if size > free / 2:
+        if size > free_gpu_memory(device) / 2:
             return
     images.pixels = images.pixels.to(device)
 

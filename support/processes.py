@@ -216,6 +216,15 @@ def peak_memory(device):
     return peak / 2 ** 20
 
 
+def free_gpu_memory(device):
+    """The bytes that a GPU has left, and 0 where its driver does not say."""
+    try:
+        free, _ = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        return 0
+    return free
+
+
 def free_memory():
     """The bytes of main memory that this machine, or the container that this process is in, has
     left. On macOS all that it has, and 0 where the system does not say."""

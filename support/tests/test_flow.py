@@ -82,6 +82,15 @@ def test_batch_size__is_what_fits_in_memory(device, free, fields, batch_size, mo
     assert flow_without_network(**fields).batch_size(torch.device(device)) == batch_size
 
 
+def test_batch_size__where_the_driver_does_not_say_is_that_of_a_cpu(monkeypatch):
+    def fails(device):
+        raise RuntimeError('CUDA error: not supported')
+
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', fails)
+    flow = flow_without_network(image_bytes=10 << 20)
+    assert flow.batch_size(torch.device('cuda')) == flow.batch_size(torch.device('cpu')) == 128
+
+
 def test_ending__is_the_plane_of_the_last_call_before_z_0():
     flow = flow_without_network(solver='unipc', nfe=10, shape=(3, 32, 32))
     assert flow.ending() == (True, 25 / 10 ** 3)  # solvers.last_plane()
