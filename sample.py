@@ -441,8 +441,9 @@ def main(args):
     say(flow.headline())
     if args.verbose:
         settings = dict(flow.settings(), batch_size=batch_size)
-        say('  '.join(f'{name} {value}' for name, value in settings.items()
-                      if value is not None))
+        rounded = {name: f'{value:.6g}' if isinstance(value, float) else value
+                   for name, value in settings.items()}
+        say('  '.join(f'{name} {value}' for name, value in rounded.items() if value is not None))
 
     if args.encode:
         pictures = load_pictures(args.encode, args.data_dir, size, C, n, flag='--encode')

@@ -161,7 +161,8 @@ def test_fit_to_mode__images_are_of_all_classes_in_turn_and_those_that_are_given
             ('--n 8 --rescale', sorted(8 * list(range(10)))),
             (between, []), (f'{between} --classes 3,4', 8 * [3]),
             (inpaint, []), (f'{inpaint} --classes 3,4', [3, 4])):
-        assert f'  classes {labels}\n' in said([*command, *flags.split()])
+        out = said([*command, *flags.split()])
+        assert f'  classes {labels}  ' in out and 'z_max 999  ' in out
 
 
 def test_write_picture__gives_each_class_a_column(straight, here):
