@@ -625,6 +625,10 @@ class Denoiser(torch.nn.Module):
         self.only_z = only_z
         self.unit = unit(D)
         self.data_norm = data_norm
+        # x - y = z eps / sqrt(chi2_D), as in kernel(): a small chi2 is a large noise level.
+        self.least_chi2 = None
+        if D != math.inf:
+            self.least_chi2 = 2 * float(scipy.special.gammaincinv(D / 2, 1e-6))
 
     def sigma(self, x, z):
         """The noise level (B,) at (x, z)."""
@@ -634,9 +638,7 @@ class Denoiser(torch.nn.Module):
         y2 = N if self.data_norm is None else self.data_norm ** 2
         r2 = x.flatten(1).square().sum(1) + z * z
         shown = ((r2 - y2) / (N + self.D)).clamp_min(0).sqrt()
-        # x - y = z eps / sqrt(chi2_D), as in kernel(): a small chi2 is a large noise level.
-        chi2 = 2 * scipy.special.gammaincinv(self.D / 2, 1e-6)
-        return shown.clamp(z / self.unit, z / math.sqrt(chi2))
+        return shown.clamp(z / self.unit, z / math.sqrt(self.least_chi2))
 
     def coefficients(self, sigma):
         """c_skip, c_out, c_in, c_noise, each (B,). EDM Table 1."""

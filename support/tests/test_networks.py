@@ -1,4 +1,5 @@
 """Tests of support/networks.py: networks from flags and tensors that may be wrong."""
+import functools
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import pfgm
 import unet
 from support import networks
 from support.cli import BadInput
+from support.methods import RectifiedFlow
 from support.tests.common import close, seeded
 from support.tests.made import limited
 
@@ -49,7 +51,11 @@ def test_in_bfloat16__gives_the_numbers_of_autocast_which_casts_the_weights_itse
 
 
 @pytest.mark.slow  # TorchDynamo's import alone takes seconds
-def test_flow__compiled_is_one_graph_in_training_and_one_in_sampling():
+@pytest.mark.parametrize('method', [
+    functools.partial(pfgm.PFGM, skip=True), functools.partial(pfgm.Denoiser, D=2, data_norm=5.0),
+    pfgm.Denoiser, RectifiedFlow])
+def test_flow__compiled_is_one_graph_in_training_and_one_in_sampling(method):
+    torch.compiler.reset()
     graphs = []
 
     def backend(graph, inputs):
@@ -57,7 +63,7 @@ def test_flow__compiled_is_one_graph_in_training_and_one_in_sampling():
         return graph.forward
 
     net = networks.speed_up(random_net(attn=[8], dropout=0.1))
-    flow = pfgm.PFGM(net.to(memory_format=torch.channels_last), skip=True)
+    flow = method(net.to(memory_format=torch.channels_last))
     flow.compile(backend=backend, fullgraph=True)  # an error where the graph would break
     for training in (True, False):
         flow.train(training)
