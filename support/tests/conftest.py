@@ -34,6 +34,14 @@ def quick_teachers():
         yield
 
 
+@pytest.fixture(scope='session', autouse=True)
+def impatient_loaders():
+    """A DataLoader waits for a reader that does not end for 0.3 s, not for 5."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.3)
+        yield
+
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """A run of 10 steps on glyphs."""
