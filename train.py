@@ -456,6 +456,9 @@ def main(args):
 
     if args.compile:
         say('--compile: the first steps compile the network, which may take minutes')
+        if args.compile == 'reduce-overhead' and device.type != 'cuda':
+            say(f'--compile reduce-overhead: there are no CUDA graphs on {device.type}; it does '
+                'there what --compile does')
     signals = listen()
     meter = Meter(device, flow.unit)
     last_logged = start

@@ -27,6 +27,7 @@ from support.cpu import speed_up
 from support.flow import Flow
 from support.methods import flow_constants
 from support.metrics import squared_distances
+from support.networks import in_bfloat16
 from support.pictures import check_png, plot
 from support.processes import peak_memory, run, setup
 from support.results import record_result
@@ -357,8 +358,9 @@ def sampling_counts(gpu, batch_size):
     device = torch.device('cuda', 0)
     net = speed_up(UNet()).eval().requires_grad_(False)
     net = net.to(device, memory_format=torch.channels_last)
-    flow = Flow(pfgm.PFGM(net).eval(), (3, 32, 32), 1.0, 1e-3, 40.0, 3e3, 5.0, 5.0, nfe=7,
-                bf16=True)
+    field = pfgm.PFGM(net).eval()
+    flow = Flow(field, (3, 32, 32), 1.0, 1e-3, 40.0, 3e3, 5.0, 5.0, nfe=7, bf16=True,
+                net_in_bf16=in_bfloat16(field))
     x = flow.prior(range(batch_size))
     parts = []
 

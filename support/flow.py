@@ -124,7 +124,7 @@ class Flow:
     eta: float = 0.0                  # fresh noise of ddim
     seed: int = 0
     bf16: bool = False                # autocast to bfloat16, but never under rk45
-    compiled: bool = False            # by torch.compile
+    net_in_bf16: Optional[Callable] = None  # net with its weights cast, for calls under bf16
     classes: tuple = ()               # the labels of images 0, 1, ..., in turn; () for none
     image_bytes: int = 32 << 20       # about what the network takes of memory for an image
 
@@ -232,14 +232,6 @@ class Flow:
 
     # ------------------------------------------------------------ following it
 
-    @functools.cached_property
-    def net_in_bf16(self):
-        """The network for calls in bfloat16, whose weights are cast once for all images."""
-        net = in_bfloat16(self.net)
-        if self.compiled:
-            net.compile()
-        return net
-
     @torch.no_grad()
     def follow(self, x, device, indices=(), up=False, callback=None, kept=None):
         """x (b, C, H, W) from z_max down to z_min (and z = 0), or up -> (x, network calls).
@@ -258,7 +250,8 @@ class Flow:
         # The tolerance of rk45 is finer than bfloat16.
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16 and fixed)
         with autocast:
-            if torch.is_autocast_enabled(device.type):  # it is not where the device has no bfloat16
+            # Autocast stays off where the device has no bfloat16.
+            if self.net_in_bf16 is not None and torch.is_autocast_enabled(device.type):
                 net = self.net_in_bf16
         options = dict(gamma=self.gamma, z_exp=self.z_exp, small_z=self.small_z,
                        guidance=self.guidance)
@@ -336,7 +329,7 @@ class Flow:
         """All that its images depend on but for the network's weights and the images of `source`: a
         dict that json can write."""
         names = [field.name for field in dataclasses.fields(self)]
-        left_out = ('net', 'source', 'data', 'compiled', 'image_bytes')
+        left_out = ('net', 'net_in_bf16', 'source', 'data', 'image_bytes')
         values = {name: getattr(self, name) for name in names if name not in left_out}
         values.update(schedule=self.chosen_schedule(), classes=list(self.classes))
         return self.without_unused(values)
@@ -410,13 +403,18 @@ def load_flow(path, device, *, weights='ema', compiled=False, dataset=None, data
         small_z = 'official' if official else 'exact'
     if bf16 is None:
         bf16 = fast_bf16(device) and not (official or edm)
+    net_in_bf16 = None
+    if bf16:  # once, for all solvers and numbers of calls of a sweep
+        net_in_bf16 = in_bfloat16(net)
+        if compiled:
+            net_in_bf16.compile()
 
     flow = flow_of(net, flags, weights=weights, step=flags['step'], student=student,
                    dataset=flags.get('dataset'), data=flags.get('data'),
                    class_names=flags.get('class_names'),
                    solver=solver, nfe=nfe, tol=tol, schedule=schedule, to_data=to_data,
                    z_last=z_min, small_z=small_z, guidance=guidance, eta=eta, seed=seed, bf16=bf16,
-                   compiled=compiled)
+                   net_in_bf16=net_in_bf16)
     flow.z_min = z_min or flow.z_min
     if flags.get('source'):
         flow.source = charges_of(images_to_start_from(flags, source, source_flag, data_dir),

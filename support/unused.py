@@ -132,7 +132,7 @@ def of_flow(flow):
         leads_to_data, _ = flow.ending()
         calls = flow.nfe - leads_to_data  # before the one that leads straight to z = 0
         steps = (calls + 1) // 2 if flow.solver == 'heun' else calls
-        first_is_free = flow.solver == 'unipc' and leads_to_data
+        first_is_free = flow.first_step_is_free() and leads_to_data
         if steps == 0:
             unused.update(dict.fromkeys(('schedule', 'z_min', 'eta'), 'with one network call'))
         elif steps == 1 and flow.D == math.inf and not first_is_free:

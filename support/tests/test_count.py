@@ -1,4 +1,5 @@
 """What the counts of a GPU's work count."""
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from support.batches import training_batches
 from support.bench import BlankImages
 from support.count import pretended_gpu
 from support.flow import Flow
+from support.networks import in_bfloat16
 from support.run import Meter
 from support.tests.common import close, randn, seeded
 from unet import UNet
@@ -185,11 +187,12 @@ def test_unet__in_bfloat16_moves_hardly_any_float32(gpu, small):
 
 
 def test_follow__in_bfloat16_casts_each_weight_once(gpu, small):
-    flow = Flow(pfgm.PFGM(small).eval(), (3, 16, 16), 1.0, 1e-3, 40.0, 3e3, 5.0, 5.0, nfe=3,
-                solver='euler', bf16=True)
-    x = flow.prior(range(8))
+    net = pfgm.PFGM(small).eval()
     with gpu.counting() as counts:
-        _, calls = flow.follow(x, torch.device('cuda', 0), range(8))
+        flow = Flow(net, (3, 16, 16), 1.0, 1e-3, 40.0, 3e3, 5.0, 5.0, nfe=3, solver='euler',
+                    bf16=True, net_in_bf16=in_bfloat16(net))
+        _, calls = flow.follow(flow.prior(range(8)), torch.device('cuda', 0), range(8))
+        dataclasses.replace(flow, nfe=2).follow(flow.prior(range(8)), torch.device('cuda', 0))
     weights = len(list(small.parameters())) - 4  # the last two layers are float32
     assert (calls, counts.weight_casts) == (3, weights)
 
